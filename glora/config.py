@@ -1,0 +1,152 @@
+"""What an adapter is made of: one form for each path, the rank, and how it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from glora.functional import PRODUCTS, Product
+
+WeightForm: TypeAlias = Literal["lora", "vector", "constant", "none"]
+PromptForm: TypeAlias = Literal["lora", "vector", "none"]
+BiasForm: TypeAlias = Literal["vector", "constant", "none"]
+Init: TypeAlias = Literal["identity", "random"]
+
+# The forms that each path may take, from the most expressive to nothing.
+FORMS: dict[str, tuple[str, ...]] = {
+    "A": ("lora", "vector", "constant", "none"),
+    "B": ("lora", "vector", "constant", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "constant", "none"),
+    "E": ("vector", "constant", "none"),
+}
+WEIGHT_PATHS = ("A", "B")
+BIAS_PATHS = ("C", "D", "E")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLoRAConfig:
+    r"""The forms of the five paths of $W' = W_0 + W_0 \ast A + B$, $b' = b_0 + b_0 \odot D + E + W_0 C$.
+
+    Each path chooses its form on its own. `"lora"` is a product of two thin factors, `"vector"` one number a channel,
+    `"constant"` one number, `"none"` nothing at all.
+
+    Args:
+        A: scales the weight: lora, vector, constant or none.
+        B: shifts the weight: lora, vector, constant or none.
+        C: prompt, a constant added to the layer's input: lora, vector or none. A low-rank C spans no more than a
+            vector and costs `rank` times as much; it is there for files from elsewhere.
+        D: scales the bias: vector, constant or none.
+        E: shifts the bias: vector, constant or none.
+        rank: width r of every lora factor, at least 1.
+        alpha: `left @ right` is multiplied by `alpha / rank`; None means `alpha = rank`, a factor of 1.
+        product: how A meets the weight: `"hadamard"` (elementwise: the authors' code, PEFT) or `"matmul"` (`W0 @ A`:
+            the paper's figure, LyCORIS).
+        init: `"identity"` starts as the base model (left = 0, right Kaiming-uniform with a = sqrt(5), the rest 0);
+            `"random"` draws every factor so that each path changes the weight (or bias) by about a tenth of W0's norm.
+        rank_dropout: probability in [0, 1) with which each of the r components of a lora path is dropped in a training
+            step; the kept ones are scaled by 1 / (1 - rank_dropout). It acts in the layer's forward alone.
+        create_bias: give a layer without a bias one (zeros, frozen) for C and E to act on.
+
+    Raises:
+        ValueError: a value that is not allowed, with those that are.
+
+    Source: GLoRA, arXiv 2306.07967, section 3.2; the presets name theirs.
+
+    Example:
+        >>> import glora
+        >>> glora.GLoRAConfig(A="vector", B="lora", rank=4).C
+        'vector'
+        >>> glora.GLoRAConfig.lora(rank=16, alpha=32).forms
+        {'A': 'none', 'B': 'lora', 'C': 'none', 'D': 'none', 'E': 'none'}
+    """
+
+    A: WeightForm = "lora"
+    B: WeightForm = "lora"
+    C: PromptForm = "vector"
+    D: BiasForm = "vector"
+    E: BiasForm = "vector"
+    rank: int = 8
+    alpha: float | None = None
+    product: Product = "hadamard"
+    init: Init = "identity"
+    rank_dropout: float = 0.0
+    create_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for path, allowed in FORMS.items():
+            _one_of(path, getattr(self, path), allowed)
+        _one_of("product", self.product, PRODUCTS)
+        _one_of("init", self.init, ("identity", "random"))
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha must be a positive number, or None for alpha = rank; found {self.alpha!r}.")
+        if not (_is_number(self.rank_dropout) and 0 <= self.rank_dropout < 1):
+            raise ValueError(f"rank_dropout must be a probability in [0, 1); found {self.rank_dropout!r}.")
+        if type(self.create_bias) is not bool:
+            raise ValueError(f"create_bias must be True or False; found {self.create_bias!r}.")
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Path to form, A to E, `"none"` included."""
+        return {path: getattr(self, path) for path in FORMS}
+
+    @property
+    def scaling(self) -> float:
+        """The factor of `left @ right`: alpha / rank, 1 where alpha is None."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @classmethod
+    def lora(cls, **options: Any) -> GLoRAConfig:
+        """LoRA (arXiv 2106.09685): B low rank. `options` are the other fields of GLoRAConfig, here as in all presets.
+
+        Example:
+            >>> import glora
+            >>> glora.GLoRAConfig.lora(rank=4).B
+            'lora'
+        """
+        return cls(**_NOTHING | {"B": "lora"}, **options)
+
+    @classmethod
+    def hira(cls, **options: Any) -> GLoRAConfig:
+        """HiRA (ICLR 2025): A low rank, elementwise product: an update of full rank from two thin factors."""
+        return cls(**_NOTHING | {"A": "lora"}, product="hadamard", **options)
+
+    @classmethod
+    def ssf(cls, **options: Any) -> GLoRAConfig:
+        """SSF (arXiv 2210.08823): scale and shift each output channel: A, D and E vectors."""
+        return cls(**_NOTHING | {"A": "vector", "D": "vector", "E": "vector"}, **options)
+
+    @classmethod
+    def bitfit(cls, **options: Any) -> GLoRAConfig:
+        """BitFit (arXiv 2106.10199): the bias alone: E vector."""
+        return cls(**_NOTHING | {"E": "vector"}, **options)
+
+    @classmethod
+    def prompt(cls, **options: Any) -> GLoRAConfig:
+        """A prompt like VPT's (arXiv 2203.12119): a constant added to the layer's input: C vector."""
+        return cls(**_NOTHING | {"C": "vector"}, **options)
+
+    @classmethod
+    def repadapter(cls, **options: Any) -> GLoRAConfig:
+        """RepAdapter (arXiv 2302.08106): a low-rank adapter in front of the layer: A low rank, matrix product, C vector."""
+        return cls(**_NOTHING | {"A": "lora", "C": "vector"}, product="matmul", **options)
+
+    @classmethod
+    def ia3(cls, **options: Any) -> GLoRAConfig:
+        """IA3's scaling of a layer's output (arXiv 2205.05638): A and D vectors."""
+        return cls(**_NOTHING | {"A": "vector", "D": "vector"}, **options)
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(FORMS, "none")
+
+
+def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}; found {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,109 @@
+"""Which layers and modules cannot be adapted, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
+from glora.layer import adapters_of, parametrizations_of
+from glora.parametrization import Head
+from glora.tree import Found, join, own_tensors
+
+# (module id, tensor name) to the other tensor's path
+Ties: TypeAlias = dict[tuple[int, str], str]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unfit_layer(layer: nn.Linear, config: GLoRAConfig, ties: Ties) -> str | None:
+    """Why this layer cannot take paths, and what to do about it; None if it can."""
+    if _is_foreign(layer, Head):
+        return "it is parametrized by something else, which adapters would compose with; remove that first."
+    tensors = own_tensors(layer)
+    if "weight" not in tensors:
+        return "it has no parameter `weight` (pruning and the older weight_norm replace it); undo that first."
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            return "its weight is lazy; run one batch through the model first."
+        if name in ("weight", "bias") and tensor.dtype not in _DTYPES:
+            return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
+        if is_traceable_wrapper_subclass(tensor):
+            return f"its {name} is a {type(tensor).__name__}; adapt the layer before it is quantised or sharded."
+    if tensors["weight"].numel() == 0:
+        return f"its weight is empty, {tuple(tensors['weight'].shape)}; exclude it."
+    for name, paths in (("weight", WEIGHT_PATHS), ("bias", BIAS_PATHS)):
+        if (id(layer), name) in ties and any(config.forms[path] != "none" for path in paths):
+            return (
+                f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
+                f"layer a clone), or leave it out with exclude=."
+            )
+    if config.rank_dropout and parametrize.type_before_parametrizations(layer).forward is not nn.Linear.forward:
+        return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
+    return None
+
+
+def unfit_head(module: nn.Module, ties: Ties) -> str | None:
+    """Why this module cannot train as a whole, and what to do about it; None if it can."""
+    if isinstance(module, nn.RNNBase):
+        return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
+    if _is_foreign(module, type(None)) or any(not isinstance(a, Head) for a in adapters_of(module).values()):
+        return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
+    for name, tensor in own_tensors(module).items():
+        if is_lazy(tensor):
+            return "it is lazy; run one batch through the model first."
+        if is_traceable_wrapper_subclass(tensor):
+            return f"its {name} is a {type(tensor).__name__}; adapt the model before it is quantised or sharded."
+        if (id(module), name) in ties:
+            return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
+    return None
+
+
+def _is_foreign(module: nn.Module, foreign: type[object]) -> bool:
+    """Whether something that is not ours, or adapters of this kind, parametrizes the module."""
+    ours = adapters_of(module)
+    return any(
+        name not in ours or isinstance(ours[name], foreign) or len(stack) > 1
+        for name, stack in parametrizations_of(module).items()
+    )
+
+
+# Note [Ties]
+# Two tensors are tied when they are one Parameter or share bytes. Adapting one would silently change the other (torch's
+# removal writes into it) or silently untie them. Bytes are compared as address ranges; on the meta device, which has no
+# addresses, as ranges within one storage. One module reached by two paths is no tie.
+def find_ties(found: list[Found]) -> Ties:
+    """The tensors of the model that share bytes with another module's, each with the path of one of those."""
+    spans = sorted(
+        (*span, id(f.module), name, join(f.path, name))
+        for f in found
+        for name, tensor in own_tensors(f.module).items()
+        if (span := _span(tensor)) is not None
+    )
+    ties: Ties = {}
+    widest = (-1, 0, 0, 0, "", "")
+    for span in spans:
+        space, start, *_ = span
+        if space != widest[0] or start >= widest[2]:
+            widest = span
+            continue
+        for (*_, module, name, _), (*_, other) in ((span, widest), (widest, span)):
+            ties.setdefault((module, name), cast("str", other))
+        widest = max(span, widest, key=lambda s: s[2])
+    return ties
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Address space, first byte and last byte + 1 of a tensor."""
+    if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.numel() == 0:
+        return None
+    storage = tensor.untyped_storage()
+    size = tensor.element_size()
+    first = storage.data_ptr() + tensor.storage_offset() * size
+    last = first + size * sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (0 if storage.data_ptr() else storage._cdata), first, last + size

@@ -1,0 +1,20 @@
+"""Every test starts from the same seed, and hypothesis draws the same examples at every run."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "pinned",
+    derandomize=True,
+    deadline=None,  # a first call pays for imports and compilation; time is measured in benchmarks/
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("long", settings.get_profile("pinned"), max_examples=1000)
+settings.load_profile("pinned")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
