@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar, cast
 
@@ -93,7 +93,7 @@ def set_strengths(model: nn.Module, strengths: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def disabled(model: Model) -> Iterator[Model]:
+def disabled(model: Model) -> Generator[Model]:
     """Run the model as the base model, to the bit, inside the `with` block (inside `glora.merged` too).
 
     Factors keep their `requires_grad` flags, so that a backward pass through what was computed before the block reaches
@@ -129,7 +129,7 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 @contextmanager
-def merged(model: Model) -> Iterator[Model]:
+def merged(model: Model) -> Generator[Model]:
     """Run the model merged inside the `with` block, as plain layers with W' and b', and give everything back after it.
 
     W' and b' are other tensors than the frozen ones, which come back as they were: the same objects, the same bits.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from glora import flags
 from glora.adapters import adapters, check_mergeable, refuse_stacked, refuse_while_merged, set_strengths
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.layer import adapters_of, share_class
+from glora.layer import adapters_of, original_order, share_class
 from glora.parametrization import Adapters, Bias, Head, HeadCopy, Paths, Weight
 from glora.planning import Plan, PlannedLayer, plan
 from glora.targets import ALL_LINEAR, Selection, Targets, Trainable, listed
@@ -82,7 +81,7 @@ def apply(
     else:  # the copies train in their place
         flags.freeze(model, only=[module for module, _ in heads])
     for layer, weight, bias in parts:
-        if layer.creates_bias and layer.module._parameters["bias"] is None and not adapters_of(layer.module).get("bias"):
+        if layer.creates_bias and "bias" not in own_tensors(layer.module):
             original = own_tensors(layer.module)["weight"]
             layer.module.bias = nn.Parameter(original.new_zeros(original.shape[0]), requires_grad=False)
         for tensor_name, part, kind in (("weight", weight, Weight), ("bias", bias, Bias)):
@@ -115,13 +114,11 @@ def _store(module: nn.Module, name: str, kind: type[Adapters]) -> Adapters:
     """The module's adapters on a tensor, registered with torch if there are none yet."""
     store = adapters_of(module).get(name)
     if store is None:
-        plain = not parametrize.is_parametrized(module)
-        order = (*module._parameters, *module._buffers) if plain else module.parametrizations.original_order
+        order = original_order(module)
         store = kind()
         # unsafe: torch would otherwise compute the tensor once, to check a dtype that we know.
         parametrize.register_parametrization(module, name, store, unsafe=True)
-        module.parametrizations.original_order = order
-        share_class(module)
+        share_class(module, order)
     return store
 
 
@@ -227,4 +224,4 @@ def _take_off(module: nn.Module, name: str, *, leave_parametrized: bool) -> None
     store = adapters_of(module)[name]
     parametrize.remove_parametrizations(module, name, leave_parametrized=leave_parametrized)
     if isinstance(store, Bias) and store.created and not leave_parametrized:
-        module.bias = None
+        module.register_parameter("bias", None)

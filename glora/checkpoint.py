@@ -27,8 +27,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 
     Returns:
         Key to detached tensor, which shares the adapter's memory. Keys are `<module path>.<path>.<factor>`: `left`
-        `(out, r)` and `right` `(r, in)` for lora (C: `(in, r)` and `(r, 1)`), `value` for vector and constant; for heads
-        `<module path>.<tensor>`, persistent buffers included.
+        `(out, r)` and `right` `(r, in)` for lora (C: `(in, r)` and `(r, 1)`), `value` for vector and constant; for
+        heads `<module path>.<tensor>`, persistent buffers included.
 
     Raises:
         KeyError: no adapter of that name.

@@ -131,7 +131,7 @@ class GLoRAConfig:
 
     @classmethod
     def repadapter(cls, **options: Any) -> GLoRAConfig:
-        """RepAdapter (arXiv 2302.08106): a low-rank adapter in front of the layer: A low rank, matrix product, C vector."""
+        """RepAdapter (arXiv 2302.08106): low rank in front of the layer: A low rank, matrix product, C vector."""
         return cls(**_NOTHING | {"A": "lora", "C": "vector"}, product="matmul", **options)
 
     @classmethod

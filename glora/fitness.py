@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.layer import adapters_of, parametrizations_of
+from glora.layer import adapters_of, has_linear_forward, parametrizations_of
 from glora.parametrization import Head
 from glora.tree import Found, join, own_tensors
 
@@ -43,7 +43,7 @@ def unfit_layer(layer: nn.Linear, config: GLoRAConfig, ties: Ties) -> str | None
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    if config.rank_dropout and parametrize.type_before_parametrizations(layer).forward is not nn.Linear.forward:
+    if config.rank_dropout and not has_linear_forward(parametrize.type_before_parametrizations(layer)):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
 
@@ -93,7 +93,7 @@ def find_ties(found: list[Found]) -> Ties:
             widest = span
             continue
         for (*_, module, name, _), (*_, other) in ((span, widest), (widest, span)):
-            ties.setdefault((module, name), cast("str", other))
+            ties.setdefault((module, name), other)
         widest = max(span, widest, key=lambda s: s[2])
     return ties
 
@@ -104,6 +104,6 @@ def _span(tensor: Tensor) -> tuple[int, int, int] | None:
         return None
     storage = tensor.untyped_storage()
     size = tensor.element_size()
-    first = storage.data_ptr() + tensor.storage_offset() * size
+    first = storage.data_ptr() + int(tensor.storage_offset()) * size
     last = first + size * sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (0 if storage.data_ptr() else storage._cdata), first, last + size

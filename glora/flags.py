@@ -10,8 +10,8 @@ from glora.tree import find, own_tensors
 
 # Note [Flags]
 # What each parameter's flag was before the first `apply`, and what we last set it to, is kept on its module under its
-# name: a Parameter's own attributes do not survive a deep copy, a record at the root would not be found from a submodule
-# or through a wrapper. A flag that is no longer what we set was changed by hand since, and is left alone.
+# name: a Parameter's own attributes do not survive a deep copy, and a record at the root would not be found from a
+# submodule or through a wrapper. A flag that is no longer what we set was changed by hand since, and is left alone.
 _RECORD = "_glora_flags"
 
 

@@ -39,7 +39,7 @@ PRODUCTS: tuple[Product, ...] = ("hadamard", "matmul")
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
 # So every update is computed and summed in `working_dtype` (float32 at least), and `add` alone rounds. Autocast would
-# undo this, since it turns each matrix product to half precision; `_contract` therefore steps out of it. The elementwise
+# undo this, since it turns each matrix product to half precision; `_contract` therefore steps out of it. Elementwise
 # operations need no such care: autocast leaves them alone.
 
 
@@ -179,9 +179,12 @@ def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
     return (base.to(working_dtype(base)) + total).to(base.dtype)
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which updates of `tensor` are computed: its own, float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -206,6 +209,8 @@ def _matmul(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _contract(left: Tensor, right: Tensor, pattern: str) -> Tensor:
+    dtype = working_dtype(left, right)
+    left, right = left.to(dtype), right.to(dtype)
     device = left.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Generator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,8 @@ from glora.parametrization import Adapters, Bias, Head, Weight
 # it gives up. And a deep copy shares that class: taking a parametrization off the copy deletes the property under the
 # original. So after torch has registered, the module's class is replaced by one that all adapted modules of its base
 # class share. Its property asks the instance: parametrized, it computes; not, it reads the plain tensor. It is right
-# for every instance in every state, so nobody may take it off: torch's `delattr(type(module), name)` is let pass, and so
-# is its `setattr` of one more property. What torch's `remove_parametrizations` does besides (restore the tensor,
+# for every instance in every state, so nobody may take it off: torch's `delattr(type(module), name)` does nothing, and
+# its `setattr` of one more property puts ours. What torch's `remove_parametrizations` does besides (restore the tensor,
 # restore `__bases__[0]` as the class after the last one) works on the instance, as ever.
 
 
@@ -41,8 +41,21 @@ class _SharedClass(type):
 _shared_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-def share_class(module: nn.Module) -> None:
-    """Give a module that torch has just parametrized the class shared by all adapted modules of its base class."""
+def original_order(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's own tensors in the order that they had before any was parametrized."""
+    lists = module._modules.get("parametrizations")
+    order = (*module._parameters, *module._buffers)
+    return cast("tuple[str, ...]", getattr(lists, "original_order", order))
+
+
+def share_class(module: nn.Module, order: tuple[str, ...]) -> None:
+    """Give a module that torch has just parametrized the class shared by all adapted modules of its base class.
+
+    Args:
+        module: the module.
+        order: what `original_order` was before; a removal restores it.
+    """
+    vars(module._modules["parametrizations"])["original_order"] = order
     if isinstance(type(module), _SharedClass):
         return
     shared = _shared_class(parametrize.type_before_parametrizations(module))
@@ -59,7 +72,10 @@ def _shared_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _tensor_property(name: str) -> property:
-    return property(lambda module: read(module, name), lambda module, value: _refuse_assignment(module, name))
+    def get(module: nn.Module) -> Tensor | None:
+        return read(module, name)
+
+    return property(get)
 
 
 def _make_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -70,9 +86,9 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         def __setattr__(self, name: str, value: object) -> None:
             if name in _live(self):
                 _refuse_assignment(self, name)
-            super().__setattr__(name, value)
+            super().__setattr__(name, cast("Any", value))
 
-        def __getstate__(self) -> object:
+        def __getstate__(self) -> dict[str, Any]:
             raise RuntimeError(
                 "A model with parametrized tensors cannot be pickled, and this one has glora adapters attached. Save "
                 "the adapters alone with glora.save(model, directory) or torch.save(glora.state_dict(model)), or bake "
@@ -91,9 +107,9 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             if restored:
                 _restore_order(cast("nn.ModuleDict", self._modules["parametrizations"]), self._buffers)
 
-        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             _adopt_plain_keys(self, state_dict, prefix)
-            super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *rest, **named)  # pyright: ignore
 
     if not hasattr(base, "__deepcopy__"):
 
@@ -106,13 +122,18 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
-    if base.forward is nn.Linear.forward:
+    if has_linear_forward(base):
         Parametrized.forward = _linear_forward  # pyright: ignore[reportAttributeAccessIssue]
 
     Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
     Parametrized.__doc__ = base.__doc__
     Parametrized.__module__ = base.__module__
     return Parametrized
+
+
+def has_linear_forward(base: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is nn.Linear's own forward."""
+    return vars(next(c for c in base.__mro__ if "forward" in vars(c)))["forward"] is vars(nn.Linear)["forward"]
 
 
 def _linear_forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -134,7 +155,7 @@ def read(module: nn.Module, name: str, *, dropout: bool = False) -> Tensor | Non
                 return tensors[name]
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
     try:
-        if parametrize._cache_enabled and not dropout:  # pyright: ignore[reportPrivateUsage]
+        if parametrize._cache_enabled and not dropout:  # pyright: ignore
             value = _read_cached(module, name)
         else:
             value = _compute(module, name, dropout)
@@ -148,7 +169,7 @@ def read(module: nn.Module, name: str, *, dropout: bool = False) -> Tensor | Non
 
 def _compute(module: nn.Module, name: str, dropout: bool) -> Tensor:
     stack = _live(module)[name]
-    original = cast("Tensor", stack.original)
+    original = stack.original
     first = next(iter(stack))
     if isinstance(first, Weight):
         value = first(original, dropout)
@@ -168,10 +189,10 @@ def _compute(module: nn.Module, name: str, dropout: bool) -> Tensor:
 # original's also in a deep copy, and until the block ends. We keep ours in the same dictionary, which torch empties, by
 # the module itself, with the `active` it was computed for: a copy has its own, and a switch of adapters is seen.
 def _read_cached(module: nn.Module, name: str) -> Tensor:
-    cache = cast("dict[object, Any]", parametrize._cache)  # pyright: ignore[reportPrivateUsage]
+    cache = cast("dict[object, Any]", parametrize._cache)
     active = _active(module)
     held = cache.get((module, name))
-    if held is None or any(old is not new for old, new in zip(held[0], active, strict=True)):
+    if held is None or list(map(id, held[0])) != list(map(id, active)):
         held = cache[(module, name)] = (active, _compute(module, name, False))
     return held[1]
 
@@ -181,12 +202,12 @@ def _active(module: nn.Module) -> list[object]:
 
 
 def _frozen_weight(module: nn.Module, bias: Bias) -> Tensor:
-    """W0 of an adapted layer, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
+    """W0, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
     if bias.frozen_weight is not None:
         return bias.frozen_weight
     lists = _live(module)
     if "weight" in lists and isinstance(next(iter(lists["weight"])), Weight):
-        return cast("Tensor", lists["weight"].original)
+        return lists["weight"].original
     return cast("Tensor", read(module, "weight"))
 
 
@@ -200,9 +221,9 @@ def _remember_frozen(module: nn.Module, value: Tensor) -> None:
     adapters = adapters_of(module)
     bias = adapters.get("bias")
     if "weight" in adapters and isinstance(bias, Bias) and bias.has_prompt():
-        original = cast("Tensor", parametrizations_of(module)["weight"].original)
+        original = parametrizations_of(module)["weight"].original
         if value is not original:
-            value.glora_frozen = original.detach()  # pyright: ignore[reportAttributeAccessIssue]
+            vars(value)["glora_frozen"] = original.detach()
             bias.last_read = weakref.ref(value)
 
 
@@ -214,12 +235,12 @@ def _after_removal(module: nn.Module, name: str) -> None:
     restored = cast("Tensor", module._parameters["weight"])
     value = bias.last_read() if bias.last_read is not None else None
     if value is not None and value.untyped_storage()._cdata == restored.untyped_storage()._cdata:
-        bias.frozen_weight = value.glora_frozen  # pyright: ignore[reportAttributeAccessIssue]
+        bias.frozen_weight = vars(value)["glora_frozen"]
 
 
 def _restore_order(lists: nn.ModuleDict, tensors: MutableMapping[str, Any]) -> None:
     # Torch puts a restored tensor last; the order of `parameters()` is what optimizers' state dicts go by.
-    order = cast("tuple[str, ...]", lists.original_order)
+    order = cast("tuple[str, ...]", vars(lists)["original_order"])
     for name in [*(n for n in order if n in tensors), *(n for n in list(tensors) if n not in order)]:
         tensors[name] = tensors.pop(name)
 
@@ -238,7 +259,9 @@ def _adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str
         state_dict[f"{own}{name}.original"] = state_dict.pop(f"{prefix}{name}")
     created = isinstance(bias, Bias) and bias.created
     demanded = {f"{own}{name}.original" for name in adapters if not (name == "bias" and created)}
-    for key, tensor in module._modules["parametrizations"].state_dict(prefix=own, keep_vars=True).items():
+    for key, tensor in (
+        cast("nn.ModuleDict", module._modules["parametrizations"]).state_dict(prefix=own, keep_vars=True).items()
+    ):
         if key not in demanded:
             state_dict.setdefault(key, tensor)
 
@@ -261,14 +284,14 @@ def _live(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
 
 # Note [Merged for a while]
 # Inside `glora.merged` a module is plain: its class, its keys and its tensors are those of a merged one, and what
-# parametrized it is held here. It is no attribute of the module, so that a deep copy made inside is a plain merged model
-# for good, and not one that waits for the end of a block that it is not in.
+# parametrized it is held here. It is no attribute of the module, so that a deep copy made inside is a plain merged
+# model for good, and not one that waits for the end of a block that it is not in.
 set_aside: weakref.WeakKeyDictionary[nn.Module, nn.ModuleDict] = weakref.WeakKeyDictionary()
 
 
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Tensor name to what parametrizes it, set aside or not (Note [Merged for a while])."""
-    if module in set_aside:
+    if set_aside and module in set_aside:
         return cast("dict[str, parametrize.ParametrizationList]", set_aside[module]._modules)
     return _live(module)
 
@@ -307,11 +330,11 @@ def _put_plain(module: nn.Module, name: str, value: Tensor, *, with_created: boo
 
 
 @contextmanager
-def base_for_a_while(module: nn.Module) -> Iterator[None]:
+def base_for_a_while(module: nn.Module) -> Generator[None]:
     """Within `bake_for_a_while`: the base model's tensors in place of the computed ones, inside the `with` block."""
     before = dict(module._parameters), dict(module._buffers)
     for name, stack in parametrizations_of(module).items():
-        _put_plain(module, name, cast("Tensor", stack.original).detach(), with_created=False)
+        _put_plain(module, name, stack.original.detach(), with_created=False)
     try:
         yield
     finally:
@@ -323,7 +346,7 @@ def unbake(module: nn.Module) -> None:
     """Undo `bake_for_a_while`: the adapters and the very originals again, where the module has been moved to."""
     lists = set_aside.pop(module)
     for name, stack in cast("dict[str, parametrize.ParametrizationList]", lists._modules).items():
-        original = cast("Tensor", stack.original)
+        original = stack.original
         tensors = module._parameters if name in module._parameters else module._buffers
         plain = cast("Tensor | None", tensors.pop(name))
         if plain is not None and (plain.device, plain.dtype) != (original.device, original.dtype):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glora import functional, paths
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
+from glora.functional import Product
 
 # Note [Named adapters live in one parametrization]
 # Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
@@ -24,8 +25,8 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 
 # Note [Strengths are tensors]
 # An adapter's weight w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
-# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`. Being
-# 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
+# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
+# Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
 
 
 class Adapters(nn.Module):
@@ -94,7 +95,7 @@ class Paths(nn.Module):
     def __init__(self, config: GLoRAConfig, names: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.product = config.product
+        self.product: Product = config.product
         self.dropout = config.rank_dropout
         self.built = {name: config.forms[name] for name in names}
         for name in names:
@@ -160,7 +161,7 @@ class Bias(Adapters):
         """The adapted bias, `(out,)`, b0's dtype; b0 itself where no adapter acts."""
         if W0 is None:
             raise RuntimeError(
-                "A bias adapted by glora needs its layer's frozen weight, and was computed without it. Read `layer.bias` "
+                "A bias adapted by glora needs its layer's frozen weight, and was computed without it. Read the `bias` "
                 "of the layer that glora.apply adapted; its parametrization cannot be moved to another layer."
             )
         updates: list[Tensor | None] = []

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glora.functional import Product
+from glora.functional import Product, working_dtype
 
 
 class LowRank(nn.Module):
@@ -34,8 +34,8 @@ class LowRank(nn.Module):
         self.scaling = scaling
 
     def forward(self, strength: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The pair `(left, right)`; with `dropout`, a fresh draw of which components take part (Note [Rank dropout])."""
-        left = self.left * strength
+        """The pair `(left, right)`; with `dropout`, a fresh draw of its components (Note [Rank dropout])."""
+        left = self.left.to(working_dtype(self.left)) * strength
         if self.scaling != 1.0:
             left = left * self.scaling
         if dropout:
@@ -69,7 +69,7 @@ class Vector(nn.Module):
 
     def forward(self, strength: Tensor, dropout: float = 0.0) -> Tensor:  # noqa: ARG002 - no rank, nothing to drop
         """The scaled value."""
-        return self.value * strength
+        return self.value.to(working_dtype(self.value)) * strength
 
     @torch.no_grad()
     def reset_parameters(self, spread: float | None) -> None:
@@ -139,7 +139,7 @@ def spread(path: str, form: str, weight: Tensor, product: Product) -> float:
     out_features, in_features = weight.shape
     if path in "ACD":
         return 0.1 / math.sqrt(in_features) if (path, form, product) == ("A", "lora", "matmul") else 0.1
-    norm = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).norm().item()
+    norm = weight.detach().to(working_dtype(weight)).square().sum().sqrt().item()
     # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
     norm = norm if norm > 0 else math.sqrt(out_features)
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))

@@ -106,10 +106,13 @@ class Plan:
         return sum(row.parameters for row in (*self.layers, *self.heads))
 
     def __str__(self) -> str:
+
+        def no_bias(layer: PlannedLayer) -> str:
+            return " (no bias)" if layer.path in self.without_bias else ""
+
         title = f"adapter {self.name!r}: {len(self.layers)} layers, {self.parameters:,} trainable parameters"
         rows = [
-            [layer.path, f"{layer.forms}{' (no bias)' if layer.path in self.without_bias else ''}"]
-            + [str(layer.rank or "-"), f"{layer.parameters:,}"]
+            [layer.path, f"{layer.forms}{no_bias(layer)}", str(layer.rank or "-"), f"{layer.parameters:,}"]
             for layer in self.layers
         ]
         rows += [[head.path, "trainable", "-", f"{head.parameters:,}"] for head in self.heads]
@@ -180,7 +183,7 @@ def plan(
     if not layers:
         why = "; ".join(f"{row.path!r}: {row.reason}" for row in skipped[:5])
         raise ValueError(
-            f"apply must find something to train; all {len(skipped)} layers that targets= reaches are left out ({why}). "
+            f"There must be something to train; all {len(skipped)} layers that targets= reaches are left out ({why}). "
             f"Widen targets=, choose other forms, or for layers without a bias pass create_bias=True in the config."
         )
     return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias))
@@ -209,15 +212,15 @@ def _plan_heads(found: list[Found], trainable: Trainable, ties: Ties) -> list[Pl
     paths_of = {id(f.module): f.path for f in found}
     heads: dict[int, PlannedHead] = {}
     for reached in select(found, trainable, "trainable", nn.Module):
-        inside = [
-            PlannedHead(paths_of[id(f.module)], f.module) for f in find(reached.module) if own_tensors(f.module)
-        ]
+        inside = [PlannedHead(paths_of[id(f.module)], f.module) for f in find(reached.module) if own_tensors(f.module)]
         if not any(head.parameters for head in inside):
             raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
         for head in inside:
             reason = unfit_head(head.module, ties)
             if reason is not None:
-                raise ValueError(f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}")
+                raise ValueError(
+                    f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}"
+                )
             heads.setdefault(id(head.module), head)
     return list(heads.values())
 
@@ -226,7 +229,7 @@ def check_name(model: nn.Module, name: str) -> None:
     """Raise ValueError unless `name` can name a new adapter of the model."""
     if not isinstance(name, str) or not name or "." in name or hasattr(Bias(), name):  # pyright: ignore
         raise ValueError(
-            f"An adapter's name must be a string, not empty, without dots, and no attribute of nn.Module; found {name!r}."
+            f"An adapter's name must be a string, not empty, without dots, no attribute of nn.Module; found {name!r}."
         )
     for found, adapters in adapted(model):
         if any(name == taken for store in adapters.values() for taken, _ in store.parts()):

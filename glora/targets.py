@@ -97,7 +97,9 @@ def select(found: list[Found], selection: Trainable | Targets, role: str, kind: 
     for entry in selection:
         if isinstance(entry, nn.Module) and role == "trainable":
             if not any(f.module is entry for f in found):
-                raise ValueError(f"trainable= must hold modules of the model; found a {type(entry).__name__} outside it.")
+                raise ValueError(
+                    f"trainable= must hold modules of the model; found a {type(entry).__name__} outside it."
+                )
             reached.add(id(entry))
         elif isinstance(entry, str) and entry:
             reached.update(id(f.module) for f in _match(of_kind, found, entry, role, _suffix(entry)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -57,12 +56,13 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and persistent buffers by name, those of the base model where adapters are on them."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensors[name] = tensor
+    tensors: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
     for name in adapters_of(module):
-        tensors[name] = cast("Tensor", parametrizations_of(module)[name].original)
+        tensors[name] = parametrizations_of(module)[name].original
     return tensors
 
 

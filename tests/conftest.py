@@ -15,6 +15,10 @@ settings.register_profile("long", settings.get_profile("pinned"), max_examples=1
 settings.load_profile("pinned")
 
 
+# The matrices are small, and threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
