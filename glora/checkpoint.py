@@ -99,6 +99,8 @@ def _mismatches(own: Mapping[str, Tensor], given: Mapping[str, object]) -> Itera
             yield f"{key}: a {type(value).__name__} where a tensor should be"
         elif value.shape != tensor.shape:
             yield f"{key}: shape {tuple(value.shape)} where {tuple(tensor.shape)} should be"
+        elif (value.is_meta and not tensor.is_meta) or value.layout != torch.strided:
+            yield f"{key}: a tensor without data ({value.layout}, {value.device}) where a dense one should be"
         elif value.is_floating_point() != tensor.is_floating_point() or value.is_complex() != tensor.is_complex():
             yield f"{key}: {value.dtype} where {tensor.dtype} should be"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -28,6 +29,8 @@ def unfit_layer(layer: nn.Linear, config: GLoRAConfig, ties: Ties) -> str | None
     tensors = own_tensors(layer)
     if "weight" not in tensors:
         return "it has no parameter `weight` (pruning and the older weight_norm replace it); undo that first."
+    if "bias" not in tensors and "bias" not in layer._parameters:
+        return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             return "its weight is lazy; run one batch through the model first."
@@ -74,36 +77,58 @@ def _is_foreign(module: nn.Module, foreign: type[object]) -> bool:
 
 
 # Note [Ties]
-# Two tensors are tied when they are one Parameter or share bytes. Adapting one would silently change the other (torch's
-# removal writes into it) or silently untie them. Bytes are compared as address ranges; on the meta device, which has no
-# addresses, as ranges within one storage. One module reached by two paths is no tie.
+# Two tensors are tied when they are one Parameter or share an element. Adapting one would silently change the other
+# (torch's removal writes into it) or silently untie them. Address ranges tell which pairs could share one (on the meta
+# device, which has no addresses, ranges within one storage); of those, views that interleave, as columns of one matrix
+# do, are told apart by marking the elements. One module reached by two paths is no tie.
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies: an address space, its first byte, and the byte behind its last."""
+
+    space: int
+    start: int
+    end: int
+    module: int
+    name: str
+    path: str
+    tensor: Tensor
+
+
 def find_ties(found: list[Found]) -> Ties:
-    """The tensors of the model that share bytes with another module's, each with the path of one of those."""
-    spans = sorted(
-        (*span, id(f.module), name, join(f.path, name))
+    """The tensors of the model that share elements with another module's, each with the path of one of those."""
+    spans = [
+        _span(tensor, id(f.module), name, join(f.path, name))
         for f in found
         for name, tensor in own_tensors(f.module).items()
-        if (span := _span(tensor)) is not None
-    )
+        if not is_lazy(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.numel()
+    ]
     ties: Ties = {}
-    widest = (-1, 0, 0, 0, "", "")
-    for span in spans:
-        space, start, *_ = span
-        if space != widest[0] or start >= widest[2]:
-            widest = span
-            continue
-        for (*_, module, name, _), (*_, other) in ((span, widest), (widest, span)):
-            ties.setdefault((module, name), other)
-        widest = max(span, widest, key=lambda s: s[2])
+    reaching: list[_Span] = []
+    for span in sorted(spans, key=lambda s: (s.space, s.start)):
+        reaching = [other for other in reaching if other.space == span.space and other.end > span.start]
+        for other in reaching:
+            if _share_an_element(span, other):
+                ties.setdefault((span.module, span.name), other.path)
+                ties.setdefault((other.module, other.name), span.path)
+        reaching.append(span)
     return ties
 
 
-def _span(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Address space, first byte and last byte + 1 of a tensor."""
-    if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.numel() == 0:
-        return None
+def _span(tensor: Tensor, module: int, name: str, path: str) -> _Span:
     storage = tensor.untyped_storage()
     size = tensor.element_size()
-    first = storage.data_ptr() + int(tensor.storage_offset()) * size
-    last = first + size * sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (0 if storage.data_ptr() else storage._cdata), first, last + size
+    start = storage.data_ptr() + int(tensor.storage_offset()) * size
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    space = 0 if storage.data_ptr() else storage._cdata
+    return _Span(space, start, start + (reach + 1) * size, module, name, path, tensor)
+
+
+def _share_an_element(one: _Span, other: _Span) -> bool:
+    first, second = one.tensor, other.tensor
+    size = first.element_size()
+    if first is second or second.element_size() != size or (one.start - other.start) % size:
+        return True
+    start = min(one.start, other.start)
+    taken = torch.zeros((max(one.end, other.end) - start) // size, dtype=torch.bool, device="cpu")
+    taken.as_strided(first.shape, first.stride(), (one.start - start) // size).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), (other.start - start) // size).any())

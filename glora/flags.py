@@ -28,7 +28,7 @@ def freeze(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
     for (module, name, parameter), flag in zip(parameters, before, strict=True):
         record: dict[str, tuple[bool, bool]] = module.__dict__.setdefault(_RECORD, {})
         record[name] = (record[name][0] if name in record else flag, False)
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # requires_grad_ refuses lazy parameters
 
 
 def restore(model: nn.Module) -> None:
@@ -38,4 +38,4 @@ def restore(model: nn.Module) -> None:
         for name, (before, ours) in record.items():
             parameter = own_tensors(found.module).get(name)
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad == ours:
-                parameter.requires_grad_(before)
+                parameter.requires_grad = before

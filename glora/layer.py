@@ -109,7 +109,14 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             _adopt_plain_keys(self, state_dict, prefix)
+            before = set(state_dict)
             super()._load_from_state_dict(state_dict, prefix, *rest, **named)  # pyright: ignore
+            unexpected: list[str] = named["unexpected_keys"] if "unexpected_keys" in named else rest[3]
+            # A module may bring an old checkpoint up to date on the way, under plain keys (BatchNorm does).
+            for name in _live(self):
+                if (key := f"{prefix}{name}") in state_dict and key not in before:
+                    state_dict.setdefault(f"{prefix}parametrizations.{name}.original", state_dict.pop(key))
+                    unexpected[:] = [other for other in unexpected if other != key]
 
     if not hasattr(base, "__deepcopy__"):
 
@@ -254,7 +261,8 @@ def _adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str
     if any(key.startswith(own) for key in state_dict) or not (plain or f"{prefix}weight" in state_dict):
         return
     if isinstance(bias, Bias) and bias.frozen_weight is not None and f"{prefix}weight" in state_dict:
-        state_dict[f"{own}bias.0.frozen_weight"] = state_dict[f"{prefix}weight"]
+        # A clone: with assign=True the layer's weight becomes the given tensor itself, and may be trained.
+        state_dict[f"{own}bias.0.frozen_weight"] = state_dict[f"{prefix}weight"].clone()
     for name in plain:
         state_dict[f"{own}{name}.original"] = state_dict.pop(f"{prefix}{name}")
     created = isinstance(bias, Bias) and bias.created

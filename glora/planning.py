@@ -213,7 +213,7 @@ def _plan_heads(found: list[Found], trainable: Trainable, ties: Ties) -> list[Pl
     heads: dict[int, PlannedHead] = {}
     for reached in select(found, trainable, "trainable", nn.Module):
         inside = [PlannedHead(paths_of[id(f.module)], f.module) for f in find(reached.module) if own_tensors(f.module)]
-        if not any(head.parameters for head in inside):
+        if not any(True for _ in reached.module.parameters()):
             raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
         for head in inside:
             reason = unfit_head(head.module, ties)

@@ -46,9 +46,7 @@ def weight(W0: Tensor, updates: Sequence[tuple[float, Path, Path, str]]) -> Tens
     return result
 
 
-def bias(
-    W0: Tensor, b0: Tensor | None, updates: Sequence[tuple[float, Path, Tensor | None, Tensor | None]]
-) -> Tensor:
+def bias(W0: Tensor, b0: Tensor | None, updates: Sequence[tuple[float, Path, Tensor | None, Tensor | None]]) -> Tensor:
     """`b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)` in float64, for updates (w, C, D, E)."""
     o, i = W0.shape
     base = torch.zeros(o, dtype=torch.float64) if b0 is None else b0.double()
