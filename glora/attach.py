@@ -176,6 +176,13 @@ def merge(model: nn.Module) -> nn.Module:
     refuse_while_merged(model)
     check_mergeable(model)
     dropped = [name for name, weight in adapters(model).items() if weight == 0]
+    if dropped:  # before anything changes: a warning may be an error
+        warnings.warn(
+            f"merge bakes in the active adapters alone; dropped: {', '.join(map(repr, dropped))}. Save them first, or "
+            f"use glora.merged(model), which gives everything back.",
+            UserWarning,
+            stacklevel=2,
+        )
     with torch.inference_mode(False), torch.no_grad():
         for found, stores in list(adapted(model)):
             # The bias first, while the weight's original is still W0.
@@ -183,13 +190,6 @@ def merge(model: nn.Module) -> nn.Module:
                 unused = isinstance(stores[name], Bias) and not stores[name].active
                 _take_off(found.module, name, leave_parametrized=not unused)
     flags.restore(model)
-    if dropped:
-        warnings.warn(
-            f"merge bakes in the active adapters alone; dropped: {', '.join(map(repr, dropped))}. Save them first, or "
-            f"use glora.merged(model), which gives everything back.",
-            UserWarning,
-            stacklevel=2,
-        )
     return model
 
 

@@ -71,6 +71,11 @@ def load_state_dict(
     refuse_while_merged(model)
     name = only(model, name)
     own = tensors(model, name)
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"An adapter must have memory to be written into; {name!r} is on the meta device. "
+            f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
+        )
     problems = list(_mismatches(own, state_dict))
     if strict:
         missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]

@@ -126,7 +126,9 @@ def _span(tensor: Tensor, module: int, name: str, path: str) -> _Span:
 def _share_an_element(one: _Span, other: _Span) -> bool:
     first, second = one.tensor, other.tensor
     size = first.element_size()
-    if first is second or second.element_size() != size or (one.start - other.start) % size:
+    if all(s.end - s.start == s.tensor.numel() * size for s in (one, other)):
+        return True  # no gaps to interleave in
+    if second.element_size() != size or (one.start - other.start) % size:
         return True
     start = min(one.start, other.start)
     taken = torch.zeros((max(one.end, other.end) - start) // size, dtype=torch.bool, device="cpu")

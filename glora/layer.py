@@ -115,7 +115,9 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             # A module may bring an old checkpoint up to date on the way, under plain keys (BatchNorm does).
             for name in _live(self):
                 if (key := f"{prefix}{name}") in state_dict and key not in before:
-                    state_dict.setdefault(f"{prefix}parametrizations.{name}.original", state_dict.pop(key))
+                    # What it brings is what it reads, the active adapter's; the base keeps its own.
+                    del state_dict[key]
+                    state_dict.setdefault(f"{prefix}parametrizations.{name}.original", _live(self)[name].original)
                     unexpected[:] = [other for other in unexpected if other != key]
 
     if not hasattr(base, "__deepcopy__"):

@@ -44,9 +44,8 @@ class Adapters(nn.Module):
         return iter(cast("dict[str, nn.Module]", self._modules).items())
 
     def attach(self, name: str, part: nn.Module) -> None:
-        """Add an adapter's part, inactive until `activate`."""
+        """Add an adapter's part; it acts once `activate` has been told so, which must follow."""
         self.add_module(name, part)
-        self._sleep(name)
 
     def activate(self, strengths: Mapping[str, float]) -> None:
         """Let exactly these adapters act, with these weights; those without a part here are passed over."""

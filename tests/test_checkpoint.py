@@ -528,6 +528,20 @@ def test_a_prompt_keeps_a_frozen_weight_of_its_own_after_a_plain_load(assign: bo
     assert torch.equal(layer.bias, before)
 
 
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_plain_checkpoint_older_than_a_counter_leaves_the_bases_counter(assign: bool) -> None:
+    # BatchNorm fills in `num_batches_tracked`, which files without versions may lack, with what the module reads as:
+    # for a head, the adapter's count.
+    model = build()
+    given = other_values(model.state_dict())
+    del given["norm.num_batches_tracked"]
+    attach(model, targets=["first"], trainable=["norm"])
+    model.train()(TOKENS)
+    assert model.load_state_dict(given, strict=True, assign=assign) == ([], [])
+    assert glora.base_state_dict(model)["norm.num_batches_tracked"].item() == 0
+    assert glora.state_dict(model)["norm.num_batches_tracked"].item() == 1
+
+
 @attached
 def test_a_wrapped_model_loads_a_plain_checkpoint_too(how: Callable[[nn.Module], None]) -> None:
     model = AveragedModel(build())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-import time
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -215,25 +217,30 @@ def test_a_transformer_encoder_adapts_whole() -> None:
     torch.testing.assert_close(encoder(x), y)
 
 
-def test_a_thousand_layers_attach_in_under_two_seconds_and_without_computing_a_weight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    computed = 0
+def test_attaching_computes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[object] = []
+    monkeypatch.setattr("glora.functional.weight_update", lambda *_, **__: computed.append(_))
+    monkeypatch.setattr("glora.functional.bias_update", lambda *_, **__: computed.append(_))
+    adapted_block()
+    assert not computed
 
-    def count(*_: object, **__: object) -> None:
-        nonlocal computed
-        computed += 1
 
-    monkeypatch.setattr("glora.functional.weight_update", count)
-    seconds: list[float] = []
-    for _ in range(3):
-        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(1000)))
-        start = time.process_time()
-        glora.apply(model)
-        seconds.append(time.process_time() - start)
-    # The best of three, in processor time: what else the machine does is not what the bound is about.
-    assert min(seconds) < 2.0
-    assert computed == 0
+def test_a_thousand_layers_attach_in_under_two_seconds() -> None:
+    # In a process of its own, without the coverage tool's tracing; the best of three, in processor time: what else the
+    # machine does is not what the bound is about.
+    script = """
+import time, torch, glora
+torch.set_num_threads(1)
+def seconds():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(1000)))
+    start = time.process_time()
+    glora.apply(model)
+    return time.process_time() - start
+print(min(seconds() for _ in range(3)))
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean)
+    assert float(result.stdout) < 2.0
 
 
 def test_meta_models_attach_fill_and_reset() -> None:
