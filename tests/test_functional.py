@@ -107,6 +107,14 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert b > W0[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None:
+    # A little more than half a unit: as it is, it rounds up; rounded first, it is exactly half, and rounds to even.
+    W0 = torch.ones(1, 1, dtype=dtype)
+    more_than_half = torch.full((1,), 0.5 * torch.finfo(dtype).eps * (1 + 2**-12))
+    assert functional.weight(W0, B=more_than_half) > W0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     W0, b0 = torch.randn(8, 6).to(dtype), torch.randn(8).to(dtype)
