@@ -5,7 +5,7 @@ $$W' = W_0 + W_0 \ast A + B, \qquad b' = b_0 + b_0 \odot D + E + W_0 C$$
 Source: "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", arXiv 2306.07967.
 """
 
-from glora import functional
+from glora import functional, ways
 from glora.adapters import activate, adapters, disabled, merged, named_parameters, parameters, reset_parameters
 from glora.attach import apply, merge, remove
 from glora.checkpoint import base_state_dict, load_state_dict, state_dict
@@ -35,4 +35,5 @@ __all__ = [
     "reset_parameters",
     "state_dict",
     "summary",
+    "ways",
 ]

@@ -33,6 +33,10 @@ from torch import Tensor
 Path: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 Product: TypeAlias = Literal["hadamard", "matmul"]
 
+# torch.compile guards on the table of the types that einops has met: it is filled before anything is compiled.
+for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
+    rearrange(_kind, "i 1 -> i")
+
 PRODUCTS: tuple[Product, ...] = ("hadamard", "matmul")
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
+from glora import ways
 from glora.parametrization import Adapters, Bias, Head, Weight
 
 # Note [One class per base class]
@@ -146,8 +148,30 @@ def has_linear_forward(base: type[nn.Module]) -> bool:
 
 
 def _linear_forward(self: nn.Module, input: Tensor) -> Tensor:
-    weight = cast("Tensor", read(self, "weight", dropout=self.training))
-    return F.linear(input, weight, read(self, "bias", dropout=self.training))
+    bias = read(self, "bias", dropout=self.training)
+    stack = _live(self).get("weight")
+    store = None if stack is None else next(iter(stack))
+    if stack is None or not isinstance(store, Weight) or not _short_way_is_open(stack):
+        return F.linear(input, cast("Tensor", read(self, "weight", dropout=self.training)), bias)
+    updates = store.updates(self.training)
+    way = ways.choose(updates, input.numel() // max(1, input.shape[-1]), torch.is_grad_enabled())
+    if way == "whole" or (way == "blocks" and _in_transform()):
+        return F.linear(input, _compute(self, "weight", self.training), bias)
+    return ways.linear(way, input, stack.original, bias, updates)
+
+
+def _short_way_is_open(stack: parametrize.ParametrizationList) -> bool:
+    """Whether ours is alone on a plain weight that asks for no gradient, and nobody wants W' kept (Note [Ways])."""
+    W0 = stack.original
+    plain = type(W0) is nn.Parameter or type(W0) is Tensor
+    return len(stack) == 1 and plain and not W0.requires_grad and not parametrize._cache_enabled  # pyright: ignore
+
+
+def _in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which blocks have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore
 
 
 def read(module: nn.Module, name: str, *, dropout: bool = False) -> Tensor | None:

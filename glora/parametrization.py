@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glora import functional, paths
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.functional import Product
+from glora.ways import Scaled, Update
 
 # Note [Named adapters live in one parametrization]
 # Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
@@ -114,6 +115,11 @@ class Paths(nn.Module):
         path = self._modules.get(name)
         return None if path is None else path(strength, self.dropout if dropout else 0.0)
 
+    def raw(self, name: str, strength: Tensor, dropout: bool) -> Scaled | None:
+        """A path's own tensors and their scale; None where the path is none."""
+        path = cast("paths.LowRank | paths.Vector | None", self._modules.get(name))
+        return None if path is None else path.raw(strength, self.dropout if dropout else 0.0)
+
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again, as `config.init` says, for a layer with this frozen weight."""
         for name, path in cast("dict[str, paths.LowRank | paths.Vector]", self._modules).items():
@@ -134,6 +140,11 @@ class Weight(Adapters):
             A, B = (part.tensors(path, strength, dropout) for path in WEIGHT_PATHS)
             updates.append(functional.weight_update(W0, A, B, product=part.product))
         return functional.add(W0, updates)
+
+    def updates(self, dropout: bool) -> list[Update]:
+        """What the active adapters do to the weight, for the short ways of `glora.ways`."""
+        parts = [(cast("Paths", self._modules[name]), strength) for name, strength in self.active.items()]
+        return [Update(p.raw("A", s, dropout), p.raw("B", s, dropout), p.product) for p, s in parts]
 
 
 class Bias(Adapters):

@@ -34,14 +34,18 @@ class LowRank(nn.Module):
         self.scaling = scaling
 
     def forward(self, strength: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The pair `(left, right)`; with `dropout`, a fresh draw of its components (Note [Rank dropout])."""
-        left = self.left.to(working_dtype(self.left)) * strength
-        if self.scaling != 1.0:
-            left = left * self.scaling
+        """The pair `(left, right)`, scaled."""
+        (left, right), scale = self.raw(strength, dropout)
+        return left.to(working_dtype(left)) * scale, right
+
+    def raw(self, strength: Tensor, dropout: float = 0.0) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The factors themselves, and the scale of left's columns: one number, or with `dropout` a fresh draw of r."""
+        scale = strength if self.scaling == 1.0 else strength * self.scaling
         if dropout:
-            kept = torch.empty(left.shape[1], dtype=left.dtype, device=left.device).bernoulli_(1 - dropout)
-            left = left * (kept / (1 - dropout))
-        return left, self.right
+            left = self.left
+            kept = torch.empty(left.shape[1], dtype=working_dtype(left), device=left.device).bernoulli_(1 - dropout)
+            scale = kept * (scale / (1 - dropout))  # Note [Rank dropout]
+        return (self.left, self.right), scale
 
     # Note [Rank dropout]
     # Each of the r components is kept with probability 1 - p and then scaled by 1 / (1 - p), so that the expectation of
@@ -68,8 +72,12 @@ class Vector(nn.Module):
         self.value = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def forward(self, strength: Tensor, dropout: float = 0.0) -> Tensor:  # noqa: ARG002 - no rank, nothing to drop
-        """The scaled value."""
+        """The value, scaled."""
         return self.value.to(working_dtype(self.value)) * strength
+
+    def raw(self, strength: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - nothing to drop
+        """The value itself, and its scale."""
+        return self.value, strength
 
     @torch.no_grad()
     def reset_parameters(self, spread: float | None) -> None:

@@ -64,7 +64,7 @@ def test_what_is_done_to_a_copy_leaves_the_original_alone_and_the_other_way(
                 kept(x)
                 changed(x)
                 CHANGES[change](changed)
-                assert torch.equal(kept(x), before[0])
+                torch.testing.assert_close(kept(x), before[0])  # cached goes by the whole W', which rounds differently
         else:
             CHANGES[change](changed)
         assert same(snapshot(kept, x), before)
@@ -88,12 +88,12 @@ def test_cached_sees_a_switch_of_adapters_and_computes_once_between() -> None:
     with parametrize.cached():
         for name in ("a", "b", "a"):
             glora.activate(layer, name)
-            assert torch.equal(layer(x), alone[name])
+            torch.testing.assert_close(layer(x), alone[name])
             assert layer.weight is layer.weight
         with glora.disabled(layer):
-            assert not torch.equal(layer(x), alone["a"])
+            assert not torch.allclose(layer(x), alone["a"])
         glora.load_state_dict(layer, {k: 2 * v for k, v in glora.state_dict(layer, "a").items()}, "a")
-        assert not torch.equal(layer(x), alone["a"])
+        assert not torch.allclose(layer(x), alone["a"])
     assert layer.weight is not layer.weight
 
 
