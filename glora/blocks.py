@@ -47,7 +47,7 @@ def blocked_linear(
     layout = tuple(tuple(len(_flat(path)) for path, _ in paths) for paths in (A, B))
     # A clone of each scale: an adapter's A and B share it, and dynamo takes no tensor twice.
     tensors = [t for paths in (A, B) for path, scale in paths for t in (*_flat(path), scale.clone())]
-    apply: Any = _Blocked.apply  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+    apply: Any = _Blocked.apply  # pyright: ignore - torch leaves it untyped
     flat = cast("Tensor", apply(x.reshape(-1, W0.shape[1]), W0, bias, dtype, layout, *tensors))
     return flat.reshape(*x.shape[:-1], W0.shape[0])
 

@@ -44,7 +44,8 @@ class GLoRAConfig:
         product: how A meets the weight: `"hadamard"` (elementwise: the authors' code, PEFT) or `"matmul"` (`W0 @ A`:
             the paper's figure, LyCORIS).
         init: `"identity"` starts as the base model (left = 0, right Kaiming-uniform with a = sqrt(5), the rest 0);
-            `"random"` draws every factor so that each path changes the weight (or bias) by about a tenth of W0's norm.
+            `"random"` draws every factor so that each path changes the weight (or bias) by about a tenth of W0's norm
+            (D: of b0's).
         rank_dropout: probability in [0, 1) with which each of the r components of a lora path is dropped in a training
             step; the kept ones are scaled by 1 / (1 - rank_dropout). It acts in the layer's forward alone.
         create_bias: give a layer without a bias one (zeros, frozen) for C and E to act on.

@@ -46,7 +46,10 @@ def unfit_layer(layer: nn.Linear, config: GLoRAConfig, ties: Ties) -> str | None
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    if config.rank_dropout and not has_linear_forward(parametrize.type_before_parametrizations(layer)):
+    own_forward = not has_linear_forward(parametrize.type_before_parametrizations(layer)) or "forward" in vars(layer)
+    # MultiheadAttention's output projection: its weight is read, and its forward never called.
+    never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if config.rank_dropout and (own_forward or never_called):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
 

@@ -151,8 +151,10 @@ def weight_update(W0: Tensor, A: Path = None, B: Path = None, *, product: Produc
     The shapes are taken as right (`weight` checks them). The result broadcasts to `(out, in)`; None where neither
     path is. `add` puts the updates of several adapters on one W0.
     """
-    wide = W0.to(working_dtype(W0))
-    scaled = None if A is None else _hadamard(wide, A) if product == "hadamard" else _matmul(wide, A)
+    scaled = None
+    if A is not None:
+        wide = W0.to(working_dtype(W0))
+        scaled = _hadamard(wide, A) if product == "hadamard" else _matmul(wide, A)
     return _sum(scaled, None if B is None else _whole(B))
 
 

@@ -63,7 +63,21 @@ def share_class(module: nn.Module, order: tuple[str, ...]) -> None:
     shared = _shared_class(parametrize.type_before_parametrizations(module))
     for name in _live(module):
         setattr(shared, name, _tensor_property(name))
+    torchs = type(module)
     module.__class__ = shared
+    for name, value in list(vars(torchs).items()):
+        if isinstance(value, property):  # its closure holds the module, in a cycle that only the collector would end
+            delattr(torchs, name)
+
+
+def prepare_class(module: nn.Module) -> type[nn.Module]:
+    """The shared class that the module would get; whatever its base class has against being extended is raised here."""
+    return _shared_class(parametrize.type_before_parametrizations(module))
+
+
+def has_shared_class(module: nn.Module) -> bool:
+    """Whether the module's class is a shared one itself, and not one that somebody (FSDP) has put on top."""
+    return "_glora_shared" in vars(type(module))
 
 
 def _shared_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -74,17 +88,29 @@ def _shared_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _tensor_property(name: str) -> property:
-    def get(module: nn.Module) -> Tensor | None:
+    def get(module: nn.Module) -> Any:
         return read(module, name)
 
-    return property(get)
+    # On a module of the class that keeps something plain under this name: as if there were no property.
+    def set_plain(module: nn.Module, value: object) -> None:
+        vars(module)[name] = value
+
+    def delete_plain(module: nn.Module) -> None:
+        del vars(module)[name]
+
+    return property(get, set_plain, delete_plain)
 
 
 def _make_class(base: type[nn.Module]) -> type[nn.Module]:
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # a type checker takes no class that is known only at run time
         base = nn.Module
 
-    class Parametrized(base, metaclass=_SharedClass):
+    # A base class may have a metaclass of its own (abc).
+    meta = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
+
+    class Parametrized(base, metaclass=meta):
+        _glora_shared = True
+
         def __setattr__(self, name: str, value: object) -> None:
             if name in _live(self):
                 _refuse_assignment(self, name)
@@ -186,6 +212,9 @@ def read(module: nn.Module, name: str, *, dropout: bool = False) -> Tensor | Non
         for tensors in (module._parameters, module._buffers):
             if name in tensors:
                 return tensors[name]
+        for plain in (vars(module), *(vars(base) for base in type(module).__mro__[1:])):
+            if name in plain and not isinstance(plain[name], property):
+                return plain[name]
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
     try:
         if parametrize._cache_enabled and not dropout:  # pyright: ignore
@@ -245,7 +274,7 @@ def _frozen_weight(module: nn.Module, bias: Bias) -> Tensor:
 
 
 # Note [Removal order]
-# `removeparametrizations_of(layer, "weight")` reads `layer.weight` under no_grad and at once does `original.set_(W')`:
+# `remove_parametrizations(layer, "weight")` reads `layer.weight` under no_grad and at once does `original.set_(W')`:
 # what was W0 is gone. If the layer's bias has a C, that read leaves a second tensor on W0's storage (no bytes are
 # copied) on the W' that it returns, so that it dies with it; `_after_removal`, which torch reaches through
 # `register_parameter`, takes it from there. With `leave_parametrized=False` what was read, if anything, is not what now
@@ -253,7 +282,7 @@ def _frozen_weight(module: nn.Module, bias: Bias) -> Tensor:
 def _remember_frozen(module: nn.Module, value: Tensor) -> None:
     adapters = adapters_of(module)
     bias = adapters.get("bias")
-    if "weight" in adapters and isinstance(bias, Bias) and bias.has_prompt():
+    if "weight" in adapters and isinstance(bias, Bias) and bias.has_prompt() and bias.frozen_weight is None:
         original = parametrizations_of(module)["weight"].original
         if value is not original:
             vars(value)["glora_frozen"] = original.detach()
@@ -263,7 +292,7 @@ def _remember_frozen(module: nn.Module, value: Tensor) -> None:
 def _after_removal(module: nn.Module, name: str) -> None:
     _restore_order(cast("nn.ModuleDict", module._modules["parametrizations"]), module._parameters)
     bias = adapters_of(module).get("bias")
-    if name != "weight" or not isinstance(bias, Bias) or not bias.has_prompt():
+    if name != "weight" or not isinstance(bias, Bias) or not bias.has_prompt() or bias.frozen_weight is not None:
         return
     restored = cast("Tensor", module._parameters["weight"])
     value = bias.last_read() if bias.last_read is not None else None
@@ -345,6 +374,7 @@ def bake_for_a_while(module: nn.Module) -> None:
     values = {name: cast("Tensor", read(module, name)).detach() for name in _live(module)}
     adapters = adapters_of(module)
     lists = set_aside[module] = cast("nn.ModuleDict", module._modules.pop("parametrizations"))
+    vars(lists)["shared_class"] = type(module)  # the registry holds it weakly
     module.__class__ = type(module).__bases__[0]
     for name, value in values.items():
         _put_plain(module, name, value, with_created=bool(adapters[name].active))
@@ -372,19 +402,24 @@ def base_for_a_while(module: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        module._parameters.update(before[0])
-        module._buffers.update(before[1])
+        for tensors, old in ((module._parameters, before[0]), (module._buffers, before[1])):
+            for name, tensor in old.items():
+                now = tensors.get(name)
+                if tensor is not None and now is not None and tensor is not now:  # where the model was moved meanwhile
+                    tensor.data = tensor.data.to(now.device, now.dtype)
+                cast("dict[str, Tensor | None]", tensors)[name] = tensor
 
 
 def unbake(module: nn.Module) -> None:
     """Undo `bake_for_a_while`: the adapters and the very originals again, where the module has been moved to."""
-    lists = set_aside.pop(module)
+    lists = set_aside[module]
     for name, stack in cast("dict[str, parametrize.ParametrizationList]", lists._modules).items():
         original = stack.original
         tensors = module._parameters if name in module._parameters else module._buffers
-        plain = cast("Tensor | None", tensors.pop(name))
+        plain = cast("Tensor | None", tensors.pop(name, None))
         if plain is not None and (plain.device, plain.dtype) != (original.device, original.dtype):
             stack.to(plain.device, plain.dtype)
     module._modules["parametrizations"] = lists
     lists.train(module.training)
-    module.__class__ = _shared_class(type(module))
+    module.__class__ = vars(lists).pop("shared_class")
+    del set_aside[module]

@@ -115,10 +115,16 @@ def _match(of_kind: list[Found], found: list[Found], text: str, role: str, test:
     rule = f"{role}= must match at least one module; {text!r} matches"
     others = [f for f in found if any(test(path) for path in f.aliases)]
     if others:
-        below = re.escape(others[0].path) + r"\..*"
+        inside = [f for f in others if any(isinstance(module, nn.Linear) for module in f.module.modules())]
+        below = re.escape(inside[0].path) + r"\..*" if inside else ""
         raise ValueError(
             f"{rule} no nn.Linear, only {listed(dict.fromkeys(type(f.module).__name__ for f in others))} "
-            f"({listed(f.path for f in others)}). Name the linear layers below it, with a regex such as {below!r}."
+            f"({listed(f.path for f in others)}). "
+            + (
+                f"Name the linear layers below it, with a regex such as {below!r}."
+                if inside
+                else "Only nn.Linear and its subclasses can be adapted; train others as a whole with trainable=."
+            )
         )
     is_list = test.__name__ == "suffix"
     hint = "" if is_list else f"A string is a regex for the whole path; for path suffixes pass a list, [{text!r}]. "

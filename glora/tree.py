@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from glora.layer import adapters_of, parametrizations_of
@@ -50,7 +49,7 @@ def join(path: str, name: str) -> str:
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in module._modules.items():
-        if child is not None and not (name == "parametrizations" and parametrize.is_parametrized(module)):
+        if child is not None and not (name == "parametrizations" and adapters_of(module)):
             yield from _walk(child, path if wraps(module, name) else join(path, name))
 
 

@@ -29,7 +29,7 @@ MUTATIONS = [
     ("functional.py", 'return _contract(_contract(W0, left, "o i, i r -> o r"), right', "return _contract(left, right"),
     ("functional.py", "_sum(scaled, None if B is None else _whole(B))", "scaled"),
     ("functional.py", "_sum(scaled, None if B is None else _whole(B))", "_sum(None if B is None else _whole(B), None)"),
-    ("functional.py", "None if A is None else _hadamard", "None if A is not None else _hadamard"),
+    ("functional.py", "    if A is not None:\n        wide", "    if A is None:\n        wide"),
     ("functional.py", '_hadamard(wide, A) if product == "hadamard"', '_hadamard(wide, A) if product == "matmul"'),
     ("functional.py", "scaled = None if D is None else b0.to(", "scaled = None if D is None else -b0.to("),
     ("functional.py", "b0.to(working_dtype(b0)) * _whole(D)", "b0.to(working_dtype(b0)) + _whole(D)"),

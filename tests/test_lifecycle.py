@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import gc
 import io
 import os
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -449,3 +452,120 @@ def test_an_adapter_attached_while_disabled_does_not_act_afterwards() -> None:
         glora.apply(layer, config=RANDOM, name="b")
     assert glora.adapters(layer) == {"a": 1.0, "b": 0.0}
     assert not any(p.requires_grad for p in glora.parameters(layer, "b"))
+
+
+def test_a_garbage_collection_inside_merged_does_no_harm() -> None:
+    class Lonely(nn.Linear):
+        pass
+
+    layer = glora.apply(Lonely(4, 3), config=RANDOM)
+    weight = layer.weight
+    with glora.merged(layer):
+        gc.collect()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = adapted_block()
+        model(torch.randn(2, 6)).sum().backward()
+        layer = weakref.ref(model[0])
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_base_class_with_a_metaclass() -> None:
+    class Abstract(nn.Linear, abc.ABC):
+        pass
+
+    model = glora.apply(nn.Sequential(nn.Linear(4, 4), Abstract(4, 4)), config=RANDOM)
+    y = model(torch.ones(1, 4))
+    glora.merge(model)
+    assert type(model[1]) is Abstract
+    torch.testing.assert_close(model(torch.ones(1, 4)), y)
+
+
+def test_a_class_that_cannot_be_extended_is_found_out_before_anything_changes() -> None:
+    class Final(nn.Linear):
+        def __init_subclass__(cls, **_: object) -> None:
+            raise TypeError("final")
+
+    model = nn.Sequential(nn.Linear(4, 4), Final(4, 4))
+    with pytest.raises(TypeError, match="final"):
+        glora.apply(model)
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_freezing_reaches_what_others_parametrize() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    glora.apply(model, config=RANDOM)
+    assert not any(p.requires_grad for p in model[0].parameters())
+    glora.remove(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_on_a_half_removed_layer_keeps_the_first_frozen_weight() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=RANDOM, name="a")
+    parametrize.remove_parametrizations(layer, "weight")
+    glora.apply(layer, config=RANDOM, name="b")
+    glora.activate(layer, {"a": 1.0, "b": 1.0})
+    bias = layer.bias.detach().clone()
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(layer.bias, bias)
+
+
+def test_a_name_that_is_parametrized_in_one_module_may_be_anything_in_another() -> None:
+    class Norm(nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.bias = nn.Parameter(torch.zeros(4)) if bias else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight if self.bias is None else x * self.weight + self.bias
+
+    model = nn.Sequential(nn.Linear(4, 4), Norm(True), Norm(False))
+    glora.apply(model, ["0"], RANDOM, trainable=["1", "2"])
+    assert model(torch.randn(2, 4)).shape == (2, 4)
+    model[2].bias = 3
+    assert model[2].bias == 3
+    del model[2].bias
+    assert not hasattr(model[2], "bias")
+    glora.merge(model)
+
+
+def test_a_conversion_inside_disabled_inside_merged_reaches_everything() -> None:
+    model = adapted_block()
+    with glora.merged(model), glora.disabled(model):
+        model.double()
+    assert model(torch.randn(2, 6).double()).dtype == torch.float64
+
+
+def test_merged_inside_inference_mode_leaves_nothing_of_it() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=RANDOM)
+    with glora.merged(layer):
+        pass
+    context = glora.merged(layer)
+    with torch.inference_mode():
+        context.__enter__()
+    layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    context.__exit__(None, None, None)
+
+
+def test_rank_dropout_is_refused_where_the_forward_is_not_called() -> None:
+    config = glora.GLoRAConfig(rank_dropout=0.5)
+    with pytest.raises(ValueError, match="rank dropout acts in nn.Linear's"):
+        glora.apply(nn.MultiheadAttention(8, 2), ["out_proj"], config)
+
+
+def test_activate_takes_a_name_or_a_mapping() -> None:
+    layer = glora.apply(nn.Linear(4, 3))
+    for weights in (5, None, ["default"], {"default": 10**400}):
+        with pytest.raises(ValueError, match="weight"):
+            glora.activate(layer, weights)
