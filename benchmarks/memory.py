@@ -1,0 +1,109 @@
+"""Peak memory of one training step, measured in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Note [A fresh process each]
+# The high-water mark of a process never falls, the allocator keeps what was freed, and each library's import leaves its
+# own: two measurements in one process would not be of the same thing. So each runs in a new one, which first imports
+# and runs everything once at a tiny size (the floor), then builds (built), then makes the step (peak).
+#
+# On Linux `ru_maxrss` is no use for this: a child starts with its parent's mark, even after `exec`. `VmHWM` starts
+# anew, and writing 5 to `clear_refs` brings it down to what is in use now, so that no peak of an import or of building
+# hides the step's. Elsewhere `ru_maxrss` has to do, and can only be too high.
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes in use.
+
+    Attributes:
+        whole: at most during the step, beyond an equal process with a tiny layer: weights, adapters, activations.
+        step: at most during the step, beyond what was in use before it.
+    """
+
+    whole: int
+    step: int
+
+
+def peak_of_step(prepare: str, job: dict[str, Any], tiny: dict[str, Any], *, device: str, threads: int) -> Peak:
+    """Peak memory of a training step, in a fresh process (Note [A fresh process each]).
+
+    Args:
+        prepare: `"module:function"`; the function builds a step from the job's values and returns it as a callable.
+        job: keyword arguments for it, as JSON.
+        tiny: such arguments for a step of next to no size.
+        device: "cpu" (resident memory), or a CUDA device (torch's allocator).
+        threads: torch's threads.
+
+    Raises:
+        RuntimeError: the process failed, with its last lines of output.
+    """
+    orders = {"prepare": prepare, "job": job, "tiny": tiny, "device": device, "threads": threads}
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(orders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise RuntimeError(f"The memory of {job} could not be measured: {done.stderr.strip()[-600:]}")
+    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _measure(prepare: str, job: dict[str, Any], tiny: dict[str, Any], device: str, threads: int) -> Peak:
+    torch.set_num_threads(threads)
+    module, _, function = prepare.partition(":")
+    make: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), function)
+    on_cuda = torch.device(device).type == "cuda"
+    mark, reset = (_cuda_mark, torch.cuda.reset_peak_memory_stats) if on_cuda else (_resident_mark, _reset_resident)
+    small = make(**tiny)
+    small()
+    small()
+    del small
+    reset()
+    floor = mark()
+    step = make(**job)
+    reset()
+    built = mark()
+    step()
+    step()  # with the optimizer's state of the first, and memory laid out by it
+    peak = mark()
+    return Peak(whole=peak - floor, step=peak - built)
+
+
+def _cuda_mark() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def _resident_mark() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mark if sys.platform == "darwin" else mark * 1024
+
+
+def _reset_resident() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the mark stays where it was
+        return
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="For benchmarks.memory.peak_of_step alone.")
+    parser.add_argument("orders")
+    found = _measure(**json.loads(parser.parse_args().orders))
+    print(json.dumps({"whole": found.whole, "step": found.step}))
