@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,6 +24,11 @@ import torch
 # On Linux `ru_maxrss` is no use for this: a child starts with its parent's mark, even after `exec`. `VmHWM` starts
 # anew, and writing 5 to `clear_refs` brings it down to what is in use now, so that no peak of an import or of building
 # hides the step's. Elsewhere `ru_maxrss` has to do, and can only be too high.
+#
+# glibc hands freed blocks of up to 32 MiB back to the system late or never, by a threshold that moves with what was
+# freed before. The mark then tells of the allocator's habits more than of the step: up to three times of what torch had
+# allocated. A fixed threshold holds it to what is in use.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ def peak_of_step(prepare: str, job: dict[str, Any], tiny: dict[str, Any], *, dev
     """
     orders = {"prepare": prepare, "job": job, "tiny": tiny, "device": device, "threads": threads}
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(orders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    root, environment = Path(__file__).parents[1], _ENVIRONMENT | dict(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     if done.returncode:
         raise RuntimeError(f"The memory of {job} could not be measured: {done.stderr.strip()[-600:]}")
     return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))

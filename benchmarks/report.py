@@ -167,22 +167,39 @@ def _at_the_points(panel: Panel) -> Any:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that was measured, and what it must not exceed."""
+    """A ratio that was measured, and what it must not exceed, or equal.
+
+    Attributes:
+        what: what was measured.
+        ratio: the median.
+        bound: what it must not exceed.
+        quartiles: of the ratio; None where it was measured once.
+        equal: it must be the bound itself: the bound lies between the quartiles.
+    """
 
     what: str
     ratio: float
-    at_most: float
-    spread: str = ""
+    bound: float
+    quartiles: tuple[float, float] | None = None
+    equal: bool = False
 
     @property
     def met(self) -> bool:
-        return self.ratio <= self.at_most
+        if self.equal and self.quartiles is not None:
+            return self.quartiles[0] <= self.bound <= self.quartiles[1]
+        return self.ratio <= self.bound
 
 
 def print_goals(title: str, goals: Sequence[Goal]) -> None:
     """Print each goal with its ratio."""
     rows = [
-        [goal.what, f"{goal.ratio:.3f}", goal.spread, f"<= {goal.at_most:.2f}", "met" if goal.met else "MISSED"]
+        [
+            goal.what,
+            f"{goal.ratio:.3f}",
+            "{:.3f} - {:.3f}".format(*goal.quartiles) if goal.quartiles else "",
+            f"{'=' if goal.equal else '<='} {goal.bound:.2f}",
+            "met" if goal.met else "MISSED",
+        ]
         for goal in goals
     ]
     table(title, ["ratio", "median", "quartiles", "goal", ""], rows)

@@ -17,6 +17,10 @@ import torch
 # be off by more than what it is to show. Here every callable runs once in each round, and a ratio is the median of the
 # rounds' own ratios. Each round begins with the next callable, so that none is always first. What is taken over from
 # `blocked_autorange` is that a block of many calls is timed where one call is too short for the clock.
+#
+# None of this helps where threads have to wait for a core: with as many threads as cores and another program beside
+# them, every parallel region waits for a slice of the scheduler's, and times become multiples of several milliseconds.
+# Measure on an idle machine, or with fewer threads than cores.
 
 _BLOCK_SECONDS = 2e-3
 
