@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from glora.matvec import wide_matvec
+
 Path: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 Product: TypeAlias = Literal["hadamard", "matmul"]
 
@@ -168,7 +170,10 @@ def bias_update(W0: Tensor, b0: Tensor, C: Path = None, D: Path = None, E: Path 
     prompted = None
     if C is not None:
         prompt = rearrange(_whole(C), "i 1 -> i")
-        prompted = _contract(W0.to(working_dtype(W0)), prompt, "o i, i -> o")
+        if W0.dtype == working_dtype(W0, prompt):
+            prompted = _contract(W0, prompt, "o i, i -> o")
+        else:
+            prompted = wide_matvec(W0, prompt.to(working_dtype(W0, prompt)))  # Note [No wide copy]
     return _sum(_sum(scaled, shifted), prompted)
 
 

@@ -28,11 +28,12 @@ Way: TypeAlias = Literal["whole", "factored", "blocks", "few"]
 # - few: without a gradient, for a handful of tokens, that A too needs no W': with A = sum_k l_k r_k^T,
 #   (W0 * A) x = sum_k l_k * (W0 (r_k * x)), so that r + 1 rescaled copies of x go through W0 in one product. It reads
 #   W0 once, and writes nothing of W0's size; making W' reads and writes it several times. It pays as long as the
-#   copies together are few: FEW_ROWS.
+#   copies together are few: FEW_ROWS. By the clock (widths 1024 to 4096, float32) it won with 9 to 36 of them, and lost
+#   or drew from 63 on.
 # - whole: W' as anybody reads it from `layer.weight`, for what the others do not cover: a W0 that trains, another
 #   parametrization on top, `parametrize.cached()`, torch.func's transforms and forward-mode derivatives of blocks (they
 #   would need rules of their own), double backward (by `force("whole")`).
-FEW_ROWS = 64
+FEW_ROWS = 48
 
 _forced: Way | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,12 +41,21 @@ def run(layer: nn.Module, x: Tensor, way: Any, grad: bool = True) -> list[Tensor
 
 
 @settings(max_examples=200)
-@given(cases(dtypes=[torch.float64, torch.float32]), st.sampled_from(SHAPES), st.sampled_from(["factored", "blocks"]))
-def test_every_way_is_the_whole_one_and_the_reference(case: Case, shape: tuple[int, ...], way: str) -> None:
+@given(
+    cases(dtypes=[torch.float64, torch.float32]),
+    st.sampled_from(SHAPES),
+    st.sampled_from(["factored", "blocks"]),
+    st.sampled_from([1, 11, 2**21]),
+)
+def test_every_way_is_the_whole_one_and_the_reference(
+    case: Case, shape: tuple[int, ...], way: str, block: int
+) -> None:
     layer = case.build()
     x = case.input(*shape) if shape else torch.randn(case.in_features, dtype=case.dtype)
     x.requires_grad_()
-    short, whole = run(layer, x, way), run(layer, x, "whole")
+    with mock.patch("glora.blocks.CPU_BLOCK", block):
+        short = run(layer, x, way)
+    whole = run(layer, x, "whole")
     assert [t.shape for t in short] == [t.shape for t in whole]
     for a, b in zip(short, whole, strict=True):
         assert a.dtype == b.dtype
@@ -115,7 +125,11 @@ BUDGET = [
     *[(forms(A=A, B=B), 1, None, 2.10, N / 1024 + 0.05) for A in ("vector", "constant") for B in FORMS["B"]],
     (forms(A="lora", product="matmul"), 1, None, 2.12, 0.10),
     (forms(A="lora", B="lora"), 4, None, 3.3, 0.10),
-    *[(forms(A="lora"), 1, half, 4.1, 0.05) for half in ("bf16", "fp16", "autocast")],
+    *[
+        (forms(A="lora", C=C, D="vector", E="vector"), 1, half, 4.1, 0.05)
+        for half in ("bf16", "fp16", "autocast")
+        for C in FORMS["C"]
+    ],
 ]
 
 
