@@ -7,15 +7,19 @@ Source: "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", arX
 
 from glora import functional, ways
 from glora.adapters import activate, adapters, disabled, merged, named_parameters, parameters, reset_parameters
-from glora.attach import apply, merge, remove
+from glora.attach import apply, delete, merge, remove
 from glora.checkpoint import base_state_dict, load_state_dict, state_dict
 from glora.config import GLoRAConfig
+from glora.files import load, save
 from glora.planning import Plan, plan
+from glora.record import AdapterFileError
+from glora.routing import route
 from glora.summaries import Summary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
     "GLoRAConfig",
     "Plan",
     "Summary",
@@ -23,8 +27,10 @@ __all__ = [
     "adapters",
     "apply",
     "base_state_dict",
+    "delete",
     "disabled",
     "functional",
+    "load",
     "load_state_dict",
     "merge",
     "merged",
@@ -33,6 +39,8 @@ __all__ = [
     "plan",
     "remove",
     "reset_parameters",
+    "route",
+    "save",
     "state_dict",
     "summary",
     "ways",

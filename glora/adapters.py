@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from glora.layer import bake_for_a_while, base_for_a_while, has_shared_class, parametrizations_of, set_aside, unbake
+from glora.layer import (
+    adapters_of,
+    bake_for_a_while,
+    base_for_a_while,
+    has_shared_class,
+    parametrizations_of,
+    set_aside,
+    unbake,
+)
 from glora.parametrization import Head, HeadCopy, Paths
 from glora.tree import adapted, find, join, own_tensors
 
@@ -113,20 +121,22 @@ def disabled(model: Model) -> Generator[Model]:
         True
     """
     carriers = list(adapted(model))
-    before = {id(store): store.active for _, stores in carriers for store in stores.values()}
+    before = {id(store): (store.active, store.routed) for _, stores in carriers for store in stores.values()}
     with ExitStack() as baked:
         for found, stores in carriers:
             if found.module in set_aside:
                 baked.enter_context(base_for_a_while(found.module))
             for store in stores.values():
-                store.active = {}
+                store.active, store.routed = {}, None
         try:
             yield model
         finally:
             # The model is walked again: adapters may have come and gone inside.
             for _, stores in adapted(model):
                 for store in stores.values():
-                    store.active = before.get(id(store), {})
+                    there = {name for name, _ in store.parts()}
+                    active, store.routed = before.get(id(store), ({}, None))
+                    store.active = {n: s for n, s in active.items() if n in there}
                     store.match_flags()
 
 
@@ -165,13 +175,19 @@ def merged(model: Model) -> Generator[Model]:
 
 
 def refuse_while_merged(model: nn.Module) -> None:
-    """Raise RuntimeError inside `glora.merged`."""
+    """Raise RuntimeError inside `glora.merged` and `glora.route`."""
     for found in find(model):
         if found.module in set_aside:
             raise RuntimeError(
                 f"Inside glora.merged the adapters are set aside and cannot be changed (found {found.path!r} merged). "
                 f"Leave the `with` block first."
             )
+        for store in adapters_of(found.module).values():
+            if store.routed is not None:
+                raise RuntimeError(
+                    f"Inside glora.route each sample has its adapter, and none can be changed (found {store.routed!r} "
+                    f"routed). Leave the `with` block first."
+                )
 
 
 def check_mergeable(model: nn.Module) -> None:

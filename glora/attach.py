@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from glora import flags
-from glora.adapters import adapters, check_mergeable, refuse_stacked, refuse_while_merged, set_strengths
+from glora.adapters import adapters, check_mergeable, only, refuse_stacked, refuse_while_merged, set_strengths
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer import adapters_of, original_order, prepare_class, share_class
 from glora.parametrization import Adapters, Bias, Head, HeadCopy, Paths, Weight
 from glora.planning import Plan, PlannedLayer, plan
 from glora.targets import ALL_LINEAR, Selection, Targets, Trainable, listed
-from glora.tree import adapted, own_tensors
+from glora.tree import adapted, join, own_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,11 +76,47 @@ def apply(
     """
     refuse_while_merged(model)
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
-    # All memory that the adapter takes is taken here, before the model changes.
+    _warn(planned)
+    return attach(model, planned, freeze=freeze)
+
+
+def attach(
+    model: Model,
+    planned: Plan,
+    *,
+    freeze: bool,
+    values: Mapping[str, Tensor] | None = None,
+    trainable: bool = True,
+) -> Model:
+    """Do what was planned; what can fail, fails before the model changes.
+
+    Args:
+        model: the model.
+        planned: what goes where.
+        freeze: whether the rest is frozen.
+        values: what the adapter starts with, by the keys of its state dict; None for what its configs say.
+        trainable: whether its tensors ask for gradients.
+    """
+    # All memory that the adapter takes is taken here.
     parts = [(layer, *_build_parts(layer)) for layer in planned.layers]
     heads = [(head.module, {n: HeadCopy(t) for n, t in own_tensors(head.module).items()}) for head in planned.heads]
     classes = [prepare_class(module) for module in (*(row.module for row in planned.layers), *(m for m, _ in heads))]
-    _warn(planned)
+    if values is not None:
+        for layer, *both in parts:
+            for part in both:
+                if part is not None:
+                    _fill(part, {key: values[join(layer.path, key)] for key in part.state_dict()})
+        for head, (_, copies) in zip(planned.heads, heads, strict=True):
+            for tensor_name, copy in copies.items():
+                _fill(copy, {"value": values[join(head.path, tensor_name)]})
+    if not trainable:
+        for part in (
+            *(part for _, *both in parts for part in both),
+            *(c for _, copies in heads for c in copies.values()),
+        ):
+            if part is not None:
+                part.requires_grad_(False)
+    name = planned.name
     if freeze:
         flags.freeze(model)
     else:  # the copies train in their place
@@ -87,7 +124,10 @@ def apply(
     for layer, weight, bias in parts:
         if layer.creates_bias and "bias" not in own_tensors(layer.module):
             original = own_tensors(layer.module)["weight"]
-            layer.module.bias = nn.Parameter(original.new_zeros(original.shape[0]), requires_grad=False)
+            # With what is loaded (see _fill), and so not where there is no memory.
+            device = "cpu" if original.is_meta and values is not None else original.device
+            zeros = original.new_zeros(original.shape[0], device=device)
+            layer.module.bias = nn.Parameter(zeros, requires_grad=False)
         for tensor_name, part, kind in (("weight", weight, Weight), ("bias", bias, Bias)):
             if part is not None:
                 store = _store(layer.module, tensor_name, kind)
@@ -113,6 +153,15 @@ def _build_parts(layer: PlannedLayer) -> tuple[Paths | None, Paths | None]:
             part.reset_parameters(weight)
         parts.append(part)
     return parts[0], parts[1]
+
+
+def _fill(part: nn.Module, values: Mapping[str, Tensor]) -> None:
+    if any(tensor.is_meta for tensor in part.state_dict().values()):
+        # The base has no memory yet; what is loaded must not be lost with it, and waits where it was read.
+        part.to_empty(device="cpu")
+    with torch.no_grad():
+        for key, tensor in part.state_dict().items():
+            tensor.copy_(values[key])
 
 
 def _store(module: nn.Module, name: str, kind: type[Adapters]) -> Adapters:
@@ -146,6 +195,43 @@ def _warn(planned: Plan) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def delete(model: Model, name: str) -> Model:
+    """Drop one adapter, its heads included. Dropping the last one is `glora.remove`.
+
+    The others keep their weights; where the dropped one was active, they go on without it.
+
+    Args:
+        model: the model, or a part of it.
+        name: the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        KeyError: no adapter of that name.
+        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization beside or on top of an adapter.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(glora.apply(torch.nn.Linear(4, 2), name="a"), name="b")
+        >>> glora.adapters(glora.delete(layer, "b"))
+        {'a': 0.0}
+    """
+    refuse_while_merged(model)
+    name = only(model, name)
+    refuse_stacked(model)
+    strengths = {other: weight for other, weight in adapters(model).items() if other != name}
+    if not strengths:
+        return remove(model)
+    for found, stores in list(adapted(model)):
+        for tensor_name, store in sorted(stores.items()):
+            store.detach(name)
+            if not any(True for _ in store.parts()):
+                _take_off(found.module, tensor_name, leave_parametrized=False)
+    set_strengths(model, strengths)
+    return model
 
 
 def merge(model: Model) -> Model:

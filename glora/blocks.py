@@ -26,8 +26,8 @@ Scaled: TypeAlias = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 # In half precision (and under half autocast) rounding W' would lose small updates: the update goes through a product of
 # its own, beside x W0^T, and is added in float32. That is the fourth product of a step; the backward pass uses W'.
 #
-# A block has about CPU_BLOCK or CUDA_BLOCK entries. At 2048 x 2048 and 1024 tokens in float32, on two cores, a step was
-# timed with blocks of 2^19, 2^20 and 2^21: 1.19, 1.12 and 1.09 of a trained nn.Linear's. In small blocks the product for
+# A block has about CPU_BLOCK or CUDA_BLOCK entries. At 2048 x 2048, 1024 tokens, float32, on two cores, a step was
+# timed with blocks of 2^19, 2^20, 2^21: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for
 # dW' suffers (it packs all of x for each of them); above there is little to gain, and memory to lose.
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
 

@@ -233,6 +233,12 @@ def _compute(module: nn.Module, name: str, dropout: bool) -> Tensor:
     stack = _live(module)[name]
     original = stack.original
     first = next(iter(stack))
+    if isinstance(first, Adapters) and first.routed is not None:
+        raise RuntimeError(
+            f"Inside glora.route an adapted layer can only be called, since each sample has its own `{name}`; that of "
+            f"{first.routed!r} was read (nn.MultiheadAttention and fused layers read a layer's weight and never call "
+            f"it). Leave it out of the adapters (exclude=), or run each adapter's samples with glora.activate."
+        )
     if isinstance(first, Weight):
         value = first(original, dropout)
     elif isinstance(first, Bias):

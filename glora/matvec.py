@@ -44,10 +44,10 @@ class _WideMatvec(torch.autograd.Function):
         with torch.autocast(vector.device.type, enabled=False):
             if transposed:
                 total = vector.new_zeros(matrix.shape[1])
-                for block, part in zip(matrix.split(rows), vector.split(rows), strict=True):
+                for block, part in zip(torch.split(matrix, rows), torch.split(vector, rows), strict=True):
                     total = total + block.to(vector.dtype).T @ part
                 return total
-            return torch.cat([block.to(vector.dtype) @ vector for block in matrix.split(rows)])
+            return torch.cat([block.to(vector.dtype) @ vector for block in torch.split(matrix, rows)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature

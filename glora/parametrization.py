@@ -34,10 +34,13 @@ class Adapters(nn.Module):
     """The parts of several adapters for one tensor, of which some are active; the base of Weight, Bias and Head."""
 
     active: dict[str, Tensor]
+    # The module's path while `glora.route` is at work and its forward is not running (Note [Routing]).
+    routed: str | None
 
     def __init__(self) -> None:
         super().__init__()
         self.active = {}
+        self.routed = None
         self._asleep: dict[str, dict[str, bool]] = {}
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
@@ -47,6 +50,12 @@ class Adapters(nn.Module):
     def attach(self, name: str, part: nn.Module) -> None:
         """Add an adapter's part; it acts once `activate` has been told so, which must follow."""
         self.add_module(name, part)
+
+    def detach(self, name: str) -> None:
+        """Drop an adapter's part, if there is one; `activate` must follow."""
+        self._modules.pop(name, None)
+        self._asleep.pop(name, None)
+        self.active = {other: strength for other, strength in self.active.items() if other != name}
 
     def activate(self, strengths: Mapping[str, float]) -> None:
         """Let exactly these adapters act, with these weights; those without a part here are passed over."""

@@ -235,5 +235,5 @@ def check_name(model: nn.Module, name: str) -> None:
         if any(name == taken for store in adapters.values() for taken, _ in store.parts()):
             raise ValueError(
                 f"An adapter's name must be new to the model; {name!r} is attached already (at {found.path!r}). Choose "
-                f"another name=, write into it with glora.load_state_dict, or take it off with glora.remove(model)."
+                f"another name=, write into it with glora.load_state_dict, or drop it with glora.delete(model, name)."
             )

@@ -47,9 +47,7 @@ def run(layer: nn.Module, x: Tensor, way: Any, grad: bool = True) -> list[Tensor
     st.sampled_from(["factored", "blocks"]),
     st.sampled_from([1, 11, 2**21]),
 )
-def test_every_way_is_the_whole_one_and_the_reference(
-    case: Case, shape: tuple[int, ...], way: str, block: int
-) -> None:
+def test_every_way_is_the_whole_one_and_the_reference(case: Case, shape: tuple[int, ...], way: str, block: int) -> None:
     layer = case.build()
     x = case.input(*shape) if shape else torch.randn(case.in_features, dtype=case.dtype)
     x.requires_grad_()

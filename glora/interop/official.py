@@ -1,0 +1,138 @@
+"""The authors' own code: the tensors that it saves of a trained supernet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from glora.config import GLoRAConfig
+from glora.interop.tensors import read_tensors
+from glora.record import AdapterFileError, AdapterRecord, LayerRecord, attach_record
+from glora.targets import listed
+from glora.tree import find
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Note [The authors' supernet]
+# Each layer has factors for the largest form of every path: Ad (out, r), Au (r, in), Bd, Bu, Cd (in, r), Cu (r, 1), D
+# (out,), E (out,). What a smaller form uses is a part of them: a lower rank the first columns of Xd and rows of Xu, a
+# vector the first column of Xd, a constant its first entry; D and E likewise. The file does not say which forms were
+# chosen: the search does, a dict such as {"A": "LoRA_4", "B": "vector", ...} for each layer, in the model's order.
+
+_NAMES = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
+
+
+def load_official(
+    model: Model,
+    file: str | os.PathLike[str],
+    forms: GLoRAConfig | Mapping[str, GLoRAConfig] | Sequence[Mapping[str, str]],
+    name: str = "default",
+    *,
+    trainable: bool = True,
+) -> Model:
+    """Attach what the authors' code saved (`<dataset>.pt`), with the forms that were chosen for its layers.
+
+    Args:
+        model: the model, with the layers' own names (timm's, for the authors' files).
+        file: the file of trained tensors, read as tensors alone.
+        forms: one config for all layers; a config for each layer, by its path; or the authors' own, a dict such as
+            `{"A": "LoRA_4", "B": "vector", "C": "none", "D": "constant", "E": "none"}` for each layer in order.
+        name: the adapter's name in the model.
+        trainable: whether its tensors ask for gradients.
+
+    Returns:
+        The model; the adapter is the only active one. Tensors of a head (`head.weight`) become the adapter's head.
+
+    Raises:
+        glora.AdapterFileError: a damaged file, tensors that are not a supernet's, or that do not fit the model.
+        ValueError: forms that are not those of the file's layers, or of a higher rank than it has.
+        FileNotFoundError: no file.
+
+    Source: https://github.com/Arnav0400/ViT-Slim, folder GLoRA (`layer.py`, `utils.py`).
+    """
+    file = Path(file)
+    paths = [f.path for f in find(model)]
+    return attach_record(model, read_official(file, forms, paths), file, name=name, trainable=trainable)
+
+
+def read_official(
+    file: Path, forms: GLoRAConfig | Mapping[str, GLoRAConfig] | Sequence[Mapping[str, str]], order: Sequence[str]
+) -> AdapterRecord:
+    """The adapter in a file of the authors' code; `order` is the model's paths."""
+    given: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, tuple[str, ...]] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(file).items():
+        path, _, last = key.rpartition(".")
+        if last in _NAMES:
+            given.setdefault(path, {})[last] = tensor
+        else:
+            heads[path] = (*heads.get(path, ()), last)
+            tensors[key] = tensor
+    broken = [path for path, parts in given.items() if set(parts) != set(_NAMES)]
+    if broken or not given:
+        raise AdapterFileError(f"Each layer of the authors' files has {', '.join(_NAMES)}; {file}: {listed(broken)}.")
+    layers: dict[str, LayerRecord] = {}
+    for path, config in _configs(forms, sorted(given, key=_position(order))).items():
+        parts = given[path]
+        rank = parts["Ad"].shape[1]
+        if config.rank > rank and "lora" in config.forms.values():
+            raise ValueError(f"{path!r} of {file} has rank {rank}, and a config of rank {config.rank} was given.")
+        if config.product != "hadamard" or config.scaling != 1:
+            raise ValueError(f"The authors' A is elementwise and has no alpha; found {config!r} for {path!r}.")
+        layers[path] = LayerRecord(config, parts["Ad"].shape[0], parts["Au"].shape[1])
+        tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in _cut(config, parts).items()}
+    return AdapterRecord(layers, heads, tensors)
+
+
+def _cut(config: GLoRAConfig, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a layer's tensors that its forms use (Note [The authors' supernet])."""
+    found: dict[str, Tensor] = {}
+    for name, form in config.forms.items():
+        if form == "lora":
+            found[f"{name}.left"] = parts[f"{name}d"][:, : config.rank]
+            found[f"{name}.right"] = parts[f"{name}u"][: config.rank]
+        elif form != "none":
+            whole = parts[name] if name in "DE" else parts[f"{name}d"][:, :1]
+            found[f"{name}.value"] = whole if form == "vector" else whole.reshape(-1)[:1]
+    return found
+
+
+def _position(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
+    positions = {path: number for number, path in enumerate(order)}
+
+    def position(path: str) -> tuple[int, str]:
+        return positions.get(path, len(order)), path
+
+    return position
+
+
+def _configs(
+    forms: GLoRAConfig | Mapping[str, GLoRAConfig] | Sequence[Mapping[str, str]], paths: Sequence[str]
+) -> dict[str, GLoRAConfig]:
+    if isinstance(forms, GLoRAConfig):
+        return dict.fromkeys(paths, forms)
+    if isinstance(forms, Mapping):
+        by_path = forms
+        if set(by_path) != set(paths):
+            raise ValueError(
+                f"forms must name each layer of the file; it has {listed(paths)}, and forms names {listed(by_path)}."
+            )
+        return dict(by_path)
+    if len(forms) != len(paths):
+        raise ValueError(
+            f"forms must have one entry a layer, in the model's order; found {len(forms)} for {len(paths)}."
+        )
+    return {path: _authors_config(choice) for path, choice in zip(paths, forms, strict=True)}
+
+
+def _authors_config(choice: Mapping[str, str]) -> GLoRAConfig:
+    ranks = {int(form.partition("_")[2]) for form in choice.values() if form.startswith("LoRA_")}
+    if set(choice) != set("ABCDE") or len(ranks) > 1:
+        raise ValueError(f"A layer's forms must be A to E, with one rank; found {dict(choice)!r}.")
+    ours: dict[str, Any] = {path: "lora" if form.startswith("LoRA_") else form for path, form in choice.items()}
+    return GLoRAConfig(**ours, rank=max(ranks, default=8), create_bias=False)
