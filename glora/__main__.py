@@ -10,7 +10,7 @@ from pathlib import Path
 from glora.files import CONFIG_FILE, adapter_file, needs, parse_json, read, write
 from glora.interop.lycoris import read_lycoris, write_lycoris
 from glora.interop.peft import read_peft, write_peft
-from glora.offline import keys_of, merge_checkpoint
+from glora.offline import merge_checkpoint, shapes_of
 from glora.record import AdapterRecord
 from glora.tables import table
 
@@ -62,7 +62,8 @@ def read_any(path: Path, base: Path | None) -> AdapterRecord:
             f"LyCORIS has underscores for the dots in its layers' names, so that {path} can only be read beside "
             f"the base checkpoint: pass --base."
         )
-    return read_lycoris(path, [key.removesuffix(".weight") for key in keys_of(base) if key.endswith(".weight")])
+    shapes = {key.removesuffix(".weight"): shape for key, shape in shapes_of(base).items() if key.endswith(".weight")}
+    return read_lycoris(path, shapes)
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,9 +100,9 @@ def merge_checkpoint(
             replace_file(out, lambda file: file.write(json.dumps(index, indent=2).encode()))
 
 
-def keys_of(base: Path) -> list[str]:
-    """The keys of a checkpoint, sharded or not."""
-    return list(_entries(base)[0])
+def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
+    """Key to shape of every tensor of a checkpoint, sharded or not."""
+    return {key: entry.shape for key, entry in _entries(base)[0].items()}
 
 
 def _entries(base: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
@@ -205,7 +205,7 @@ def _tensor(
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def _open(file: Path) -> Generator[Any]:
     safetensors = needs("safetensors")
     if not file.exists():
         raise FileNotFoundError(f"There is no file {str(file)!r}.")

@@ -69,7 +69,7 @@ def trained(config: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.peft_type.value}-{id(c) % 97}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.peft_type.value)
 def test_what_peft_saved_computes_what_peft_computes(config: Any, tmp_path: Path) -> None:
     model = trained(config)
     model.save_pretrained(tmp_path)
@@ -204,6 +204,7 @@ def test_what_lycoris_cannot_say_is_refused(tmp_path: Path) -> None:
         interop.load_lycoris(net(), tmp_path / "bad.pt")
 
 
+CONFIG = glora.GLoRAConfig()
 AUTHORS = [
     {"A": "LoRA_4", "B": "vector", "C": "none", "D": "constant", "E": "vector"},
     {"A": "constant", "B": "LoRA_2", "C": "vector", "D": "vector", "E": "none"},
@@ -236,8 +237,9 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     torch.save(tensors, tmp_path / "caltech101.pt")
     ours = interop.load_official(model, tmp_path / "caltech101.pt", AUTHORS)
     torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
-    for wrong in (AUTHORS[:1], glora.GLoRAConfig(rank=5), {"0": glora.GLoRAConfig()}):
-        with pytest.raises(ValueError):
+    wrongs = {"one entry a layer": AUTHORS[:1], "rank 5": glora.GLoRAConfig(rank=5), "each layer": {"0": CONFIG}}
+    for message, wrong in wrongs.items():
+        with pytest.raises(ValueError, match=message):
             interop.load_official(model, tmp_path / "caltech101.pt", wrong, name="b")
     torch.save({"0.Ad": torch.zeros(8, 4)}, tmp_path / "part.pt")
     with pytest.raises(glora.AdapterFileError, match="Each layer"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +16,14 @@ from glora.functional import working_dtype
 from glora.interop.tensors import read_tensors
 from glora.record import AdapterFileError, AdapterRecord, LayerRecord, attach_record, record
 from glora.targets import listed
-from glora.tree import find
+from glora.tree import find, own_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # Note [LyCORIS's layouts]
 # W' = W0 + (W0 A + B) alpha / r. Since its version 3 the tensors are A = a1 a2 and B = b1 b2, with a1 (in, r), a2
 # (r, in), b1 (out, r), b2 (r, in); before, A = a2 a1 and B = b2 b1, with the shapes exchanged. The shapes tell which,
-# unless in, out and r are one number; then it is taken as today's.
+# beside those of the model's layers, unless in and r are one number and out too; then it is taken as today's.
 #
 # A layer's name is a prefix ("lycoris", "lora_unet", ...) and its path with underscores for dots. Underscores are in
 # paths too, so that only the model's own paths can say which layer is meant.
@@ -52,8 +52,9 @@ def load_lycoris(model: Model, file: str | os.PathLike[str], name: str = "defaul
     Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
     """
     file = Path(file)
-    paths = [f.path for f in find(model) if isinstance(f.module, nn.Linear)]
-    return attach_record(model, read_lycoris(file, paths), file, name=name, trainable=trainable)
+    layers = [f for f in find(model) if isinstance(f.module, nn.Linear)]
+    shapes = {f.path: tuple(own_tensors(f.module)["weight"].shape) for f in layers}
+    return attach_record(model, read_lycoris(file, shapes), file, name=name, trainable=trainable)
 
 
 def save_lycoris(model: nn.Module, file: str | os.PathLike[str], name: str | None = None) -> None:
@@ -72,13 +73,13 @@ def save_lycoris(model: nn.Module, file: str | os.PathLike[str], name: str | Non
     write_lycoris(Path(file), record(model, name))
 
 
-def read_lycoris(file: Path, paths: Iterable[str]) -> AdapterRecord:
-    """The adapter in a file of LyCORIS, for a model with linear layers at these paths."""
+def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterRecord:
+    """The adapter in a file of LyCORIS, for a model with layers at these paths, with weights of these shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(file).items():
         layer, _, part = key.partition(".")
         by_name.setdefault(layer, {})[part] = tensor
-    resolved = _resolve(list(by_name), list(paths), file)
+    resolved = _resolve(list(by_name), list(shapes), file)
     layers: dict[str, LayerRecord] = {}
     tensors: dict[str, Tensor] = {}
     for layer, given in by_name.items():
@@ -88,11 +89,15 @@ def read_lycoris(file: Path, paths: Iterable[str]) -> AdapterRecord:
                 f"{file} has {', '.join(f'{part} {tuple(t.shape)}' for part, t in given.items())}."
             )
         a1, a2, b1, b2 = (given[part] for part in _TENSORS)
-        if not _fit(a1, a2, b1, b2):
+        path = resolved[layer]
+        if not _fit(a1, a2, b1, b2, shapes[path]):
             a1, a2, b1, b2 = a2, a1, b2, b1
-        if not _fit(a1, a2, b1, b2):
-            raise AdapterFileError(f"The shapes of {layer!r} in {file} are of neither layout of LyCORIS's GLoRA.")
-        path, rank = resolved[layer], a1.shape[1]
+        if not _fit(a1, a2, b1, b2, shapes[path]):
+            raise AdapterFileError(
+                f"The tensors of {layer!r} in {file} are of neither layout of LyCORIS's GLoRA for {path!r} of shape "
+                f"{shapes[path]}."
+            )
+        rank = a1.shape[1]
         alpha = float(given["alpha"]) or rank  # 0 means the rank, there
         try:
             config = GLoRAConfig(**_forms("lora", "lora"), rank=rank, alpha=alpha, product="matmul")
@@ -150,9 +155,10 @@ def _forms(A: str, B: str) -> dict[str, Any]:
     return {"A": A, "B": B, "C": "none", "D": "none", "E": "none"}
 
 
-def _fit(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> bool:
-    in_features, rank = a1.shape
-    return a2.shape == (rank, in_features) and b1.shape[1] == rank and b2.shape == (rank, in_features)
+def _fit(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, shape: tuple[int, ...]) -> bool:
+    rank = a1.shape[1]
+    o, i = shape if len(shape) == 2 else (-1, -1)
+    return [t.shape for t in (a1, a2, b1, b2)] == [(i, rank), (rank, i), (o, rank), (rank, i)]
 
 
 def _resolve(names: list[str], paths: list[str], file: Path) -> Mapping[str, str]:
