@@ -98,7 +98,7 @@ def attach(
         trainable: whether its tensors ask for gradients.
     """
     # All memory that the adapter takes is taken here.
-    parts = [(layer, *_build_parts(layer)) for layer in planned.layers]
+    parts = [(layer, *_build_parts(layer, initialise=values is None)) for layer in planned.layers]
     heads = [(head.module, {n: HeadCopy(t) for n, t in own_tensors(head.module).items()}) for head in planned.heads]
     classes = [prepare_class(module) for module in (*(row.module for row in planned.layers), *(m for m, _ in heads))]
     if values is not None:
@@ -142,14 +142,14 @@ def attach(
     return model
 
 
-def _build_parts(layer: PlannedLayer) -> tuple[Paths | None, Paths | None]:
-    """The layer's paths on its weight and on its bias, initialised; None where there is none."""
+def _build_parts(layer: PlannedLayer, *, initialise: bool) -> tuple[Paths | None, Paths | None]:
+    """The layer's paths on its weight and on its bias; None where there is none."""
     weight = own_tensors(layer.module)["weight"]
     parts: list[Paths | None] = []
     for names in (WEIGHT_PATHS, BIAS_PATHS):
         kept = tuple(path for path in names if path in layer.paths)
         part = Paths(layer.config, kept, weight) if kept else None
-        if part is not None:
+        if part is not None and initialise:
             part.reset_parameters(weight)
         parts.append(part)
     return parts[0], parts[1]

@@ -130,7 +130,8 @@ class _Router:
             return self.together(results)
 
         # A compiled model steps out of its graph here: which samples go where is data of each call.
-        return torch.compiler.disable(routed)
+        disable: Any = torch.compiler.disable  # pyright: ignore - torch leaves it untyped
+        return disable(routed)
 
     def check(self, path: str, given: object) -> None:
         found = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)

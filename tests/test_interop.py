@@ -219,7 +219,7 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     y = X
     for number, choice in enumerate(AUTHORS):
         layer = model[number]
-        o, i = layer.weight.shape
+        o, i = layer.out_features, layer.in_features
         own = {n: 0.3 * torch.randn(o, 4) for n in ("Ad", "Bd")} | {n: 0.3 * torch.randn(4, i) for n in ("Au", "Bu")}
         own |= {"Cd": torch.randn(i, 4), "Cu": torch.randn(4, 1), "D": torch.randn(o), "E": torch.randn(o)}
         tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
