@@ -30,12 +30,8 @@ def subjects(width: int, batch: int, tokens: int, rank: int) -> dict[str, Callab
         model: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).eval()
         for name in NAMES:
             glora.apply(model, config=config, name=name)
-        peer: Any = peft_model(
-            nn.Sequential(*(nn.Linear(width, width) for _ in range(3))),
-            peft_config,
-            rank,
-            target_modules=["0", "1", "2"],
-        ).eval()
+        plain = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).eval()
+        peer: Any = peft_model(plain, peft_config, rank, target_modules=["0", "1", "2"]).eval()
         for name in NAMES:
             peer.add_adapter(name, peer.peft_config["default"])
 
