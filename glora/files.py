@@ -157,6 +157,11 @@ def read(file: Path) -> AdapterRecord:
     text = metadata["glora"]
     if set(metadata) != {"format", "glora", "sha256"} or metadata["format"] != "pt" or len(text) > _MOST_TEXT:
         raise AdapterFileError(f"The metadata of {file} are not what glora writes; the file is damaged.")
+    with file.open("rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+    # Padding is spaces: other white space there means nothing to a parser, and is damage that the sum does not cover.
+    if any(byte in header for byte in b"\t\n\r"):
+        raise AdapterFileError(f"The header of {file} has white space that safetensors never writes; it is damaged.")
     if digest(text, tensors) != metadata["sha256"]:
         raise AdapterFileError(
             f"The contents of {file} do not have the SHA-256 sum that was saved with them; the file is damaged. Get it "
