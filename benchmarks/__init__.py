@@ -1,5 +1,6 @@
 """What glora costs, counted and timed side by side with its peers. Needs the extra `benchmarks`.
 
-`python -m benchmarks.layer` measures one layer and `python -m benchmarks.model` a transformer; `benchmarks.counting`
-counts matrix products and saved bytes exactly, for tests too.
+`python -m benchmarks.layer` measures one layer, `benchmarks.model` a transformer, `benchmarks.route` a mixed batch, and
+`benchmarks.report` draws the plots from the CSV. `benchmarks.counting` counts matrix products and saved bytes exactly,
+for tests too.
 """

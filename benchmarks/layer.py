@@ -1,14 +1,16 @@
 """One linear layer, glora beside its peers: `python -m benchmarks.layer` (`--quick`, `--goals`, `--help`).
 
-Time of a training step (forward, and gradients of the input and of what trains) and of inference; counted matrix
-products in units of `2 N out in`; what autograd saves as a share of W0; peak memory; time to attach and to merge.
+Columns of `layer.csv`: out = in = `width`; `trained` parameters; `step` is forward, and gradients of the input and of
+what trains; `low` and `high` are quartiles; `products` are counted operations of matrix products in units of
+`2 tokens out in`; `saved_to_W0` is what autograd saves as a share of W0's bytes; `peak_step` leaves out what was in use
+before the step, `peak_whole` does not. `layer-attach.csv` has the times to adapt and to merge a model of many layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import glora
 from benchmarks import report
 from benchmarks.counting import count_products, count_saved
-from benchmarks.memory import Peak, peak_of_step
+from benchmarks.memory import peak_of_step
 from benchmarks.peers import (
     FROZEN,
     GLORA_A,
@@ -33,13 +35,13 @@ from benchmarks.peers import (
     make,
     peft_model,
 )
-from benchmarks.report import Goal, Panel, mebibytes, seconds
+from benchmarks.report import milliseconds
 from benchmarks.timing import Timing, interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Few enough that a process for each and each width is bearable.
 IN_MEMORY = (GLORA_A, GLORA_DEFAULT, GLORA_VECTOR, GLORA_B, FROZEN, TRAINED, PEFT_GLORA, PEFT_LORA, "authors")
-QUICK = (GLORA_A, GLORA_DEFAULT, GLORA_VECTOR, GLORA_B, GLORA_MERGED, FROZEN, TRAINED, PEFT_GLORA, PEFT_LORA, "authors")
+QUICK = (*IN_MEMORY, GLORA_MERGED)
 IN_MEMORY_QUICK = (GLORA_A, TRAINED, PEFT_GLORA, PEFT_LORA)
 
 
@@ -61,13 +63,7 @@ class Case:
         return 2 * self.tokens * self.width * self.width
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Counted: products of a training step and of inference in units, saved bytes as a share of W0's."""
-
-    training_units: float
-    inference_units: float
-    saved: float
+TINY = Case(width=16, tokens=1, dtype="fp32", rank=8)
 
 
 class Subject:
@@ -92,16 +88,18 @@ class Subject:
         with torch.no_grad():
             return self.forward()
 
-    def costs(self) -> Costs:
+    def counted(self) -> dict[str, float]:
         with count_products() as training:
             self.training_step()
         with count_products() as inference:
             self.inference()
         with count_saved([self.x, *self.layer.parameters()]) as saved:
             self.forward()
-        weight_bytes = self.case.width**2 * DTYPES[self.case.dtype].itemsize
-        unit = self.case.unit
-        return Costs(training.flops / unit, inference.flops / unit, saved.bytes / weight_bytes)
+        return {
+            "step_products": training.flops / self.case.unit,
+            "inference_products": inference.flops / self.case.unit,
+            "saved_to_W0": saved.bytes / (self.case.width**2 * DTYPES[self.case.dtype].itemsize),
+        }
 
 
 def prepare_step(name: str, case: dict[str, Any], device: str) -> Callable[[], object]:
@@ -109,61 +107,27 @@ def prepare_step(name: str, case: dict[str, Any], device: str) -> Callable[[], o
     return Subject(name, Case(**case), device).training_step
 
 
-def peak(name: str, case: Case, device: str) -> Peak:
-    """Peak memory of a peer's training step."""
-    tiny = Case(width=max(16, 2 * case.rank), tokens=1, dtype=case.dtype, rank=case.rank)
-    jobs = [{"name": name, "case": asdict(each), "device": device} for each in (case, tiny)]
-    return peak_of_step("benchmarks.layer:prepare_step", *jobs, device=device, threads=torch.get_num_threads())
+def timed(subjects: Mapping[str, Subject], what: str, seconds: float, device: str) -> dict[str, Timing]:
+    """Times of the subjects' method of this name."""
+    return interleaved({n: getattr(s, what) for n, s in subjects.items()}, seconds=seconds, device=device)
 
 
-def measure(case: Case, names: Sequence[str], device: str, budget: float) -> list[dict[str, Any]]:
-    """Counts and times of the peers at one case; `budget` is in seconds, for the times."""
+def measure(run: str, case: Case, names: Sequence[str], device: str, seconds: float) -> list[dict[str, Any]]:
+    """A row for each peer at one case; `seconds` are for the times."""
     subjects = {name: Subject(name, case, device) for name in names}
-    costs = {name: subject.costs() for name, subject in subjects.items()}
-    training = interleaved({n: s.training_step for n, s in subjects.items()}, seconds=budget / 2, device=device)
-    inference = interleaved({n: s.inference for n, s in subjects.items()}, seconds=budget / 2, device=device)
+    counted = {name: subject.counted() for name, subject in subjects.items()}
+    training = timed(subjects, "training_step", seconds / 2, device)
+    inference = timed(subjects, "inference", seconds / 2, device)
     return [
-        {
-            "peer": name,
-            **asdict(case),
-            **asdict(costs[name]),
-            "parameters": sum(parameter.numel() for parameter in subject.trained),
-            "training": _numbers(training[name]),
-            "inference": _numbers(inference[name]),
-        }
+        {"run": run, **asdict(case), "layer": name, "trained": sum(p.numel() for p in subject.trained)}
+        | milliseconds("step", training[name])
+        | milliseconds("inference", inference[name])
+        | counted[name]
         for name, subject in subjects.items()
     ]
 
 
-def _numbers(timing: Timing) -> dict[str, Any]:
-    low, high = timing.quartiles
-    return {"median": timing.median, "low": low, "high": high, "rounds": len(timing.samples), "calls": timing.number}
-
-
-def print_case(case: Case, rows: Sequence[dict[str, Any]]) -> None:
-    base = next((row for row in rows if row["peer"] == FROZEN), rows[0])
-    lines = [
-        [
-            row["peer"],
-            f"{row['parameters']:,}",
-            seconds(row["training"]["median"]),
-            f"{row['training']['median'] / base['training']['median']:.2f}",
-            seconds(row["inference"]["median"]),
-            f"{row['inference']['median'] / base['inference']['median']:.2f}",
-            f"{row['training_units']:.2f}",
-            f"{row['inference_units']:.2f}",
-            f"{row['saved']:.2f}",
-        ]
-        for row in rows
-    ]
-    report.table(
-        f"{case}; times beside those of {base['peer']}",
-        ["layer", "trains", "step", "x", "inference", "x", "step units", "inf. units", "saved / W0"],
-        lines,
-    )
-
-
-def attach_and_merge(layers: int, rounds: int, device: str) -> list[dict[str, Any]]:
+def attach_and_merge(run: str, layers: int, rounds: int, device: str) -> list[dict[str, Any]]:
     """Time to adapt and to merge a model of many small layers, where what is done for each layer tells."""
 
     def ours(model: nn.Module) -> nn.Module:
@@ -190,13 +154,10 @@ def attach_and_merge(layers: int, rounds: int, device: str) -> list[dict[str, An
             taken[name][1].append(_now(device) - attached)
     # The first round warms up.
     return [
-        {
-            "peer": n,
-            "layers": layers,
-            "attach": _numbers(Timing(tuple(a[1:]), 1)),
-            "merge": _numbers(Timing(tuple(m[1:]), 1)),
-        }
-        for n, (a, m) in taken.items()
+        {"run": run, "layer": name, "layers": layers}
+        | milliseconds("attach", Timing(tuple(attached[1:]), 1))
+        | milliseconds("merge", Timing(tuple(merged[1:]), 1))
+        for name, (attached, merged) in taken.items()
     ]
 
 
@@ -206,21 +167,17 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def goals(device: str, budget: float) -> list[Goal]:
+def goals(device: str, seconds: float) -> list[dict[str, Any]]:
     """The times that glora is to keep to, as ratios of one run."""
-
-    def timed(names: Sequence[str], case: Case, what: str) -> dict[str, Timing]:
-        subjects = {name: Subject(name, case, device) for name in names}
-        return interleaved({n: getattr(s, what) for n, s in subjects.items()}, seconds=budget / 2, device=device)
-
     case = Case(width=2048, tokens=1024, dtype="fp32", rank=8)
     one_token = Case(width=2048, tokens=1, dtype="fp32", rank=8)
-    step = timed([GLORA_A, GLORA_VECTOR, GLORA_B, TRAINED, PEFT_GLORA, PEFT_LORA], case, "training_step")
-    inference = timed([GLORA_A, GLORA_MERGED, FROZEN, PEFT_GLORA], one_token, "inference")
+    trained = (GLORA_A, GLORA_VECTOR, GLORA_B, TRAINED, PEFT_GLORA, PEFT_LORA)
+    used = (GLORA_A, GLORA_MERGED, FROZEN, PEFT_GLORA)
+    step = timed({name: Subject(name, case, device) for name in trained}, "training_step", seconds / 2, device)
+    inference = timed({name: Subject(name, one_token, device) for name in used}, "inference", seconds / 2, device)
 
-    def goal(what: str, timings: dict[str, Timing], mine: str, theirs: str, bound: float, equal: bool = False) -> Goal:
-        ratio = timings[mine].ratio(timings[theirs])
-        return Goal(f"{what}: {mine} / {theirs}", ratio.median, bound, (ratio.low, ratio.high), equal)
+    def goal(what: str, times: dict[str, Timing], mine: str, theirs: str, bound: float, **how: bool) -> dict[str, Any]:
+        return report.goal(f"{what}: {mine} / {theirs}", times[mine].ratio(times[theirs]), bound, **how)
 
     return [
         goal("step", step, GLORA_A, PEFT_GLORA, 0.60),
@@ -241,66 +198,44 @@ def grid(quick: bool) -> list[Case]:
     return sorted(cases, key=lambda case: case.unit)
 
 
-def plot_results(rows: Sequence[dict[str, Any]], peaks: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    shown = [row for row in rows if row["dtype"] == "fp32" and row["rank"] == 8]
-    for what in ("training", "inference"):
-        panels: list[Panel] = []
-        for width in sorted({row["width"] for row in shown}):
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for row in shown:
-                if row["width"] == width:
-                    lines.setdefault(row["peer"], []).append((row["tokens"], 1e3 * row[what]["median"]))
-            panels.append(Panel(f"{what}, out=in={width}, fp32, r=8", lines))
-        if panels:
-            report.plot(options.out / f"layer-{what}.png", panels, x="tokens", y="milliseconds (median)")
-    memory: dict[str, list[tuple[float, float]]] = {}
-    for row in peaks:
-        memory.setdefault(row["peer"], []).append((row["width"], max(row["step"], 1) / 2**20))
-    if memory:
-        title = f"peak memory of a training step, {peaks[0]['tokens']} tokens, {peaks[0]['dtype']}"
-        report.plot(options.out / "layer-memory.png", [Panel(title, memory)], x="out = in", y="MiB")
+_MEMORY = ("layer", "width", "tokens", "peak_step_MiB", "peak_whole_MiB")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, seconds: float) -> None:
     """The whole grid, as far as the budget reaches, then memory, then attaching and merging."""
-    begin = time.monotonic()
-    cases = options.cases or grid(options.quick)
-    names = options.peers or list(QUICK if options.quick else PEERS)
+    begin, device, quick = time.monotonic(), options.device, options.quick
+    cases = options.cases or grid(quick)
+    kind = "cases" if options.cases else "quick" if quick else "grid"
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+
+    def in_budget(what: str) -> bool:
+        if reached := time.monotonic() - begin > 60 * options.budget:
+            left_out.append(what)
+        return not reached
+
     for case in cases:
-        if time.monotonic() - begin > 60 * options.budget:
-            left_out.append(str(case))
-            continue
-        rows += (found := measure(case, names, options.device, options.seconds))
-        print_case(case, found)
-    many = attach_and_merge(options.layers, 2 if options.quick else 5, options.device)
-    columns = [[r["peer"], seconds(r["attach"]["median"]), seconds(r["merge"]["median"])] for r in many]
-    report.table(f"{options.layers:,} layers of 64 x 64", ["adapters", "attach", "merge"], columns)
-    peaks: list[dict[str, Any]] = []
-    for width in sorted({case.width for case in cases}, reverse=options.quick)[: 1 if options.quick else None]:
+        if in_budget(str(case)):
+            rows += (found := measure(kind, case, QUICK if quick else list(PEERS), device, seconds))
+            report.table(str(case), found, leave_out=["run", *asdict(case)])
+    for width in [cases[-1].width] if quick else sorted({case.width for case in cases}):
         case = Case(width, max(case.tokens for case in cases), "fp32", 8)
-        for name in [n for n in (IN_MEMORY_QUICK if options.quick else IN_MEMORY) if n in names]:
-            if time.monotonic() - begin > 60 * options.budget:
-                left_out.append(f"memory of {name}, {case}")
-                continue
-            peaks.append({"peer": name, **asdict(case), **asdict(peak(name, case, options.device))})
-    lines = [[r["peer"], str(r["width"]), str(r["tokens"]), mebibytes(r["step"]), mebibytes(r["whole"])] for r in peaks]
-    report.table("peak memory, fp32, rank 8", ["layer", "out = in", "tokens", "step", "with weights"], lines)
+        for name in IN_MEMORY_QUICK if quick else IN_MEMORY:
+            if in_budget(f"memory of {name}, {case}"):
+                key = {"run": kind, **asdict(case), "layer": name}
+                row = next((row for row in rows if key.items() <= row.items()), None)
+                if row is None:
+                    rows.append(row := key)
+                row |= peak_of_step("benchmarks.layer", name, case, TINY, device)
+    if peaks := [{c: row[c] for c in _MEMORY} for row in rows if "peak_step_MiB" in row]:
+        report.table("peak memory, fp32, rank 8", peaks)
+    many = attach_and_merge(kind, 200 if quick else 1000, 2 if quick else 5, device)
+    report.table("layers of 64 x 64", many, leave_out=["run"])
     if left_out:
         print(f"The budget of {options.budget:g} minutes left out: {'; '.join(left_out)}.")
-    report.write_json(
-        options.out / "layer.json",
-        {
-            "machine": report.facts(options.device),
-            "units": {"times": "seconds of one call", "memory": "bytes", "products": "2 * tokens * out * in"},
-            "cases": rows,
-            "memory": peaks,
-            "attach_and_merge": many,
-            "left_out": left_out,
-        },
-    )
-    plot_results(rows, peaks, options)
+    report.write_csv(options.out / "layer.csv", rows, options.about)
+    report.write_csv(options.out / "layer-attach.csv", many, options.about)
+    report.plot(options.out)
 
 
 def _case(text: str) -> Case:
@@ -311,29 +246,18 @@ def _case(text: str) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=(__doc__ or "").partition(":")[0])
-    report.common_options(parser)
+    parser = report.options_of("layer", __doc__)
     parser.add_argument("--goals", action="store_true", help="only the ratios that glora is to keep to")
-    parser.add_argument("--budget", type=float, default=120.0, help="minutes, after which no case is begun")
+    parser.add_argument("--budget", type=float, default=120.0, help="minutes, after which nothing new is begun")
     parser.add_argument("--seconds", type=float, help="of timing for each case (default: 30; quick: 4; goals: 60)")
-    parser.add_argument(
-        "--layers", type=int, help="of the model that is attached to and merged (default: 1000; quick: 200)"
-    )
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of: {', '.join(PEERS)}")
-    parser.add_argument(
-        "--cases", nargs="+", type=_case, metavar="W,N,DTYPE,R", help="instead of the grid: 1024,16,fp32,8"
-    )
-    options = parser.parse_args()
-    options.layers = options.layers or (200 if options.quick else 1000)
-    options.seconds = options.seconds or (60.0 if options.goals else 4.0 if options.quick else 30.0)
-    report.start(options.device, options.threads)
+    parser.add_argument("--cases", nargs="+", type=_case, metavar="W,N,DTYPE,R", help="not the grid: 1024,16,fp32,8")
+    options = report.start(parser)
+    seconds = options.seconds or (4.0 if options.quick else 60.0 if options.goals else 30.0)
     if not options.goals:
-        run(options)
+        run(options, seconds)
         return
-    found = goals(options.device, options.seconds)
-    report.print_goals("out=in=2048, fp32, rank 8; steps of 1024 tokens", found)
-    results = [asdict(goal) | {"met": goal.met} for goal in found]
-    report.write_json(options.out / "layer-goals.json", {"machine": report.facts(options.device), "goals": results})
+    report.table("out=in=2048, fp32, rank 8; steps of 1024 tokens", found := goals(options.device, seconds))
+    report.write_csv(options.out / "layer-goals.csv", found, options.about)
 
 
 if __name__ == "__main__":

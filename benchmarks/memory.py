@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +31,52 @@ import torch
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Bytes in use.
-
-    Attributes:
-        whole: at most during the step, beyond an equal process with a tiny layer: weights, adapters, activations.
-        step: at most during the step, beyond what was in use before it.
-    """
-
-    whole: int
-    step: int
-
-
-def peak_of_step(prepare: str, job: dict[str, Any], tiny: dict[str, Any], *, device: str, threads: int) -> Peak:
-    """Peak memory of a training step, in a fresh process (Note [A fresh process each]).
+def peak_of_step(module: str, name: str, size: Any, tiny: Any, device: str) -> dict[str, float]:
+    """Peak memory of a training step in MiB, in a fresh process (Note [A fresh process each]).
 
     Args:
-        prepare: `"module:function"`; the function builds a step from the job's values and returns it as a callable.
-        job: keyword arguments for it, as JSON.
-        tiny: such arguments for a step of next to no size.
+        module: of a function `prepare_step(name, size, device)` that builds a step and returns it as a callable.
+        name: the peer.
+        size: a dataclass of numbers and texts; `prepare_step` gets it as a dict.
+        tiny: such a size for a step of next to nothing.
         device: "cpu" (resident memory), or a CUDA device (torch's allocator).
-        threads: torch's threads.
+
+    Returns:
+        `peak_step_MiB`: at most during the step, beyond what was in use before it. `peak_whole_MiB`: at most during the
+        step, beyond an equal process with a tiny layer: weights, adapters, activations.
 
     Raises:
         RuntimeError: the process failed, with its last lines of output.
     """
-    orders = {"prepare": prepare, "job": job, "tiny": tiny, "device": device, "threads": threads}
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(orders)]
+    orders = {"module": module, "name": name, "size": asdict(size), "tiny": asdict(tiny), "device": device}
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(orders | {"threads": torch.get_num_threads()})]
     root, environment = Path(__file__).parents[1], _ENVIRONMENT | dict(os.environ)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     if done.returncode:
-        raise RuntimeError(f"The memory of {job} could not be measured: {done.stderr.strip()[-600:]}")
-    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
+        raise RuntimeError(f"The memory of {name}, {size} could not be measured: {done.stderr.strip()[-600:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _measure(prepare: str, job: dict[str, Any], tiny: dict[str, Any], device: str, threads: int) -> Peak:
+def _measure(
+    module: str, name: str, size: dict[str, Any], tiny: dict[str, Any], device: str, threads: int
+) -> dict[str, float]:
     torch.set_num_threads(threads)
-    module, _, function = prepare.partition(":")
-    make: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), function)
+    make: Callable[..., Callable[[], object]] = importlib.import_module(module).prepare_step
     on_cuda = torch.device(device).type == "cuda"
     mark, reset = (_cuda_mark, torch.cuda.reset_peak_memory_stats) if on_cuda else (_resident_mark, _reset_resident)
-    small = make(**tiny)
+    small = make(name, tiny, device)
     small()
     small()
     del small
     reset()
     floor = mark()
-    step = make(**job)
+    step = make(name, size, device)
     reset()
     built = mark()
     step()
     step()  # with the optimizer's state of the first, and memory laid out by it
     peak = mark()
-    return Peak(whole=peak - floor, step=peak - built)
+    return {"peak_step_MiB": (peak - built) / 2**20, "peak_whole_MiB": (peak - floor) / 2**20}
 
 
 def _cuda_mark() -> int:
@@ -112,5 +104,4 @@ def _reset_resident() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="For benchmarks.memory.peak_of_step alone.")
     parser.add_argument("orders")
-    found = _measure(**json.loads(parser.parse_args().orders))
-    print(json.dumps({"whole": found.whole, "step": found.step}))
+    print(json.dumps(_measure(**json.loads(parser.parse_args().orders))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +11,9 @@ from torch import nn
 
 import glora
 from benchmarks import report
-from benchmarks.memory import Peak, peak_of_step
+from benchmarks.memory import peak_of_step
 from benchmarks.peers import GLORA_A, GLORA_B, GLORA_DEFAULT, PEFT_GLORA, PEFT_LORA, needs, peft_model
-from benchmarks.report import Goal, mebibytes, seconds
+from benchmarks.report import milliseconds
 from benchmarks.timing import interleaved
 
 WAYS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
@@ -36,6 +35,9 @@ class Size:
     batch: int = 8
     length: int = 128
     rank: int = 8
+
+
+TINY = Size(layers=1, hidden=16, heads=2, batch=1, length=4, rank=2)
 
 
 def prepare_step(name: str, size: dict[str, int], device: str) -> Callable[[], object]:
@@ -65,92 +67,37 @@ def prepare_step(name: str, size: dict[str, int], device: str) -> Callable[[], o
     return step
 
 
-def peak(name: str, size: Size, device: str) -> Peak:
-    """Peak memory of the step, in a fresh process."""
-    tiny = Size(layers=1, hidden=16, heads=2, batch=1, length=4, rank=2)
-    jobs = [{"name": name, "size": asdict(each), "device": device} for each in (size, tiny)]
-    return peak_of_step("benchmarks.model:prepare_step", *jobs, device=device, threads=torch.get_num_threads())
-
-
-def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the peak memory is to keep to."""
-    whole = {row["peer"]: row["whole"] for row in rows}
-    found: list[Goal] = []
-    for ours in (GLORA_A, GLORA_DEFAULT):
-        for theirs, at_most in ((PEFT_LORA, 1.05), (PEFT_GLORA, 0.60)):
-            if ours in whole and theirs in whole:
-                found.append(Goal(f"peak memory: {ours} / {theirs}", whole[ours] / whole[theirs], at_most))
-    return found
-
-
-def run(options: argparse.Namespace) -> None:
-    """Memory in processes of their own first, while this one is small; then the times."""
-    size = Size(options.layers, options.hidden, options.heads, options.batch, options.length, options.rank)
-    peaks = {name: peak(name, size, options.device) for name in options.ways}
-    steps = {name: prepare_step(name, asdict(size), options.device) for name in options.ways}
-    times = interleaved(steps, seconds=options.seconds, device=options.device)
-    base = PEFT_LORA if PEFT_LORA in times else options.ways[0]
-    rows: list[dict[str, Any]] = []
-    lines: list[list[str]] = []
-    for name, timing in times.items():
-        low, high = timing.quartiles
-        ratio = timing.ratio(times[base]).median
-        rows.append({"peer": name, "median": timing.median, "low": low, "high": high, "rounds": len(timing.samples)})
-        rows[-1] |= {"time_ratio": ratio, **asdict(peaks[name])}
-        lines.append(
-            [
-                name,
-                seconds(timing.median),
-                f"{seconds(low)} - {seconds(high)}",
-                f"{ratio:.2f}",
-                mebibytes(peaks[name].step),
-                mebibytes(peaks[name].whole),
-                f"{peaks[name].whole / peaks[base].whole:.2f}",
-            ]
-        )
-    report.table(
-        f"a training step of {size.layers} layers of {size.hidden}, batch {size.batch} x {size.length}, fp32, rank "
-        f"{size.rank}; ratios to {base}",
-        ["adapters", "step", "quartiles", "x", "memory of the step", "with weights", "x"],
-        lines,
-    )
-    found = [] if options.quick else goals(rows)  # the goals are for the full size, where weights outweigh the rest
-    if found:
-        report.print_goals("goals", found)
-    report.write_json(
-        options.out / "model.json",
-        {
-            "machine": report.facts(options.device),
-            "units": {"times": "seconds of one step", "memory": "bytes", "ratio": f"to {base}"},
-            "size": asdict(size),
-            "adapters": rows,
-            "goals": [asdict(goal) | {"met": goal.met} for goal in found],
-        },
-    )
-    report.bars(
-        options.out / "model.png",
-        {
-            "seconds of a training step (median)": {row["peer"]: row["median"] for row in rows},
-            "peak memory, weights included (MiB)": {row["peer"]: row["whole"] / 2**20 for row in rows},
-        },
-    )
+    whole = {row["adapters"]: row["peak_whole_MiB"] for row in rows}
+    return [
+        report.goal(f"peak memory: {ours} / {theirs}", (None, whole[ours] / whole[theirs], None), at_most)
+        for ours in (GLORA_A, GLORA_DEFAULT)
+        for theirs, at_most in ((PEFT_LORA, 1.05), (PEFT_GLORA, 0.60))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=(__doc__ or "").partition(":")[0])
-    report.common_options(parser)
-    for name, value in asdict(Size()).items():
-        parser.add_argument(f"--{name}", type=int, help=f"(default: {value})")
+    parser = report.options_of("model", __doc__)
     parser.add_argument("--seconds", type=float, help="of timing, for all together (default: 120; quick: 10)")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    options = parser.parse_args()
-    defaults = Size(layers=2, hidden=256, heads=4, batch=2, length=64) if options.quick else Size()
-    for name, value in asdict(defaults).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    options.seconds = options.seconds or (10.0 if options.quick else 120.0)
-    report.start(options.device, options.threads)
-    run(options)
+    options = report.start(parser)
+    size = Size(layers=2, hidden=256, heads=4, batch=2, length=64) if options.quick else Size()
+    # Memory in processes of their own first, while this one is small; then the times.
+    peaks = {name: peak_of_step("benchmarks.model", name, size, TINY, options.device) for name in WAYS}
+    steps = {name: prepare_step(name, asdict(size), options.device) for name in WAYS}
+    seconds = options.seconds or (10.0 if options.quick else 120.0)
+    times = interleaved(steps, seconds=seconds, device=options.device)
+    rows: list[dict[str, Any]] = []
+    for name, timing in times.items():
+        _, ratio, _ = timing.ratio(times[PEFT_LORA])
+        row = {**asdict(size), "adapters": name, "rounds": len(timing.samples)}
+        rows.append(row | milliseconds("step", timing) | {"step_to_PEFT_LoRA": ratio} | peaks[name])
+    title = f"a training step of {size.layers} layers of {size.hidden}, batch {size.batch} x {size.length}, fp32, rank "
+    report.table(f"{title}{size.rank}", rows, leave_out=list(asdict(size)))
+    report.write_csv(options.out / "model.csv", rows, options.about)
+    if not options.quick:  # the goals are for the full size, where weights outweigh the rest
+        report.table("goals", found := goals(rows))
+        report.write_csv(options.out / "model-goals.csv", found, options.about)
 
 
 if __name__ == "__main__":

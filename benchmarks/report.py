@@ -1,12 +1,13 @@
-"""What the benchmarks print and write: machine facts, tables, JSON, plots."""
+"""What the benchmarks share: options, tables, CSV and plots. `python -m benchmarks.report` draws the plots anew."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import platform
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,49 +15,60 @@ from typing import Any
 import torch
 
 import glora
-from benchmarks.peers import needs
+from benchmarks.peers import GLORA_A, GLORA_B, GLORA_DEFAULT, GLORA_VECTOR, PEFT_GLORA, PEFT_LORA, TRAINED, needs
+from benchmarks.timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
 
+# --- options and the machine -------------------------------------------------------------------------------------
 
-def common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all benchmarks share."""
+
+def options_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks.{name}` with the options that all benchmarks share."""
+    summary = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=summary)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads on the CPU (default: 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and plots")
-    parser.add_argument("--quick", action="store_true", help="a small grid, in under three minutes")
+    parser.add_argument("--quick", action="store_true", help="small sizes, in under three minutes")
+    parser.add_argument("--out", type=Path, help="folder for CSV and plots (default: results; quick: a new one)")
+    return parser
 
 
-def start(device: str, threads: int) -> None:
-    """Set the threads, and fail now rather than at the end where the tables' and plots' packages are missing."""
-    needs("rich")
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse, set the threads, and fail now rather than at the end. Adds `about`, the first line of each CSV."""
+    options = parser.parse_args()
     needs("matplotlib")
-    torch.set_num_threads(threads)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: torch finds no CUDA device here.")
+    torch.set_num_threads(options.threads)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {options.device}: torch finds no CUDA device here.")
+    options.about = f"{machine(options.device)}; {_command(parser.prog, sys.argv[1:])}"
+    options.out = options.out or (Path(tempfile.mkdtemp(prefix="glora-")) if options.quick else RESULTS)
+    return options
 
 
-def facts(device: str) -> dict[str, Any]:
-    """What a reader must know of the machine to read the times; nothing that tells whose it is."""
-    packages = ("peft", "lycoris-lora", "transformers")
-    on_cuda = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_cuda else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"glora": glora.__version__} | {package: _version(package) for package in packages},
-    }
+def machine(device: str) -> str:
+    """What a reader must know to read the times; nothing that tells whose machine it is."""
+    if torch.device(device).type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        name = f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"glora {glora.__version__}"]
+    versions += [f"{package} {_version(package)}" for package in ("peft", "lycoris-lora", "transformers")]
+    return f"{name}, {platform.system()} {platform.machine()}; {', '.join(versions)}"
 
 
-def _version(package: str) -> str | None:
+def _command(program: str, arguments: Sequence[str]) -> str:
+    """The command without its `--out`, which changes no figure."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    kept = [argument for before, argument in pairs if before != "--out" and not argument.startswith("--out")]
+    return " ".join([program, *kept])
+
+
+def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        return "none"
 
 
 def _cpu() -> str:
@@ -68,138 +80,164 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    console, module = needs("rich.console").Console(), needs("rich.table")
-    made = module.Table(title=title, title_justify="left")
-    for column, name in enumerate(header):
-        made.add_column(name, justify="left" if column == 0 else "right")
-    for row in rows:
-        made.add_row(*row)
-    if not console.is_terminal:  # a pipe has no width of its own, and 80 columns cut the numbers
-        console.width = 160
-    console.print(made)
+# --- rows: each a dict of column to value, with the unit in the column's name --------------------------------------
 
 
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results, and say where."""
+def milliseconds(what: str, timing: Timing) -> dict[str, float]:
+    """Columns for the median and the quartiles of a time."""
+    low, high = timing.quartiles
+    return {f"{what}_ms": 1e3 * timing.median, f"{what}_low_ms": 1e3 * low, f"{what}_high_ms": 1e3 * high}
+
+
+Quartiles = tuple[float | None, float, float | None]
+
+
+def goal(what: str, ratio: Quartiles, bound: float, *, equal: bool = False) -> dict[str, Any]:
+    """A row for a ratio (low quartile, median, high) that is to be at most `bound`, or equal: between the quartiles."""
+    low, median, high = ratio
+    met = (low or median) <= bound <= (high or median) if equal else median <= bound
+    columns = {"ratio": what, "median": median, "low": low, "high": high}
+    return columns | {"goal": f"{'=' if equal else '<='} {bound:.2f}", "met": "yes" if met else "no"}
+
+
+def text(value: Any) -> str:
+    """
+    Example:
+        >>> text(0.012345), text(12345.6), text(12345), text(None)
+        ('0.0123', '12300', '12345', '')
+    """
+    if isinstance(value, float):
+        digits = f"{value:#.3g}".rstrip(".")
+        return f"{float(digits):.0f}" if "e+" in digits else digits
+    return "" if value is None else str(value)
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], *, leave_out: Sequence[str] = ()) -> None:
+    """Print rows, without the columns that the title tells."""
+    columns = [column for column in rows[0] if column not in leave_out]
+    lines = [columns, *([text(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], about: str) -> None:
+    """Write rows of three digits under a comment of one line, and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {path.name}")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="") as file:
+        file.write(f"# {about}\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({column: text(value) for column, value in row.items()} for row in rows)
+    print(f"wrote {path}")
 
 
-def seconds(value: float) -> str:
-    """
-    Example:
-        >>> seconds(0.00123), seconds(1.5), seconds(4.2e-05)
-        ('1.23 ms', '1.50 s', '42.0 us')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value / size >= 10 else f"{value / size:.2f} {unit}"
-    return f"{value / 1e-6:.1f} us"
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote, as text; "" where a row has no such value."""
+    with path.open(newline="") as file:
+        file.readline()
+        return list(csv.DictReader(file))
 
 
-def mebibytes(value: float) -> str:
-    """
-    Example:
-        >>> mebibytes(3 * 2**20)
-        '3.0 MiB'
-    """
-    return f"{value / 2**20:.1f} MiB"
+# --- plots -------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes tell the same.
+_LINES: dict[str, tuple[str, str, str]] = {
+    GLORA_DEFAULT: ("#D55E00", "o", "-"),
+    GLORA_A: ("#E69F00", "s", "-"),
+    GLORA_VECTOR: ("#009E73", "^", "-"),
+    GLORA_B: ("#0072B2", "D", "-"),
+    PEFT_LORA: ("#56B4E9", "v", "--"),
+    PEFT_GLORA: ("#CC79A7", "X", "--"),
+}
+_LABELS = {
+    GLORA_DEFAULT: "glora default (A, B lora; C, D, E)",
+    GLORA_A: "glora A lora",
+    GLORA_VECTOR: "glora A vector, B lora",
+    GLORA_B: "glora B lora",
+}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One coordinate system: a title, and name to points (x, y)."""
+def plot(folder: Path) -> None:
+    """Draw `layer-training.png` and `layer-memory.png` from `layer.csv` of this folder: fp32, rank 8, its first run."""
+    rows = read_csv(folder / "layer.csv")
+    rows = [r for r in rows if (r["run"], r["dtype"], r["rank"]) == (rows[0]["run"], "fp32", "8")]
+    _plot_training(folder / "layer-training.png", _ratios(rows, "step_ms"))
+    _plot_memory(folder / "layer-memory.png", _ratios(rows, "peak_step_MiB"))
 
-    title: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+def _ratios(rows: Sequence[Mapping[str, str]], column: str) -> dict[int, dict[str, list[tuple[int, float]]]]:
+    """Width to layer to pairs of tokens and ratio to the trained nn.Linear."""
+    values = {(int(r["width"]), int(r["tokens"]), r["layer"]): float(r[column]) for r in rows if r.get(column)}
+    found: dict[int, dict[str, list[tuple[int, float]]]] = {}
+    for (width, tokens, layer), value in sorted(values.items()):
+        if layer in _LINES and (width, tokens, TRAINED) in values:
+            lines = found.setdefault(width, {name: [] for name in _LINES})
+            lines[layer].append((tokens, value / values[width, tokens, TRAINED]))
+    return found
 
 
-def plot(path: Path, panels: Sequence[Panel], *, x: str, y: str) -> None:
-    """Lines over logarithmic axes, one panel beside the other; glora's lines solid, the others' dashed."""
-    matplotlib = needs("matplotlib")
-    matplotlib.use("Agg")
-    pyplot = needs("matplotlib.pyplot")
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colors = {name: pyplot.get_cmap("tab20")(number % 20) for number, name in enumerate(names)}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels) + 2.5, 4.5), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for name, points in panel.lines.items():
-            ours = name.startswith("glora")
-            style: dict[str, Any] = {"color": colors[name], "marker": "o", "markersize": 3, "label": name}
-            axis.plot(*zip(*sorted(points), strict=True), ls="-" if ours else "--", lw=2 if ours else 1, **style)
-        axis.set(xscale="log", yscale="log", xlabel=x, title=panel.title)
-        axis.xaxis.set_major_locator(_at_the_points(panel))
-        axis.xaxis.set_major_formatter(needs("matplotlib.ticker").FormatStrFormatter("%d"))
+def _plot_training(path: Path, ratios: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
+    if not ratios:
+        return
+    figure, axes = _panels(len(ratios), height=4.2)
+    tokens = sorted({point[0] for lines in ratios.values() for points in lines.values() for point in points})
+    for axis, (width, lines) in zip(axes, ratios.items(), strict=True):
+        for name, (color, marker, dashes) in _LINES.items():
+            label = _LABELS.get(name, name)
+            axis.plot(*zip(*lines[name], strict=True), dashes, color=color, marker=marker, markersize=5, label=label)
+        axis.axhline(1, color="black", linewidth=1, zorder=1)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"out = in = {width}")
+        axis.set_xticks(tokens, map(str, tokens))
+        axis.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(y)
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    print(f"wrote {path.name}")
+    axes[0].set_ylabel("time of a training step,\nas a ratio to a trained nn.Linear's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, path)
 
 
-def bars(path: Path, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """One panel of horizontal bars for each group: title (with its unit) to name to value."""
+def _plot_memory(path: Path, ratios: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
+    if not ratios:
+        return
+    figure, axes = _panels(len(ratios), height=2.8)
+    for axis, (width, lines) in zip(axes, ratios.items(), strict=True):
+        names = [name for name in _LINES if lines[name]]
+        found = axis.barh(
+            [_LABELS.get(name, name).partition(" (")[0] for name in names],
+            [lines[name][-1][1] for name in names],
+            color=[_LINES[name][0] for name in names],
+        )
+        axis.axvline(1, color="black", linewidth=1)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.bar_label(found, fmt="%.2f", padding=4, bbox=plain)
+        axis.set(title=f"out = in = {width}")
+        axis.margins(x=0.22)
+    axes[0].invert_yaxis()
+    tokens = max(point[0] for lines in ratios.values() for points in lines.values() for point in points)
+    label = f"peak memory of a training step of {tokens} tokens, as a ratio to a trained nn.Linear's (weights left out)"
+    figure.supxlabel(label, fontsize="medium")
+    _save(figure, path)
+
+
+def _panels(count: int, *, height: float) -> tuple[Any, Sequence[Any]]:
     needs("matplotlib").use("Agg")
     pyplot = needs("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 3.5), squeeze=False, sharey=True)
-    for axis, (title, values) in zip(axes[0], groups.items(), strict=True):
-        colors = ["tab:blue" if name.startswith("glora") else "silver" for name in values]
-        axis.bar_label(axis.barh(list(values), list(values.values()), color=colors), fmt="%.3g", padding=2)
-        axis.set_title(title)
-        axis.margins(x=0.15)
-    axes[0][0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    print(f"wrote {path.name}")
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(9, height), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    return figure, axes[0]
 
 
-def _at_the_points(panel: Panel) -> Any:
-    values = sorted({point[0] for points in panel.lines.values() for point in points})
-    return needs("matplotlib.ticker").FixedLocator(values)
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    needs("matplotlib.pyplot").close(figure)
+    print(f"wrote {path}")
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A ratio that was measured, and what it must not exceed, or equal.
-
-    Attributes:
-        what: what was measured.
-        ratio: the median.
-        bound: what it must not exceed.
-        quartiles: of the ratio; None where it was measured once.
-        equal: it must be the bound itself: the bound lies between the quartiles.
-    """
-
-    what: str
-    ratio: float
-    bound: float
-    quartiles: tuple[float, float] | None = None
-    equal: bool = False
-
-    @property
-    def met(self) -> bool:
-        if self.equal and self.quartiles is not None:
-            return self.quartiles[0] <= self.bound <= self.quartiles[1]
-        return self.ratio <= self.bound
-
-
-def print_goals(title: str, goals: Sequence[Goal]) -> None:
-    """Print each goal with its ratio."""
-    rows = [
-        [
-            goal.what,
-            f"{goal.ratio:.3f}",
-            "{:.3f} - {:.3f}".format(*goal.quartiles) if goal.quartiles else "",
-            f"{'=' if goal.equal else '<='} {goal.bound:.2f}",
-            "met" if goal.met else "MISSED",
-        ]
-        for goal in goals
-    ]
-    table(title, ["ratio", "median", "quartiles", "goal", ""], rows)
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw the plots from layer.csv.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of layer.csv and the plots")
+    plot(parser.parse_args().out)

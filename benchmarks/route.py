@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from benchmarks.timing import interleaved
 NAMES = ["a", "b", "c", "d"]
 
 
-def subjects(width: int, batch: int, tokens: int, rank: int) -> dict[str, Callable[[], object]]:
+def subjects(width: int, batch: int, tokens: int, rank: int, device: str) -> dict[str, Callable[[], object]]:
     """Name to a forward of three layers; each sample's adapter goes round."""
-    x = torch.randn(batch, tokens, width)
+    x = torch.randn(batch, tokens, width, device=device)
     ours: list[str | None] = [[*NAMES, None][i % 5] for i in range(batch)]
     theirs = [name or "__base__" for name in ours]
     calls: dict[str, Callable[[], object]] = {}
@@ -27,10 +26,10 @@ def subjects(width: int, batch: int, tokens: int, rank: int) -> dict[str, Callab
         ("LoRA", glora.GLoRAConfig.lora(rank=rank), "LoraConfig"),
         ("GLoRA", glora.GLoRAConfig(rank=rank), "GloraConfig"),
     ):
-        model: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).eval()
+        model: nn.Module = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
         for name in NAMES:
             glora.apply(model, config=config, name=name)
-        plain = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).eval()
+        plain = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
         peer: Any = peft_model(plain, peft_config, rank, target_modules=["0", "1", "2"]).eval()
         for name in NAMES:
             peer.add_adapter(name, peer.peft_config["default"])
@@ -52,22 +51,17 @@ def subjects(width: int, batch: int, tokens: int, rank: int) -> dict[str, Callab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.route", description=__doc__)
-    report.common_options(parser)
-    options = parser.parse_args()
-    report.start(options.device, options.threads)
+    options = report.start(report.options_of("route", __doc__))
     width, batch, tokens, seconds = (256, 10, 8, 4.0) if options.quick else (1024, 20, 64, 40.0)
-    times = interleaved(subjects(width, batch, tokens, rank=8), seconds=seconds)
-    rows = [
-        {"what": name, "median": t.median, "ratio": t.ratio(times[f"PEFT {name.split()[1].rstrip(',')}, names"]).median}
-        for name, t in times.items()
-    ]
-    report.table(
-        f"a forward of 3 layers of {width}, batch {batch} x {tokens}, four adapters and the base, rank 8",
-        ["", "milliseconds", "to PEFT's"],
-        [[row["what"], f"{1e3 * row['median']:.2f}", f"{row['ratio']:.2f}"] for row in rows],
-    )
-    report.write_json(options.out / "route.json", {"machine": report.facts(options.device), "rows": rows})
+    size = {"width": width, "batch": batch, "tokens": tokens, "rank": 8}
+    times = interleaved(subjects(**size, device=options.device), seconds=seconds, device=options.device)
+    rows: list[dict[str, Any]] = []
+    for name, timing in times.items():
+        _, ratio, _ = timing.ratio(times[f"PEFT {name.split()[1].rstrip(',')}, names"])
+        rows.append({**size, "call": name, "forward_ms": 1e3 * timing.median, "forward_to_PEFT": ratio})
+    title = f"a forward of 3 layers of {width}, batch {batch} x {tokens}, four adapters and the base, rank 8"
+    report.table(title, rows, leave_out=list(size))
+    report.write_csv(options.out / "route.csv", rows, options.about)
 
 
 if __name__ == "__main__":

@@ -46,20 +46,11 @@ class Timing:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
 
-    def ratio(self, other: Timing) -> Ratio:
-        """How many times as long as `other` this one took, round by round."""
+    def ratio(self, other: Timing) -> tuple[float, float, float]:
+        """How many times as long as `other` this one took, round by round: low quartile, median and high quartile."""
         ratios = [mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return Ratio(middle, low, high)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median and quartiles of the rounds' ratios."""
-
-    median: float
-    low: float
-    high: float
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, median, high
 
 
 def interleaved(

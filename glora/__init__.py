@@ -5,24 +5,32 @@ $$W' = W_0 + W_0 \ast A + B, \qquad b' = b_0 + b_0 \odot D + E + W_0 C$$
 Source: "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", arXiv 2306.07967.
 """
 
-from glora import functional, ways
-from glora.adapters import activate, adapters, disabled, merged, named_parameters, parameters, reset_parameters
-from glora.attach import apply, delete, merge, remove
-from glora.checkpoint import base_state_dict, load_state_dict, state_dict
-from glora.config import GLoRAConfig
-from glora.files import load, save
-from glora.planning import Plan, plan
-from glora.record import AdapterFileError
-from glora.routing import route
-from glora.summaries import Summary, summary
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from glora import functional
+from glora.config import GLoRAConfig
+from glora.files.adapter import load, save
+from glora.model.adapters import activate, adapters, disabled, named_parameters, parameters, reset_parameters
+from glora.model.attach import apply
+from glora.model.detach import delete, remove
+from glora.model.merged import merge, merged
+from glora.model.plan import Plan, plan
+from glora.model.route import route
+from glora.model.state import base_state_dict, load_state_dict, state_dict
+from glora.model.summary import Summary, summary
+from glora.spec import AdapterFileError
+from glora.version import __version__
+
+if TYPE_CHECKING:
+    from glora import interop
 
 __all__ = [
     "AdapterFileError",
     "GLoRAConfig",
     "Plan",
     "Summary",
+    "__version__",
     "activate",
     "adapters",
     "apply",
@@ -30,6 +38,7 @@ __all__ = [
     "delete",
     "disabled",
     "functional",
+    "interop",
     "load",
     "load_state_dict",
     "merge",
@@ -43,5 +52,11 @@ __all__ = [
     "save",
     "state_dict",
     "summary",
-    "ways",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`glora.interop`, imported when it is first asked for."""
+    if name == "interop":
+        return importlib.import_module("glora.interop")
+    raise AttributeError(f"module 'glora' has no attribute {name!r}")

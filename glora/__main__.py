@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from glora.files import CONFIG_FILE, adapter_file, needs, parse_json, read, write
+from glora.files.adapter import read, write
+from glora.files.checkpoint import merge_checkpoint, shapes_of
+from glora.files.container import CONFIG_FILE, adapter_file, import_optional, parse_json
 from glora.interop.lycoris import read_lycoris, write_lycoris
 from glora.interop.peft import read_peft, write_peft
-from glora.offline import merge_checkpoint, shapes_of
-from glora.record import AdapterRecord
-from glora.tables import table
+from glora.spec import AdapterSpec, join
+from glora.text import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_any(path: Path, base: Path | None) -> AdapterRecord:
+def read_any(path: Path, base: Path | None) -> AdapterSpec:
     """An adapter of glora, PEFT or LyCORIS, told apart by what is there."""
     if path.is_dir():
         config_file = path / CONFIG_FILE
-        said = parse_json(config_file.read_bytes(), config_file) if config_file.exists() else None
-        return read_peft(path) if isinstance(said, dict) and "peft_type" in said else read(adapter_file(path))
+        raw = parse_json(config_file.read_bytes(), config_file) if config_file.exists() else None
+        return read_peft(path) if isinstance(raw, dict) and "peft_type" in raw else read(adapter_file(path))
     if path.suffix == ".safetensors":
-        with needs("safetensors").safe_open(str(path), framework="pt") as opened:
+        with import_optional("safetensors").safe_open(str(path), framework="pt") as opened:
             if "glora" in (opened.metadata() or {}):
                 return read(path)
     if base is None:
@@ -68,7 +69,7 @@ def read_any(path: Path, base: Path | None) -> AdapterRecord:
 
 def _merge(options: argparse.Namespace) -> None:
     adapter = read_any(options.adapter, options.base)
-    with needs("tqdm").tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=options.out.name) as bar:
+    with import_optional("tqdm").tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=options.out.name) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -86,17 +87,15 @@ def _inspect(options: argparse.Namespace) -> None:
             forms += " (matmul)"
         rank = str(layer.config.rank) if "lora" in layer.config.forms.values() else "-"
         shape = "x".join("?" if size is None else str(size) for size in (layer.out_features, layer.in_features))
-        rows.append([path, shape, forms, rank, *_numbers(adapter, [key for _, key, _ in layer.keys(path, 1, 1)])])
+        rows.append([path, shape, forms, rank, *_numbers(adapter, [join(path, key) for key in layer.tensors()])])
     for path, names in adapter.heads.items():
-        rows.append(
-            [path, "-", "head", "-", *_numbers(adapter, [f"{path}.{name}" if path else name for name in names])]
-        )
+        rows.append([path, "-", "head", "-", *_numbers(adapter, [join(path, name) for name in names])])
     parameters, size, norm = _numbers(adapter, list(adapter.tensors))
     title = f"{len(adapter.layers)} layers, {parameters} parameters, {size} bytes, norm {norm}"
     print(table(title, ["module", "out x in", "forms", "rank", "parameters", "bytes", "norm"], rows))
 
 
-def _numbers(adapter: AdapterRecord, keys: list[str]) -> list[str]:
+def _numbers(adapter: AdapterSpec, keys: list[str]) -> list[str]:
     """Parameters, bytes and Frobenius norm of some tensors."""
     tensors = [adapter.tensors[key] for key in keys if key in adapter.tensors]
     norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5

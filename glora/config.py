@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from glora.functional import PRODUCTS, Product
-
 WeightForm: TypeAlias = Literal["lora", "vector", "constant", "none"]
 PromptForm: TypeAlias = Literal["lora", "vector", "none"]
 BiasForm: TypeAlias = Literal["vector", "constant", "none"]
+Product: TypeAlias = Literal["hadamard", "matmul"]
 Init: TypeAlias = Literal["identity", "random"]
 
 # The forms that each path may take, from the most expressive to nothing.
@@ -78,7 +77,7 @@ class GLoRAConfig:
     def __post_init__(self) -> None:
         for path, allowed in FORMS.items():
             _one_of(path, getattr(self, path), allowed)
-        _one_of("product", self.product, PRODUCTS)
+        _one_of("product", self.product, ("hadamard", "matmul"))
         _one_of("init", self.init, ("identity", "random"))
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
@@ -98,6 +97,34 @@ class GLoRAConfig:
     def scaling(self) -> float:
         """The factor of `left @ right`: alpha / rank, 1 where alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that are not `"none"`, A to E."""
+        return tuple(path for path in FORMS if getattr(self, path) != "none")
+
+    def shapes(self, path: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Factor name to shape of one path: `left` and `right`, or `value`; nothing for `"none"`.
+
+        This is the one place that says which tensors a form has.
+
+        Example:
+            >>> import glora
+            >>> glora.GLoRAConfig(C="lora", rank=2).shapes("C", out_features=3, in_features=5)
+            {'left': (5, 2), 'right': (2, 1)}
+        """
+        form = getattr(self, path)
+        scales_inputs = path == "A" and self.product == "matmul"
+        if form == "none":
+            return {}
+        if form == "constant":
+            return {"value": (1,)}
+        if form == "lora":
+            rows, columns = (in_features if path == "C" or scales_inputs else out_features), in_features
+            return {"left": (rows, self.rank), "right": (self.rank, 1 if path == "C" else columns)}
+        if path in BIAS_PATHS:
+            return {"value": (in_features, 1) if path == "C" else (out_features,)}
+        return {"value": (1, in_features) if scales_inputs else (out_features, 1)}
 
     @classmethod
     def lora(cls, **options: Any) -> GLoRAConfig:

@@ -23,29 +23,54 @@ Scaling (`alpha / rank`, an adapter's weight) is the caller's: scale `left`, or 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
 from torch import Tensor
-
-from glora.matvec import wide_matvec
 
 Path: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 Product: TypeAlias = Literal["hadamard", "matmul"]
 
-# torch.compile guards on the table of the types that einops has met: it is filled before anything is compiled.
-for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
-    rearrange(_kind, "i 1 -> i")
-
 PRODUCTS: tuple[Product, ...] = ("hadamard", "matmul")
+
+
+class Factors(NamedTuple):
+    """A path as a layer holds it: its own tensors, and the scale that they are multiplied by.
+
+    Attributes:
+        tensors: a pair `(left, right)`, or a vector or constant.
+        scale: 0-dimensional, or for a pair `(r,)`, one number for each of its components.
+    """
+
+    tensors: Tensor | tuple[Tensor, Tensor]
+    scale: Tensor
+
+    def scaled(self) -> Tensor | tuple[Tensor, Tensor]:
+        """The path as the functions of this module take it. Scaling `left` is cheaper than scaling the product."""
+        if isinstance(self.tensors, Tensor):
+            return self.tensors.to(working_dtype(self.tensors)) * self.scale
+        left, right = self.tensors
+        return left.to(working_dtype(left)) * self.scale, right
+
+
+class WeightFactors(NamedTuple):
+    """One adapter's paths on a weight; None where a path is none."""
+
+    A: Factors | None
+    B: Factors | None
+    product: Product
+
+    @property
+    def is_elementwise_low_rank(self) -> bool:
+        """Whether A is low rank under the elementwise product, the one form that needs W'."""
+        return self.A is not None and isinstance(self.A.tensors, tuple) and self.product == "hadamard"
 
 
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
 # So every update is computed and summed in `working_dtype` (float32 at least), and `add` alone rounds. Autocast would
-# undo this, since it turns each matrix product to half precision; `_contract` therefore steps out of it. Elementwise
+# undo this, since it turns each matrix product to half precision; `multiply` therefore steps out of it. Elementwise
 # operations need no such care: autocast leaves them alone.
 
 
@@ -106,7 +131,8 @@ def bias(W0: Tensor, b0: Tensor | None, C: Path = None, D: Path = None, E: Path 
         if C is None and E is None:
             return None
         b0 = W0.new_zeros(W0.shape[0])
-    return add(b0, [bias_update(W0, b0, C, D, E)])
+    others = cast("tuple[Tensor | None, Tensor | None]", (D, E))
+    return add(b0, [bias_update(b0, None if C is None else prompted(W0, C), *others)])
 
 
 def linear(
@@ -156,25 +182,39 @@ def weight_update(W0: Tensor, A: Path = None, B: Path = None, *, product: Produc
     scaled = None
     if A is not None:
         wide = W0.to(working_dtype(W0))
-        scaled = _hadamard(wide, A) if product == "hadamard" else _matmul(wide, A)
-    return _sum(scaled, None if B is None else _whole(B))
+        scaled = wide * whole(A) if product == "hadamard" else _matmul(wide, A)
+    if B is None:
+        return scaled
+    return whole(B) if scaled is None else scaled + whole(B)
 
 
-def bias_update(W0: Tensor, b0: Tensor, C: Path = None, D: Path = None, E: Path = None) -> Tensor | None:
-    """What one adapter adds to b0, `b0 * D + E + W0 C`, unrounded in `working_dtype`.
+def adapted_weight(W0: Tensor, adapters: Iterable[WeightFactors]) -> Tensor:
+    """`W0 + sum_i (W0 * A_i + B_i)` over several adapters, rounded once; W0 itself where there is none."""
+    updates: list[Tensor | None] = []
+    for A, B, product in adapters:
+        paths = None if A is None else A.scaled(), None if B is None else B.scaled()
+        updates.append(weight_update(W0, *paths, product=product))
+    return add(W0, updates)
 
-    The shapes are taken as right (`bias` checks them). The result broadcasts to `(out,)`; None where no path is.
+
+def bias_update(
+    b0: Tensor, prompt: Tensor | None = None, D: Tensor | None = None, E: Tensor | None = None
+) -> Tensor | None:
+    """What one adapter adds to b0, `b0 * D + E + prompt`, unrounded in `working_dtype`.
+
+    The shapes are taken as right (`bias` checks them). `prompt` is `prompted(W0, C)`, `(out,)`. The result broadcasts
+    to `(out,)`; None where no path is.
     """
-    scaled = None if D is None else b0.to(working_dtype(b0)) * _whole(D)
-    shifted = None if E is None else _whole(E)
-    prompted = None
-    if C is not None:
-        prompt = rearrange(_whole(C), "i 1 -> i")
-        if W0.dtype == working_dtype(W0, prompt):
-            prompted = _contract(W0, prompt, "o i, i -> o")
-        else:
-            prompted = wide_matvec(W0, prompt.to(working_dtype(W0, prompt)))  # Note [No wide copy]
-    return _sum(_sum(scaled, shifted), prompted)
+    total = None if D is None else b0.to(working_dtype(b0)) * D
+    for term in (E, prompt):
+        if term is not None:
+            total = term if total is None else total + term
+    return total
+
+
+def prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """What a prompt adds to the output, `W0 C`, `(out,)`, in `working_dtype`."""
+    return multiply(W0, whole(C)).squeeze(1)
 
 
 def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
@@ -184,7 +224,8 @@ def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
     """
     total = None
     for update in updates:
-        total = _sum(total, update)
+        if update is not None:
+            total = update if total is None else total + update
     if total is None:
         return base
     return (base.to(working_dtype(base)) + total).to(base.dtype)
@@ -198,41 +239,28 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    if isinstance(path, Tensor):
-        return path
-    left, right = path
-    return _contract(left, right, "o r, r i -> o i")
-
-
-def _hadamard(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    return W0 * _whole(A)
+def whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The tensor that a path stands for: itself, or the product of its pair in `working_dtype`."""
+    return path if isinstance(path, Tensor) else multiply(*path)
 
 
 def _matmul(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if not isinstance(A, Tensor):
         left, right = A
-        # W0 @ left first: two thin products, and no (in, in) matrix.
-        return _contract(_contract(W0, left, "o i, i r -> o r"), right, "o r, r j -> o j")
+        return multiply(multiply(W0, left), right)  # two thin products, and no (in, in) matrix
     if A.shape == (W0.shape[1], W0.shape[1]):
-        return _contract(W0, A, "o i, i j -> o j")
+        return multiply(W0, A)
     return W0 * A  # a diagonal matrix, kept as its diagonal
 
 
-def _contract(left: Tensor, right: Tensor, pattern: str) -> Tensor:
-    dtype = working_dtype(left, right)
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
+    dtype, device = working_dtype(left, right), left.device.type
     left, right = left.to(dtype), right.to(dtype)
-    device = left.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return einsum(left, right, pattern)
-    return einsum(left, right, pattern)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+            return left @ right
+    return left @ right
 
 
 def check_weight_paths(W0: Tensor, A: Path, B: Path, product: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "pinned",
     derandomize=True,
-    deadline=None,  # a first call pays for imports and compilation; time is measured in benchmarks/
+    deadline=None,  # first calls import and compile; time is measured in benchmarks/
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -15,7 +15,7 @@ settings.register_profile("long", settings.get_profile("pinned"), max_examples=1
 settings.load_profile("pinned")
 
 
-# The matrices are small, and threads that wait for each other cost more than they bring.
+# The matrices are small: more threads are slower.
 torch.set_num_threads(1)
 
 

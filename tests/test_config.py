@@ -13,13 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glora import GLoRAConfig
+from tests.helpers.calls import FORMS
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "A": ("lora", "vector", "constant", "none"),
-    "B": ("lora", "vector", "constant", "none"),
-    "C": ("lora", "vector", "none"),
-    "D": ("vector", "constant", "none"),
-    "E": ("vector", "constant", "none"),
+    **FORMS,
     "product": ("hadamard", "matmul"),
     "init": ("identity", "random"),
 }

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glora import functional
-from tests import reference
-from tests.strategies import DTYPES, close
+from tests.helpers import reference
+from tests.helpers.strategies import DTYPES, close
 
 WEIGHT_FORMS = ["none", "lora", "vector", "constant", "whole"]
 PROMPT_FORMS = ["none", "lora", "vector"]

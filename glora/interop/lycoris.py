@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.files import needs, replace_file
+from glora.files.container import import_optional, replace_file
 from glora.functional import working_dtype
 from glora.interop.tensors import read_tensors
-from glora.record import AdapterFileError, AdapterRecord, LayerRecord, attach_record, record
-from glora.targets import listed
-from glora.tree import find, own_tensors
-
-Model = TypeVar("Model", bound=nn.Module)
+from glora.model.attach import attach_spec
+from glora.model.describe import describe
+from glora.model.modules import Model, named_modules
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.text import format_names
 
 # Note [LyCORIS's layouts]
 # W' = W0 + (W0 A + B) alpha / r. Since its version 3 the tensors are A = a1 a2 and B = b1 b2, with a1 (in, r), a2
@@ -52,9 +52,9 @@ def load_lycoris(model: Model, file: str | os.PathLike[str], name: str = "defaul
     Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
     """
     file = Path(file)
-    layers = [f for f in find(model) if isinstance(f.module, nn.Linear)]
-    shapes = {f.path: tuple(own_tensors(f.module)["weight"].shape) for f in layers}
-    return attach_record(model, read_lycoris(file, shapes), file, name=name, trainable=trainable)
+    layers = [f for f in named_modules(model) if isinstance(f.module, nn.Linear)]
+    shapes = {f.path: tuple(f.tensors["weight"].shape) for f in layers}
+    return attach_spec(model, read_lycoris(file, shapes), file, name=name, trainable=trainable)
 
 
 def save_lycoris(model: nn.Module, file: str | os.PathLike[str], name: str | None = None) -> None:
@@ -70,17 +70,17 @@ def save_lycoris(model: nn.Module, file: str | os.PathLike[str], name: str | Non
             elementwise A, any C, D or E, a head. Nothing is written then.
         KeyError: no adapter of that name.
     """
-    write_lycoris(Path(file), record(model, name))
+    write_lycoris(Path(file), describe(model, name))
 
 
-def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterRecord:
+def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
     """The adapter in a file of LyCORIS, for a model with layers at these paths, with weights of these shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(file).items():
         layer, _, part = key.partition(".")
         by_name.setdefault(layer, {})[part] = tensor
     resolved = _resolve(list(by_name), list(shapes), file)
-    layers: dict[str, LayerRecord] = {}
+    layers: dict[str, LayerSpec] = {}
     tensors: dict[str, Tensor] = {}
     for layer, given in by_name.items():
         if set(given) != {*_TENSORS, "alpha"} or any(given[part].ndim != 2 for part in _TENSORS):
@@ -103,15 +103,15 @@ def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterRe
             config = GLoRAConfig(**_forms("lora", "lora"), rank=rank, alpha=alpha, product="matmul")
         except ValueError as error:
             raise AdapterFileError(f"{layer!r} in {file}: {error}") from error
-        layers[path] = LayerRecord(config, b1.shape[0], b2.shape[1])
+        layers[path] = LayerSpec(config, b1.shape[0], b2.shape[1])
         found = {"A.left": a1, "A.right": a2, "B.left": b1, "B.right": b2}
         tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in found.items()}
-    return AdapterRecord(layers, {}, tensors)
+    return AdapterSpec(layers, {}, tensors)
 
 
-def write_lycoris(file: Path, adapter: AdapterRecord) -> None:
-    """Write a recorded adapter as LyCORIS's GLoRA."""
-    safetensors = needs("safetensors.torch")
+def write_lycoris(file: Path, adapter: AdapterSpec) -> None:
+    """Write a described adapter as LyCORIS's GLoRA."""
+    safetensors = import_optional("safetensors.torch")
     problems = [f"{path!r} is a head" for path in adapter.heads]
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
@@ -123,7 +123,7 @@ def write_lycoris(file: Path, adapter: AdapterRecord) -> None:
     if problems:
         raise ValueError(
             f"LyCORIS's GLoRA has A and B low rank, of a matrix product, and nothing else; this adapter cannot be "
-            f"written for it, and nothing was. Found: {listed(problems)}. Keep it with glora.save."
+            f"written for it, and nothing was. Found: {format_names(problems)}. Keep it with glora.save."
         )
     for path, layer in adapter.layers.items():
         name, rank = f"lycoris_{path}".replace(".", "_"), layer.config.rank
@@ -175,10 +175,10 @@ def _resolve(names: list[str], paths: list[str], file: Path) -> Mapping[str, str
             found.append({name: flat[end][0] for name, end in ends.items()})
             twice = [path for end in ends.values() for path in flat[end] if len(flat[end]) > 1]
             if twice:
-                raise AdapterFileError(f"{file} names layers by one name for several: {listed(twice)}.")
+                raise AdapterFileError(f"{file} names layers by one name for several: {format_names(twice)}.")
     if not found:
         raise AdapterFileError(
             f"The names in {file} must be a prefix and the model's paths with underscores for dots; found "
-            f"{listed(names)}, and the model has {listed(paths)}."
+            f"{format_names(names)}, and the model has {format_names(paths)}."
         )
     return found[0]

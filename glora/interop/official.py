@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from glora.config import GLoRAConfig
 from glora.interop.tensors import read_tensors
-from glora.record import AdapterFileError, AdapterRecord, LayerRecord, attach_record
-from glora.targets import listed
-from glora.tree import find
-
-Model = TypeVar("Model", bound=nn.Module)
+from glora.model.attach import attach_spec
+from glora.model.modules import Model, named_modules
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.text import format_names
 
 # Note [The authors' supernet]
 # Each layer has factors for the largest form of every path: Ad (out, r), Au (r, in), Bd, Bu, Cd (in, r), Cu (r, 1), D
@@ -55,13 +54,13 @@ def load_official(
     Source: https://github.com/Arnav0400/ViT-Slim, folder GLoRA (`layer.py`, `utils.py`).
     """
     file = Path(file)
-    paths = [f.path for f in find(model)]
-    return attach_record(model, read_official(file, forms, paths), file, name=name, trainable=trainable)
+    paths = [f.path for f in named_modules(model)]
+    return attach_spec(model, read_official(file, forms, paths), file, name=name, trainable=trainable)
 
 
 def read_official(
     file: Path, forms: GLoRAConfig | Mapping[str, GLoRAConfig] | Sequence[Mapping[str, str]], order: Sequence[str]
-) -> AdapterRecord:
+) -> AdapterSpec:
     """The adapter in a file of the authors' code; `order` is the model's paths."""
     given: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, tuple[str, ...]] = {}
@@ -75,8 +74,10 @@ def read_official(
             tensors[key] = tensor
     broken = [path for path, parts in given.items() if set(parts) != set(_NAMES)]
     if broken or not given:
-        raise AdapterFileError(f"Each layer of the authors' files has {', '.join(_NAMES)}; {file}: {listed(broken)}.")
-    layers: dict[str, LayerRecord] = {}
+        raise AdapterFileError(
+            f"Each layer of the authors' files has {', '.join(_NAMES)}; {file}: {format_names(broken)}."
+        )
+    layers: dict[str, LayerSpec] = {}
     for path, config in _configs(forms, sorted(given, key=_position(order))).items():
         parts = given[path]
         rank = parts["Ad"].shape[1]
@@ -84,9 +85,9 @@ def read_official(
             raise ValueError(f"{path!r} of {file} has rank {rank}, and a config of rank {config.rank} was given.")
         if config.product != "hadamard" or config.scaling != 1:
             raise ValueError(f"The authors' A is elementwise and has no alpha; found {config!r} for {path!r}.")
-        layers[path] = LayerRecord(config, parts["Ad"].shape[0], parts["Au"].shape[1])
+        layers[path] = LayerSpec(config, parts["Ad"].shape[0], parts["Au"].shape[1])
         tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in _cut(config, parts).items()}
-    return AdapterRecord(layers, heads, tensors)
+    return AdapterSpec(layers, heads, tensors)
 
 
 def _cut(config: GLoRAConfig, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,7 +121,8 @@ def _configs(
         by_path = forms
         if set(by_path) != set(paths):
             raise ValueError(
-                f"forms must name each layer of the file; it has {listed(paths)}, and forms names {listed(by_path)}."
+                f"forms must name each layer of the file; it has {format_names(paths)}, and forms names "
+                f"{format_names(by_path)}."
             )
         return dict(by_path)
     if len(forms) != len(paths):

@@ -8,18 +8,27 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.files import ADAPTER_FILE, CONFIG_FILE, adapter_file, needs, parse_json, read_safetensors, replace_file
+from glora.files.container import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_file,
+    import_optional,
+    parse_json,
+    read_safetensors,
+    replace_file,
+)
 from glora.functional import working_dtype
-from glora.record import AdapterFileError, AdapterRecord, LayerRecord, attach_record, record
-from glora.targets import listed
-
-Model = TypeVar("Model", bound=nn.Module)
+from glora.model.attach import attach_spec
+from glora.model.describe import describe
+from glora.model.modules import Model
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.text import format_names
 
 # Note [PEFT's forms]
 # GLORA: glora_A to glora_E, each `Xd`, `Xu` (lora), `X` (vector, constant) or `zeros` (none, dense): our left, right
@@ -79,7 +88,7 @@ def load_peft(
     Source: Hugging Face PEFT 0.21.
     """
     file = adapter_file(directory)
-    return attach_record(model, read_peft(file.parent), file, name=name, trainable=trainable)
+    return attach_spec(model, read_peft(file.parent), file, name=name, trainable=trainable)
 
 
 def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
@@ -97,16 +106,16 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | N
             that differ in forms or rank, a matrix product, a created bias. Nothing is written then.
         KeyError: no adapter of that name.
     """
-    write_peft(Path(directory), record(model, name))
+    write_peft(Path(directory), describe(model, name))
 
 
-def read_peft(directory: Path) -> AdapterRecord:
+def read_peft(directory: Path) -> AdapterSpec:
     """The adapter in PEFT's files."""
     file, config_file = directory / ADAPTER_FILE, directory / CONFIG_FILE
     if not config_file.exists():
         raise FileNotFoundError(f"An adapter of PEFT is a folder with {CONFIG_FILE}; there is none at {directory}.")
-    said = parse_json(config_file.read_bytes(), config_file)
-    config = cast("dict[str, Any]", said if isinstance(said, dict) else {})
+    raw = parse_json(config_file.read_bytes(), config_file)
+    config = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
     if not isinstance(config.get("peft_type"), str):
         raise AdapterFileError(f"{config_file} is not a config of PEFT: it names no peft_type.")
     readers = {"GLORA": _read_glora, "LORA": _read_lora, "HIRA": _read_hira, "IA3": _read_ia3}
@@ -118,7 +127,7 @@ def read_peft(directory: Path) -> AdapterRecord:
     tensors, _ = read_safetensors(file)
     foreign = [key for key in tensors if not key.startswith(_PREFIX)]
     if foreign:
-        raise AdapterFileError(f"Keys of PEFT begin with {_PREFIX!r}; {file} has {listed(foreign)}.")
+        raise AdapterFileError(f"Keys of PEFT begin with {_PREFIX!r}; {file} has {format_names(foreign)}.")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     saved = cast("list[str]", config.get("modules_to_save") or [])
     heads = {key: tensor for key, tensor in tensors.items() if any(_is_inside(key, module) for module in saved)}
@@ -128,12 +137,12 @@ def read_peft(directory: Path) -> AdapterRecord:
         raise AdapterFileError(f"{file} and {config_file} do not go together: {error}.") from error
     owners = {key: key.rpartition(".")[0] for key in heads}
     names = {path: tuple(k.rpartition(".")[2] for k in heads if owners[k] == path) for path in owners.values()}
-    return AdapterRecord(adapter.layers, names, {**adapter.tensors, **heads})
+    return AdapterSpec(adapter.layers, names, {**adapter.tensors, **heads})
 
 
-def write_peft(directory: Path, adapter: AdapterRecord) -> None:
-    """Write a recorded adapter as PEFT's GLoRA."""
-    safetensors = needs("safetensors.torch")
+def write_peft(directory: Path, adapter: AdapterSpec) -> None:
+    """Write a described adapter as PEFT's GLoRA."""
+    safetensors = import_optional("safetensors.torch")
     config = _glora_config(adapter)
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
@@ -163,7 +172,7 @@ def write_peft(directory: Path, adapter: AdapterRecord) -> None:
     replace_file(directory / CONFIG_FILE, lambda file: file.write(text))
 
 
-def _glora_config(adapter: AdapterRecord) -> dict[str, Any]:
+def _glora_config(adapter: AdapterSpec) -> dict[str, Any]:
     layers = adapter.layers
     problems: list[str] = []
     for path, layer in layers.items():
@@ -220,7 +229,7 @@ def _refuse_what_is_not_done(config: Mapping[str, Any], file: Path) -> None:
     if problems:
         raise AdapterFileError(
             f"glora computes PEFT's {config['peft_type']} as its paper has it; {file} also asks for "
-            f"{listed(problems)}, which it does not do. Merge the adapter with PEFT, or train it without."
+            f"{format_names(problems)}, which it does not do. Merge the adapter with PEFT, or train it without."
         )
 
 
@@ -251,24 +260,24 @@ def _by_layer(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> _Layers:
 
 
 def _assemble(
-    layers: _Layers, understand: Callable[[str, dict[str, Tensor]], tuple[LayerRecord, dict[str, Tensor]]]
-) -> AdapterRecord:
-    """A record of all layers; `understand` takes what it uses out of a layer's tensors, and nothing may be left."""
-    records: dict[str, LayerRecord] = {}
+    layers: _Layers, parse: Callable[[str, dict[str, Tensor]], tuple[LayerSpec, dict[str, Tensor]]]
+) -> AdapterSpec:
+    """A description of all layers; `parse` takes what it uses out of a layer's tensors, and nothing may be left."""
+    records: dict[str, LayerSpec] = {}
     tensors: dict[str, Tensor] = {}
     for path, given in layers.items():
         rest = dict(given)
-        records[path], found = understand(path, rest)
+        records[path], found = parse(path, rest)
         if rest:
-            raise ValueError(f"{path!r} has {listed(rest)}, which glora has no path for")
+            raise ValueError(f"{path!r} has {format_names(rest)}, which glora has no path for")
         tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in found.items()}
-    return AdapterRecord(records, {}, tensors)
+    return AdapterSpec(records, {}, tensors)
 
 
-def _read_glora(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
+def _read_glora(config: Mapping[str, Any], layers: _Layers) -> AdapterSpec:
     stated = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
 
-    def understand(path: str, given: dict[str, Tensor]) -> tuple[LayerRecord, dict[str, Tensor]]:
+    def parse(path: str, given: dict[str, Tensor]) -> tuple[LayerSpec, dict[str, Tensor]]:
         forms: dict[str, Any] = {}
         found: dict[str, Tensor] = {}
         out_features = in_features = rank = None
@@ -292,13 +301,13 @@ def _read_glora(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
         bias = None
         if any(config[stated[name]] != "none" for name in "CDE"):
             bias = any(forms[name] != "none" for name in "CDE")
-        return LayerRecord(GLoRAConfig(**forms, rank=rank or config["r"]), out_features, in_features, bias), found
+        return LayerSpec(GLoRAConfig(**forms, rank=rank or config["r"]), out_features, in_features, bias), found
 
-    return _assemble(layers, understand)
+    return _assemble(layers, parse)
 
 
-def _read_lora(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
-    def understand(path: str, given: dict[str, Tensor]) -> tuple[LayerRecord, dict[str, Tensor]]:
+def _read_lora(config: Mapping[str, Any], layers: _Layers) -> AdapterSpec:
+    def parse(path: str, given: dict[str, Tensor]) -> tuple[LayerSpec, dict[str, Tensor]]:
         right, left = given.pop("lora_A.weight"), given.pop("lora_B.weight")
         rank = left.shape[1]
         if rank != _of_pattern(config.get("rank_pattern"), path, config["r"]):
@@ -311,27 +320,27 @@ def _read_lora(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
             found["E.value"] = bias.to(working_dtype(bias)) * (alpha / rank)
         forms: dict[str, Any] = {"E": "vector", "create_bias": True} if bias is not None else {}
         ours = _config(B="lora", **forms, rank=rank, alpha=float(alpha))
-        return LayerRecord(ours, left.shape[0], right.shape[1]), found
+        return LayerSpec(ours, left.shape[0], right.shape[1]), found
 
-    return _assemble(layers, understand)
+    return _assemble(layers, parse)
 
 
-def _read_hira(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
+def _read_hira(config: Mapping[str, Any], layers: _Layers) -> AdapterSpec:
     del config
 
-    def understand(_path: str, given: dict[str, Tensor]) -> tuple[LayerRecord, dict[str, Tensor]]:
+    def parse(_path: str, given: dict[str, Tensor]) -> tuple[LayerSpec, dict[str, Tensor]]:
         right, left = given.pop("hira_A"), given.pop("hira_B")
         rank = left.shape[1]  # which scales nothing, and PEFT does not always hold itself to its rank_pattern
-        layer = LayerRecord(GLoRAConfig.hira(rank=rank), left.shape[0], right.shape[1])
+        layer = LayerSpec(GLoRAConfig.hira(rank=rank), left.shape[0], right.shape[1])
         return layer, {"A.left": left, "A.right": right}
 
-    return _assemble(layers, understand)
+    return _assemble(layers, parse)
 
 
-def _read_ia3(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
+def _read_ia3(config: Mapping[str, Any], layers: _Layers) -> AdapterSpec:
     feedforward = cast("str | list[str]", config.get("feedforward_modules") or [])
 
-    def understand(path: str, given: dict[str, Tensor]) -> tuple[LayerRecord, dict[str, Tensor]]:
+    def parse(path: str, given: dict[str, Tensor]) -> tuple[LayerSpec, dict[str, Tensor]]:
         scale = given.pop("ia3_l")
         change = scale.to(working_dtype(scale)) - 1
         if scale.ndim != 2 or 1 not in scale.shape:
@@ -343,11 +352,11 @@ def _read_ia3(config: Mapping[str, Any], layers: _Layers) -> AdapterRecord:
         if scale.shape[0 if scales_inputs else 1] != 1:
             raise ValueError(f"{path}.ia3_l has shape {tuple(scale.shape)}, which feedforward_modules contradicts")
         if not scales_inputs:
-            return LayerRecord(GLoRAConfig.ia3(), scale.shape[0], None), {"A.value": change, "D.value": change[:, 0]}
+            return LayerSpec(GLoRAConfig.ia3(), scale.shape[0], None), {"A.value": change, "D.value": change[:, 0]}
         ours = _config(A="vector", product="matmul")
-        return LayerRecord(ours, None, scale.shape[1]), {"A.value": change}
+        return LayerSpec(ours, None, scale.shape[1]), {"A.value": change}
 
-    return _assemble(layers, understand)
+    return _assemble(layers, parse)
 
 
 def _config(**options: Any) -> GLoRAConfig:

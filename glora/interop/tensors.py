@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from glora.files import read_safetensors
-from glora.record import AdapterFileError
+from glora.files.container import read_safetensors
+from glora.spec import AdapterFileError
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

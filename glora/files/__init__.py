@@ -1,0 +1,1 @@
+"""Files: one adapter, and a checkpoint merged without a model."""

@@ -1,0 +1,227 @@
+"""Adapter files: one safetensors file that holds the whole truth, and a JSON copy of its description for readers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from glora.config import FORMS, GLoRAConfig
+from glora.files.container import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_file,
+    parse_json,
+    plain_tensors,
+    read_safetensors,
+    replace_file,
+    write_safetensors,
+)
+from glora.model.attach import attach_spec
+from glora.model.describe import describe
+from glora.model.modules import Model
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
+from glora.text import format_problems
+from glora.version import __version__
+
+FORMAT_VERSION = 1
+
+# Note [Adapter file]
+# A folder cannot be replaced atomically, a file can: so one file holds everything, tensors and description, and the
+# JSON beside it is a copy that nothing depends on. The file's metadata has three entries: "format" (safetensors' own
+# habit), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape and
+# bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
+# its layers account for every tensor with the right shape; only then is a model looked at.
+
+_MOST_TEXT = 90_000_000  # bytes of description: safetensors reads no header above 100 MB
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write one adapter into a folder: `adapter_model.safetensors`, and `adapter_config.json` for readers.
+
+    The file holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
+    each layer's forms, rank, alpha, product and base shape, the format's version and a SHA-256 sum of it all. It is
+    written beside, flushed to the disk and put in place in one step: killed at any moment, the folder has the old
+    adapter or the new one.
+
+    Args:
+        model: the model, or a wrapper of it.
+        directory: the folder; made if it is not there.
+        name: the adapter; None for the only one.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: None, and not exactly one adapter; tensors on the meta device.
+        ImportError: safetensors is not installed (the extra `glora[files]`).
+
+    Example:
+        >>> import tempfile, torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(init="random"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     glora.save(layer, directory)
+        ...     other = glora.load(torch.nn.Linear(4, 2), directory)
+        >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
+        True
+    """
+    write(Path(directory), describe(model, name))
+
+
+def load(model: Model, directory: str | os.PathLike[str], name: str = "default", *, trainable: bool = True) -> Model:
+    """Attach an adapter from a folder that `glora.save` wrote, in one call; no config is needed.
+
+    Everything is checked before the model changes: the file's sum, its description, every tensor's key, shape and
+    dtype, and that the model has each layer with the shape that was adapted. Nothing is unpickled. The rest of the
+    model is frozen, as by `glora.apply`, and the adapter is the only active one.
+
+    Args:
+        model: the model. Tensors go to each layer's device; on the meta device, whose layers have no memory yet, they
+            stay on the CPU until the model is moved.
+        directory: the folder, or the file in it.
+        name: the adapter's name in the model.
+        trainable: whether its tensors ask for gradients; False for one that only serves.
+
+    Returns:
+        The model.
+
+    Raises:
+        glora.AdapterFileError: a file that is damaged, foreign, or does not fit the model; the model is as it was.
+        FileNotFoundError: no file.
+        ValueError: a name that is taken.
+        RuntimeError: inside `glora.merged` or `glora.route`.
+
+    Warns:
+        UserWarning: `adapter_config.json` does not say what the file says, which counts.
+    """
+    file = adapter_file(directory)
+    return attach_spec(model, read(file), file, name=name, trainable=trainable)
+
+
+def write(directory: Path, adapter: AdapterSpec) -> None:
+    """Write a described adapter into a folder (Note [Adapter file])."""
+    meta = [key for key, tensor in adapter.tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"Only tensors with memory can be saved; {meta[0]!r} is on the meta device.")
+    fields = _to_json(adapter)
+    text, copy = json.dumps(fields, sort_keys=True), json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"One file describes about 350,000 layers at most; this adapter has {len(adapter.layers):,}.")
+    tensors = plain_tensors(adapter.tensors)
+    # The copy last: between the two a reader is warned of the old copy, and has the whole new adapter.
+    write_safetensors(directory / ADAPTER_FILE, tensors, {"glora": text, "sha256": digest(text, tensors)})
+    replace_file(directory / CONFIG_FILE, lambda file: file.write(copy.encode()))
+
+
+def read(file: Path) -> AdapterSpec:
+    """Read and check an adapter's file (Note [Adapter file]).
+
+    Raises:
+        AdapterFileError: it is damaged or foreign.
+    """
+    tensors, metadata = read_safetensors(file)
+    if "glora" not in metadata:
+        raise AdapterFileError(
+            f"An adapter of glora has its description in the file's metadata; {file} has none. If another library "
+            f"wrote it, see glora.interop (load_peft, load_lycoris)."
+        )
+    text = metadata["glora"]
+    if set(metadata) != {"format", "glora", "sha256"} or metadata["format"] != "pt":
+        raise AdapterFileError(f"The metadata of {file} are not what glora writes; the file is damaged.")
+    with file.open("rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+    # Padding is spaces: other white space there means nothing to a parser, and is damage that the sum does not cover.
+    if any(byte in header for byte in b"\t\n\r"):
+        raise AdapterFileError(f"The header of {file} has white space that safetensors never writes; it is damaged.")
+    if digest(text, tensors) != metadata["sha256"]:
+        raise AdapterFileError(
+            f"The contents of {file} do not have the SHA-256 sum that was saved with them; the file is damaged. Get it "
+            f"again from where it came from."
+        )
+    adapter = _parse(file, parse_json(text, file), tensors)
+    _compare_copy(file.with_name(CONFIG_FILE), text)
+    return adapter
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of a description and of each tensor's name, dtype, shape and bytes."""
+    total = hashlib.sha256(text.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        total.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy())))
+    return total.hexdigest()
+
+
+def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
+    """The description of an adapter, as JSON has it."""
+    layers: dict[str, Any] = {}
+    for path, layer in adapter.layers.items():
+        fields = asdict(layer.config)
+        forms = {name: fields.pop(name) for name in FORMS}
+        layers[path] = {
+            "forms": {name: form for name, form in forms.items() if form != "none"},
+            **fields,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "bias": layer.bias,
+        }
+    heads = {path: sorted(names) for path, names in adapter.heads.items()}
+    return {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
+
+
+def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    """The adapter that a description and tensors make, every field of it checked."""
+    raw = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"This glora reads adapter files of format {FORMAT_VERSION}; {file} has format "
+            f"{raw.get('format_version')!r}. Use the glora that wrote it, or a newer one."
+        )
+    try:
+        by_path, by_head = cast("dict[str, dict[str, Any]]", raw["layers"]), cast("dict[str, Any]", raw["heads"])
+        layers = {path: _parse_layer(fields) for path, fields in by_path.items()}
+        heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
+    adapter = AdapterSpec(layers, heads, tensors)
+    problems = list(mismatches(tensors, adapter.wanted()))
+    if problems:
+        raise AdapterFileError(f"The tensors of {file} are not those of its description: {format_problems(problems)}.")
+    return adapter
+
+
+def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
+    fields = dict(fields)
+    shape = fields.pop("out_features"), fields.pop("in_features")
+    bias = fields.pop("bias")
+    if not all(size is None or (type(size) is int and size > 0) for size in shape) or type(bias) not in (
+        bool,
+        type(None),
+    ):
+        raise ValueError(f"sizes {shape} and bias {bias!r}")
+    forms = {name: fields["forms"].get(name, "none") for name in FORMS}
+    if not set(fields.pop("forms")) <= set(FORMS):
+        raise ValueError("paths other than A to E")
+    return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias)
+
+
+def _compare_copy(file: Path, text: str) -> None:
+    """Warn where the readers' copy says something else than the file; nothing depends on it."""
+    try:
+        same = not file.exists() or parse_json(file.read_bytes(), file) == json.loads(text)
+    except (AdapterFileError, OSError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{file} does not say what {ADAPTER_FILE} beside it says, which is what counts. It may have been edited, "
+            f"or belong to another adapter; saving again renews it.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,214 @@
+r"""A linear layer with a low-rank elementwise A, without W' ever being whole.
+
+`W' = W0 + W0 * (L_A R_A) + L_B R_B` is made, used and forgotten a block of rows at a time, forward and backward, and
+nothing is saved but the input and the factors: three matrix products a step, like a trained layer's (Note [Blocks]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glora import functional
+from glora.functional import Factors, WeightFactors
+from glora.kernels.factored import scaled_inputs, sort_paths
+
+# Note [Blocks]
+# The gradient of a factor of an elementwise A needs dW' = g^T x entry by entry, so that A cannot be taken apart into
+# thin products of activations as B can. But neither W' nor dW' need be whole: a block of rows of either depends on that
+# block of rows of W0 alone. Made anew in the backward pass, a block of W' costs r/N of a product, and saves its memory.
+# What is saved are the raw factors, which are parameters, and not their scaled and joined copies, which are not.
+#
+# In half precision (and under half autocast) rounding W' would lose small updates: the update goes through a product of
+# its own, beside x W0^T, and is added in float32. That is the fourth product of a step; the backward pass uses W'.
+#
+# A block has about CPU_BLOCK or CUDA_BLOCK entries. At 2048 x 2048, 1024 tokens, float32, on two cores, a step was
+# timed with blocks of 2^19, 2^20, 2^21: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for
+# dW' suffers (it packs all of x for each of them); above there is little to gain, and memory to lose.
+CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
+
+
+def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors], dtype: torch.dtype) -> Tensor:
+    """`x W'^T + bias` in blocks of rows of W0, which must not ask for a gradient.
+
+    Args:
+        x: `(..., in)`.
+        W0: `(out, in)`.
+        bias: `(out,)` or None.
+        adapters: the adapters' paths.
+        dtype: that of the products and of the result: x's, or autocast's.
+
+    Returns:
+        `(..., out)` in `dtype`.
+    """
+    A, inputs, B = sort_paths(W0, adapters)
+    layout = tuple(tuple(len(_flat(path)) for path in paths) for paths in (A, B))
+    # A clone of each scale: an adapter's A and B share it, and dynamo takes no tensor twice.
+    tensors = [t for paths in (A, B) for path in paths for t in (*_flat(path), path.scale.clone())]
+    apply: Any = _Blocked.apply  # pyright: ignore - torch leaves it untyped
+    flat = cast("Tensor", apply(x.reshape(-1, W0.shape[1]), W0, bias, dtype, layout, *tensors))
+    y = flat.reshape(*x.shape[:-1], W0.shape[0])
+    return (y + F.linear(scaled_inputs(x, inputs), W0)).to(dtype) if inputs else y
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: Any, *tensors: Tensor
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(dtype)
+            A, B = _fold(W0, layout, tensors)
+            y = rows.new_empty(rows.shape[0], W0.shape[0])
+            for block in _blocks(W0):
+                W = W0[block]
+                if dtype in (torch.bfloat16, torch.float16):
+                    beside = (rows @ W.to(dtype).T).float() + rows @ _update(W, A, B, block).to(dtype).T
+                    y[:, block] = beside if bias is None else beside + bias[block]
+                elif bias is None:
+                    torch.mm(rows, _weight(W, A, B, block).T, out=y[:, block])
+                else:
+                    torch.addmm(bias[block], rows, _weight(W, A, B, block).T, out=y[:, block])
+            return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
+        x, W0, bias, ctx.dtype, ctx.layout, *tensors = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Frozen factors need no x: it is not kept, and may be written over.
+        ctx.x_shape = x.shape, x.dtype
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, W0, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):  # pyright: ignore
+            return _differentiable_backward(ctx, grads[0])
+        x, W0, *tensors = ctx.saved_tensors
+        with torch.autocast(W0.device.type, enabled=False):
+            g = grads[0].to(ctx.dtype)
+            rows = None if x is None else x.to(ctx.dtype)
+            A, B = _fold(W0, ctx.layout, tensors)
+            dA, dB = ([torch.zeros_like(factor) for factor in pair] for pair in (A, B))
+            # In half precision the blocks' shares are added up in float32, however many there are.
+            wide = functional.working_dtype(g)
+            dx = g.new_empty(ctx.x_shape[0], dtype=wide) if ctx.needs_input_grad[0] else None
+            for block in _blocks(W0):
+                W = W0[block]
+                if dx is not None:
+                    _add_product(dx, g[:, block], _weight(W, A, B, block).to(ctx.dtype), first=block.start == 0)
+                if rows is not None:
+                    dW = (g[:, block].T @ rows).to(A[0].dtype)
+                    if B[0].shape[1]:
+                        dB[0][block] = dW @ B[1].T
+                        dB[1].addmm_(B[0][block].T, dW)
+                    dW = dW.mul_(W)
+                    dA[0][block] = dW @ A[1].T
+                    dA[1].addmm_(A[0][block].T, dW)
+            dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+            dfactors = _unfold(ctx.layout, tensors, dA, dB) if rows is not None else (None for _ in tensors)
+        return (None if dx is None else dx.to(ctx.x_shape[1]), None, dbias, None, None, *dfactors)
+
+
+def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
+    """The same gradients through a whole W', in operations that autograd can differentiate again and vmap can map."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(g.device.type, enabled=False):
+        x, W0, *tensors = ctx.saved_tensors
+        if x is None:  # the gradient of x does not depend on x
+            x = W0.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
+        # Aliases: x may itself come from a factor, through an earlier layer, and that path is not this function's.
+        x, *tensors = (tensor.view_as(tensor) for tensor in (x, *tensors))
+        A, B = _fold(W0, ctx.layout, tensors)
+        shift = (B[0], B[1]) if B[0].shape[1] else None
+        W = functional.add(W0, [functional.weight_update(W0, (A[0], A[1]), shift)])
+        y = x.to(ctx.dtype) @ W.to(ctx.dtype).T
+        wanted = [i for i in (0, *range(5, len(ctx.needs_input_grad))) if ctx.needs_input_grad[i]]
+        sources = [x if i == 0 else tensors[i - 5] for i in wanted]
+        grads = torch.autograd.grad(y, sources, g.to(ctx.dtype), create_graph=again) if sources else ()
+        found = dict(zip(wanted, grads, strict=True))
+        dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return (found.get(0), None, dbias, None, None, *(found.get(i) for i in range(5, len(ctx.needs_input_grad))))
+
+
+def _blocks(W0: Tensor) -> Iterator[slice]:
+    out_features, in_features = W0.shape
+    step = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
+    return (slice(start, min(start + step, out_features)) for start in range(0, out_features, step))
+
+
+def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
+    """`functional.weight_update` of a block, in one buffer: fresh memory costs more than the arithmetic."""
+    update = (A[0][block] @ A[1]).mul_(W)
+    return update.addmm_(B[0][block], B[1]) if B[0].shape[1] else update
+
+
+def _weight(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
+    """A block of W', in W0's dtype, rounded once."""
+    return _update(W, A, B, block).add_(W).to(W.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add `left @ right` to a total that may be wider; the first one overwrites memory that is not initialised."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)
+
+
+def _flat(path: Factors) -> tuple[Tensor, ...]:
+    return path.tensors if isinstance(path.tensors, tuple) else (path.tensors,)
+
+
+# A layout has, for A and for B, how many raw tensors each path has: 2 (left and right) or 1 (a vector or constant). The
+# tensors of a path are these and its scale.
+_Layout: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+def _paths(layout: _Layout, tensors: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | None, Tensor]]]:
+    """For A and for B: left (or the vector), right (or None) and scale of each path."""
+    remaining = list(tensors)
+    for counts in layout:
+        paths: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        for count in counts:
+            left, *right, scale = remaining[: count + 1]
+            remaining = remaining[count + 1 :]
+            paths.append((left, right[0] if right else None, scale))
+        yield paths
+
+
+def _fold(W0: Tensor, layout: _Layout, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """All paths A as one pair, and all paths B: low-rank factors side by side, a vector as a component of rank one."""
+    wide = functional.working_dtype(W0, *(tensor for tensor in tensors if tensor.ndim))
+    out_features, in_features = W0.shape
+    folded: list[list[Tensor]] = []
+    for paths in _paths(layout, tensors):
+        lefts, rights = [W0.new_empty(out_features, 0, dtype=wide)], [W0.new_empty(0, in_features, dtype=wide)]
+        for left, right, scale in paths:
+            columns = left.to(wide) * scale
+            lefts.append(columns if right is not None else columns.reshape(-1, 1).expand(out_features, 1))
+            rights.append(right.to(wide) if right is not None else W0.new_ones(1, in_features, dtype=wide))
+        folded.append([torch.cat(lefts, 1), torch.cat(rights, 0)])
+    return folded[0], folded[1]
+
+
+def _unfold(layout: _Layout, tensors: Sequence[Tensor], dA: list[Tensor], dB: list[Tensor]) -> Iterator[Tensor | None]:
+    """The gradients of the tensors from those of the two pairs; None for the scales."""
+    for paths, (dleft, dright) in zip(_paths(layout, tensors), (dA, dB), strict=True):
+        at = 0
+        for left, right, scale in paths:
+            rank = 1 if right is None else left.shape[1]
+            scaled = dleft[:, at : at + rank] * scale
+            if right is not None:
+                yield scaled.to(left.dtype)
+                yield dright[at : at + rank].to(right.dtype)
+            else:  # a constant stands in every row
+                yield (scaled if left.numel() > 1 else scaled.sum(0)).reshape(left.shape).to(left.dtype)
+            yield None
+            at += rank

@@ -1,0 +1,131 @@
+"""The cheapest way through an adapted nn.Linear, and the choice of it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from glora import functional
+from glora.functional import WeightFactors
+from glora.kernels import blockwise, factored
+
+Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
+
+# Note [Kernels]
+# One unit is the product of N tokens with W0. A frozen layer's training step costs 2 (forward, gradient of the input).
+#
+# - factored: a path that is low rank under a matrix product, or that scales whole channels, needs no W' at all:
+#   y = (1 + a) * (x W0^T) + (x R_B^T) L_B^T + b', and a low-rank A of a matrix product is a B with the left factor
+#   W0 L_A. 2 units and thin products. Every form but one.
+# - blockwise: the one is an elementwise low-rank A. 3 units, and nothing is saved (Note [Blocks]).
+# - expanded: without a gradient, for a handful of tokens, that A too needs no W': with A = sum_k l_k r_k^T,
+#   (W0 * A) x = sum_k l_k * (W0 (r_k * x)), so that r + 1 rescaled copies of x go through W0 in one product. It reads
+#   W0 once, and writes nothing of W0's size; making W' reads and writes it several times. It pays as long as the
+#   copies together are few: EXPANDED_ROWS. By the clock (widths 1024 to 4096, float32) it won with 9 to 36 of them, and
+#   lost or drew from 63 on. In float16 a rescaled copy may overflow where W' does not: not there.
+# - dense: W' as anybody reads it from `layer.weight`, for what the others do not cover: a W0 that trains or is no plain
+#   tensor; in place of blockwise under torch.func's transforms and forward-mode derivatives (it would need rules of its
+#   own), and for nested tensors.
+EXPANDED_ROWS = 48
+
+_forced: Kernel | None = None
+
+
+@contextmanager
+def force(kernel: Kernel | None) -> Generator[None]:
+    """Take this kernel through every adapted layer that allows it, inside the `with` block: for debugging and tests.
+
+    `"dense"` is always allowed; `"factored"` where no A is low rank and elementwise, `"blockwise"` and `"expanded"`
+    where one is. None chooses by Note [Kernels] again.
+
+    Example:
+        >>> import torch, glora
+        >>> layer, x = glora.apply(torch.nn.Linear(4, 2)), torch.randn(3, 4)
+        >>> with force("dense"):
+        ...     y = layer(x)
+        >>> torch.allclose(layer(x), y, atol=1e-6)
+        True
+    """
+    global _forced
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def has_linear_forward(base: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is nn.Linear's own forward, which `linear` may stand in for."""
+    return vars(next(c for c in base.__mro__ if "forward" in vars(c)))["forward"] is vars(nn.Linear)["forward"]
+
+
+def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors]) -> Tensor:
+    """`x W'^T + bias`, with `W' = W0 + sum_i (W0 * A_i + B_i)`, by the cheapest kernel.
+
+    Args:
+        x: `(..., in)`.
+        W0: frozen weight, `(out, in)`.
+        bias: the adapted bias, `(out,)`, or None.
+        adapters: the paths of the adapters that act.
+
+    Returns:
+        `(..., out)` in the dtype of `torch.nn.functional.linear`.
+
+    Raises:
+        RuntimeError: what `torch.nn.functional.linear` raises for a wrong input.
+    """
+    dtype = result_dtype(x, W0)
+    if dtype is None or x.shape[-1] != W0.shape[1] or not adapters:
+        return F.linear(x, W0, bias)  # the base layer; or it raises as nn.Linear does
+    kernel = choose(x, W0, adapters)
+    if kernel == "dense":
+        return F.linear(x, functional.adapted_weight(W0, adapters), bias)
+    if kernel == "blockwise":
+        return blockwise.linear(x, W0, bias, adapters, dtype)
+    return factored.linear(x, W0, bias, adapters, dtype, expanded=kernel == "expanded")
+
+
+def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
+    """The kernel for these paths and this input (Note [Kernels])."""
+    if W0.requires_grad or type(W0) not in (nn.Parameter, Tensor):
+        return "dense"
+    rank = sum(left_of(adapter).shape[1] for adapter in adapters if adapter.is_elementwise_low_rank)
+    if not rank:
+        return "dense" if _forced == "dense" else "factored"
+    if _forced == "dense" or _in_transform() or x.is_nested:
+        return "dense"
+    if torch.is_grad_enabled() or x.dtype == torch.float16:
+        return "blockwise"
+    if _forced in ("blockwise", "expanded"):
+        return _forced
+    tokens = x.numel() // max(1, x.shape[-1])
+    return "expanded" if tokens * (rank + 1) <= EXPANDED_ROWS else "blockwise"
+
+
+def left_of(adapter: WeightFactors) -> Tensor:
+    """The left factor of a low-rank A."""
+    assert adapter.A is not None
+    return adapter.A.tensors[0]
+
+
+def result_dtype(x: Tensor, W0: Tensor) -> torch.dtype | None:
+    """The dtype of `F.linear(x, W0)`; None where it raises, since theirs differ."""
+    dtypes = x.dtype, W0.dtype
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)  # for every floating dtype but float64
+        dtypes = tuple(half if t.is_floating_point() and t.dtype != torch.float64 else t.dtype for t in (x, W0))
+    return dtypes[0] if dtypes[0] == dtypes[1] else None
+
+
+def _in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which blocks have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore

@@ -1,0 +1,1 @@
+"""One layer: what it holds and computes while it is adapted."""

@@ -1,0 +1,265 @@
+"""The class that a module has while it is adapted: its tensors computed, its forward by the cheapest kernel."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from glora.kernels import select
+from glora.layer import routed
+from glora.layer.heads import Head
+from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
+from glora.layer.parametrization import (
+    Adapters,
+    Bias,
+    Scales,
+    Stacks,
+    Weight,
+    adapters_of,
+    has_adapted_class,
+    live_stacks,
+)
+
+# Note [One class per base class]
+# torch's `register_parametrization` gives every module a class of its own, with a property that knows its module. Two
+# things follow that we cannot have. Twelve equal blocks are twelve classes, and torch.compile recompiles for each until
+# it gives up. And a deep copy shares that class: taking a parametrization off the copy deletes the property under the
+# original. So all adapted modules of one base class share a class of ours. It has no property: a parametrized tensor's
+# place in `_parameters` holds None, which keeps the order of the parameters, and `__getattr__` computes it. A tensor
+# that somebody puts into that place counts (torch.func.functional_call does, and `glora.merged`).
+#
+# torch's functions work on it as on their own. The property that they set on the class, and delete from it, is not
+# taken up by `_AdaptedType`; all else that they do is done to the instance.
+
+
+class _AdaptedType(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        if not isinstance(value, property):
+            super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if name in vars(cls):
+            super().__delattr__(name)
+
+
+_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def adapted_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has, or would get, while it is adapted.
+
+    Whatever its base class has against being extended is raised here.
+    """
+    base = parametrize.type_before_parametrizations(module)
+    found = _classes.get(base)
+    if found is None:
+        found = _classes[base] = _make_class(base)
+    return found
+
+
+def register(module: nn.Module, name: str, store: Adapters) -> None:
+    """Put adapters on a tensor of a module, as torch's `register_parametrization` does; takes no memory of its size."""
+    adapted = adapted_class(module)
+    lists = module._modules.get("parametrizations")
+    lists = nn.ModuleDict() if lists is None else cast("nn.ModuleDict", lists)
+    place = cast("dict[str, Tensor | None]", module._parameters if name in module._parameters else module._buffers)
+    # unsafe: torch would otherwise compute the tensor once, to check a dtype that we know.
+    lists[name] = parametrize.ParametrizationList([store], cast("Tensor", place[name]), unsafe=True)
+    own = [*module._parameters, *module._buffers]
+    lists._modules = dict(sorted(lists._modules.items(), key=lambda item: own.index(item[0])))
+    # In this order, since a forward pass may be under way (Note [Never torn]).
+    module._modules["parametrizations"] = lists
+    module.__class__ = adapted if not has_adapted_class(module) else type(module)
+    place[name] = None
+
+
+def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
+    """Take the adapters off a tensor: its computed value stays (`keep_value`), or the original, by torch's own call."""
+    store = adapters_of(module)[name]
+    parametrize.remove_parametrizations(module, name, leave_parametrized=keep_value)
+    if isinstance(store, Bias) and store.created and not keep_value:
+        module.register_parameter("bias", None)
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """The tensor `name` of an adapted module, as its attribute gives it."""
+    return cast("Tensor", getattr(module, name))
+
+
+def _make_class(base: type[nn.Module]) -> type[nn.Module]:
+    if TYPE_CHECKING:  # a type checker takes no class that is known only at run time
+        base = nn.Module
+
+    # A base class may have a metaclass of its own (abc).
+    meta = _AdaptedType if type(base) is type else type("_AdaptedType", (_AdaptedType, type(base)), {})
+
+    class Parametrized(base, metaclass=meta):
+        _glora_adapted = True
+
+        def __getattr__(self, name: str) -> Any:
+            stacks = live_stacks(self)
+            if name not in stacks:
+                return super().__getattr__(name)
+            value = _tensor(self, stacks, name, _scales(self, stacks), False)
+            if (
+                value is not None
+                and name == "weight"
+                and not torch.is_grad_enabled()
+                and not torch.compiler.is_compiling()
+            ):
+                _remember_frozen(self, stacks, value)
+            return value
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in live_stacks(self):
+                _assign(self, name, value)
+            else:
+                super().__setattr__(name, cast("Any", value))
+
+        def __getstate__(self) -> dict[str, Any]:
+            raise RuntimeError(
+                "A model with parametrized tensors cannot be pickled, and this one has glora adapters attached. Save "
+                "the adapters alone with glora.save(model, directory) or torch.save(glora.state_dict(model)), or bake "
+                "them in first with glora.merge(model)."
+            )
+
+        def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+            super().register_parameter(name, param)
+            if name == "weight":
+                _keep_frozen(self, param)
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+            adopt_plain_keys(self, state_dict, prefix)
+            before = set(state_dict)
+            super()._load_from_state_dict(state_dict, prefix, *rest, **named)  # pyright: ignore
+            unexpected: list[str] = named["unexpected_keys"] if "unexpected_keys" in named else rest[3]
+            drop_upgraded_keys(self, state_dict, prefix, before, unexpected)
+
+    if not hasattr(base, "__deepcopy__"):
+
+        def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+            # The default would ask __getstate__, which refuses.
+            replica = type(self).__new__(type(self))
+            memo[id(self)] = replica
+            replica.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return replica
+
+        Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
+
+    own = cast("Callable[..., Any]", _linear_forward if select.has_linear_forward(base) else base.forward)
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return routed.call(self, own, args, kwargs) if routed.is_open else own(self, *args, **kwargs)
+
+    Parametrized.forward = forward
+    Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
+    Parametrized.__doc__ = base.__doc__
+    Parametrized.__module__ = base.__module__
+    return Parametrized
+
+
+def _linear_forward(self: nn.Module, input: Tensor) -> Tensor:
+    stacks, dropout = live_stacks(self), self.training
+    scales = _scales(self, stacks)
+    bias = _tensor(self, stacks, "bias", scales, dropout)
+    stack, placed = stacks.get("weight"), self._parameters.get("weight")
+    store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
+    if not isinstance(store, Weight):
+        return F.linear(input, cast("Tensor", _tensor(self, stacks, "weight", scales, dropout)), bias)
+    return select.linear(input, cast("Any", stack).original, bias, store.factors(scales, dropout))
+
+
+def _scales(module: nn.Module, stacks: Stacks) -> Scales:
+    """What acts on the module: looked up once for all of its tensors (Note [Never torn])."""
+    for stack in stacks.values():
+        first = stack._modules["0"]
+        if isinstance(first, Adapters):
+            active = first.acting.scales
+            return routed.scales_of(module, active) if routed.is_open else active
+    return {}
+
+
+def _tensor(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropout: bool) -> Tensor | None:
+    """A tensor of an adapted layer: the plain one where one stands in its place, else the computed one."""
+    plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
+    return plain if plain is not None or name not in stacks else _compute(module, stacks, name, scales, dropout)
+
+
+def _compute(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropout: bool) -> Tensor:
+    stack = stacks[name]
+    first, *others = cast("list[nn.Module]", stack._modules.values())
+    try:
+        if isinstance(first, Weight):
+            value = first(stack.original, scales, dropout)
+        elif isinstance(first, Bias):
+            value = first(stack.original, _frozen_weight(module, stacks, first), scales, dropout)
+        elif isinstance(first, Head):
+            value = first(stack.original, scales)
+        else:  # somebody else's, on a tensor that we left plain
+            return cast("Callable[[], Tensor]", stack)()
+        for other in others:
+            value = other(value)
+        return value
+    except AttributeError as error:
+        # Python would take it for the attribute's own and say that there is no attribute `name`.
+        raise RuntimeError(f"Computing `{name}` of an adapted {type(module).__name__} failed: {error}") from error
+
+
+def _frozen_weight(module: nn.Module, stacks: Stacks, bias: Bias) -> Tensor:
+    """W0, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
+    if bias.frozen_weight is not None:
+        return bias.frozen_weight
+    if "weight" in stacks and isinstance(stacks["weight"]._modules["0"], Weight):
+        return stacks["weight"].original
+    return read(module, "weight")
+
+
+# Note [Removal order]
+# `remove_parametrizations(layer, "weight")` reads `layer.weight` under no_grad and at once does `original.set_(W')`:
+# what was W0 is gone. If the layer's bias has a C, that read attaches an alias of W0 (no bytes are copied) to the W'
+# that it returns; both are freed together. `_keep_frozen`, which torch reaches through `register_parameter`, takes the
+# alias from there. With `leave_parametrized=False` what was read, if anything, is not what now stands in the parameter:
+# the parameter itself is W0, and goes on being read. Removal of the bias needs none of this.
+def _remember_frozen(module: nn.Module, stacks: Stacks, value: Tensor | None) -> None:
+    bias = adapters_of(module).get("bias")
+    if value is not None and isinstance(bias, Bias) and bias.has_prompt() and bias.frozen_weight is None:
+        original = stacks["weight"].original
+        if value is not original:
+            vars(value)["glora_frozen"] = original.detach()
+            bias.last_read = weakref.ref(value)
+
+
+def _keep_frozen(module: nn.Module, restored: Tensor | None) -> None:
+    bias = adapters_of(module).get("bias")
+    if restored is None or not isinstance(bias, Bias) or not bias.has_prompt() or bias.frozen_weight is not None:
+        return
+    value = bias.last_read() if bias.last_read is not None else None
+    if value is not None and value.untyped_storage()._cdata == restored.untyped_storage()._cdata:
+        bias.frozen_weight = vars(value)["glora_frozen"]
+
+
+def _assign(module: nn.Module, name: str, value: object) -> None:
+    """Let a head bind a buffer of its own anew, as some modules do in training; refuse any other assignment."""
+    stack = live_stacks(module)[name]
+    store = stack._modules["0"]
+    if isinstance(store, Head) and not isinstance(stack.original, nn.Parameter) and isinstance(value, Tensor):
+        acting = store.acting_copy(_scales(module, live_stacks(module)))
+        if acting is None:
+            stack.original = value
+        else:
+            acting.value = value
+        return
+    raise RuntimeError(
+        f"`{name}` of this {type(module).__name__} is computed from glora adapters and cannot be assigned (as tying "
+        f"weights does). Assign before glora.apply, or after glora.merge(model) or glora.remove(model); the frozen "
+        f"tensor itself is `parametrizations.{name}.original`."
+    )

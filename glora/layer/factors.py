@@ -1,0 +1,123 @@
+"""One small module for each form of a path; `none` is the absence of a module.
+
+Each holds raw tensors and hands them out with their scale, as `glora.functional.Factors`. Who multiplies them, and
+when, is the business of whoever reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from glora.config import GLoRAConfig
+from glora.functional import Factors, working_dtype
+
+
+class LowRank(nn.Module):
+    """`left @ right`, of rank r at most, times `scaling`.
+
+    Args:
+        shapes: `left` (rows, r) and `right` (r, columns).
+        config: gives `alpha / rank` and the rate of rank dropout.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], config: GLoRAConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(shapes["left"], dtype=dtype, device=device))
+        self.right = nn.Parameter(torch.empty(shapes["right"], dtype=dtype, device=device))
+        self.scaling = config.scaling
+        self.dropout = config.rank_dropout
+
+    def factors(self, scale: Tensor, dropout: bool = False) -> Factors:
+        """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r."""
+        if self.scaling != 1.0:
+            scale = scale * self.scaling
+        if dropout and self.dropout:
+            left, kept = self.left, 1 - self.dropout
+            drawn = torch.empty(left.shape[1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)
+            scale = drawn * (scale / kept)  # Note [Rank dropout]
+        return Factors((self.left, self.right), scale)
+
+    # Note [Rank dropout]
+    # Each of the r components is kept with probability 1 - p and then scaled by 1 / (1 - p), so that the expectation of
+    # left @ right is the product without dropout. It is drawn in the layer's forward, in training, and nowhere else:
+    # whoever reads `layer.weight` (a merge above all) gets that expectation, and nothing dropped is ever baked in.
+
+    @torch.no_grad()
+    def reset_parameters(self, size: float | None) -> None:
+        """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
+        if size is None:
+            nn.init.zeros_(self.left)
+            nn.init.kaiming_uniform_(self.right, a=math.sqrt(5))
+        else:
+            each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[1])))
+            _draw(self.left, each)
+            _draw(self.right, each)
+
+    def extra_repr(self) -> str:
+        """The factors' shapes and the scale, for `print(layer)`."""
+        return f"left={tuple(self.left.shape)}, right={tuple(self.right.shape)}, scale={self.scaling:g}"
+
+
+class Vector(nn.Module):
+    """One number a channel; or one for all, `(1,)` and not 0-dimensional, which FSDP refuses to shard."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], config: GLoRAConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        del config  # neither rank nor alpha mean anything here
+        self.value = nn.Parameter(torch.empty(shapes["value"], dtype=dtype, device=device))
+
+    def factors(self, scale: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, nothing to drop
+        """The value and its scale."""
+        return Factors(self.value, scale)
+
+    @torch.no_grad()
+    def reset_parameters(self, size: float | None) -> None:
+        """Start at zero (None), or with entries of about `size`."""
+        if size is None:
+            nn.init.zeros_(self.value)
+        else:
+            _draw(self.value, size)
+
+    def extra_repr(self) -> str:
+        """The value's shape, for `print(layer)`."""
+        return f"value={tuple(self.value.shape)}"
+
+
+class Constant(Vector):
+    """A vector of one entry."""
+
+
+MODULES: dict[str, type[LowRank] | type[Vector]] = {"lora": LowRank, "vector": Vector, "constant": Constant}
+
+
+def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
+    """The size of the path's entries at the start; None for the start that changes nothing.
+
+    A random start moves W' (or b') by about a tenth of W0's norm. With `n = ||W0||` (Frobenius): entries of A of size s
+    move W' by `s n` (elementwise) or, when A is a whole random matrix, by `s sqrt(in) n` (matrix product); B by
+    `s sqrt(out in)`; C moves b' by about `s n`, D by `s ||b0||`, E by `s sqrt(out)`.
+    """
+    if config.init == "identity" or weight.is_meta:
+        return None
+    out_features, in_features = weight.shape
+    if path in "ACD":
+        whole = (path, config.A, config.product) == ("A", "lora", "matmul")
+        return 0.1 / math.sqrt(in_features) if whole else 0.1
+    norm = weight.detach().to(working_dtype(weight)).square().sum().sqrt().item()
+    # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
+    norm = norm if norm > 0 else math.sqrt(out_features)
+    return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))
+
+
+def _draw(factor: Tensor, size: float) -> None:
+    # Away from zero in every entry (0.5 to 1.5 of `size`, either sign): even a layer of 1 x 1 is moved.
+    factor.uniform_(0.5 * size, 1.5 * size)
+    factor.mul_(torch.empty_like(factor).bernoulli_(0.5).mul_(2).sub_(1))

@@ -1,0 +1,50 @@
+"""Modules that train as a whole: each adapter has its own copy of each of their tensors."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from glora.layer.parametrization import Adapters, Scales
+
+
+class HeadCopy(nn.Module):
+    """One adapter's own copy of a parameter or buffer."""
+
+    value: Tensor
+
+    def __init__(self, original: Tensor) -> None:
+        super().__init__()
+        copy = original.detach().clone()
+        if isinstance(original, nn.Parameter):
+            self.value = nn.Parameter(copy, requires_grad=copy.is_floating_point() or copy.is_complex())
+        else:
+            self.register_buffer("value", copy)
+
+    @torch.no_grad()
+    def reset_parameters(self, original: Tensor) -> None:
+        """Start again from the base model's tensor."""
+        self.value.copy_(original)
+
+
+class Head(Adapters):
+    """On each tensor of a trainable module: the copy of the adapter that acts, or the base model's tensor."""
+
+    def forward(self, original: Tensor, scales: Scales | None = None) -> Tensor:
+        """The copy itself, not a copy of it: what a module writes into a buffer goes to the adapter that acts."""
+        acting = self.acting_copy(scales)
+        return original if acting is None else acting.value
+
+    def acting_copy(self, scales: Scales | None = None) -> HeadCopy | None:
+        """The copy of the adapter that acts; None where none of them has one here."""
+        for name in self.acting.scales if scales is None else scales:
+            if name in self._modules:
+                return cast("HeadCopy", self._modules[name])
+        return None
+
+    def release(self) -> None:
+        """Give the copies memory of their own, so that a kept `glora.state_dict` stays as it is once one is merged."""
+        for copy in cast("dict[str, HeadCopy]", self._modules).values():
+            copy.value.data = copy.value.data.clone()

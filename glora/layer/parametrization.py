@@ -1,0 +1,227 @@
+"""What stands under torch's `parametrizations` of an adapted module: for each tensor, every adapter's part by name.
+
+`Weight` turns W0 into W', `Bias` turns b0 into b'. Each knows only its own tensor; `glora.layer.adapted` brings them
+together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from glora import functional
+from glora.config import GLoRAConfig
+from glora.functional import Factors, WeightFactors, working_dtype
+from glora.kernels.matvec import wide_matvec
+from glora.layer.factors import MODULES, LowRank, Vector, init_size
+
+Scales: TypeAlias = Mapping[str, Tensor]
+"""Adapter name to scale: the adapters that act."""
+
+# Note [Named adapters live in one parametrization]
+# Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
+# against one W0, whatever their order: W0 + sum_i w_i (W0 * A_i + B_i). So they live side by side in one
+# parametrization, under their names, and `Acting` says which act.
+
+# Note [Scales are tensors]
+# An adapter's scale w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
+# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
+# Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
+
+
+class Acting:
+    """The adapters that act on one module; its tensors share this object, so that one assignment switches them all.
+
+    Attributes:
+        scales: replaced, never changed: a forward pass takes it once and keeps to it.
+    """
+
+    def __init__(self) -> None:
+        self.scales: Scales = {}
+
+
+class Adapters(nn.Module):
+    """The parts of several adapters for one tensor; the base of Weight, Bias and Head.
+
+    Args:
+        acting: the module's.
+    """
+
+    def __init__(self, acting: Acting | None = None) -> None:
+        super().__init__()
+        self.acting = Acting() if acting is None else acting
+        self._saved_requires_grad: dict[str, dict[str, bool]] = {}
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Adapter name to part, in the order of attaching."""
+        return cast("dict[str, nn.Module]", self._modules)
+
+    def is_active(self) -> bool:
+        """Whether an adapter that acts has a part here."""
+        return any(name in self._modules for name in self.acting.scales)
+
+    def detach(self, name: str) -> None:
+        """Drop an adapter's part, if there is one."""
+        self._modules.pop(name, None)
+        self._saved_requires_grad.pop(name, None)
+
+    def match_flags(self) -> None:
+        """Let only factors that act ask for a gradient; they get back the flags that they had when they last acted."""
+        for name, part in self.parts().items():
+            if name in self.acting.scales:
+                flags = self._saved_requires_grad.pop(name, {})
+                for key, parameter in part.named_parameters() if flags else ():
+                    parameter.requires_grad_(flags[key])
+            elif name not in self._saved_requires_grad:
+                parameters = dict(part.named_parameters())
+                self._saved_requires_grad[name] = {key: p.requires_grad for key, p in parameters.items()}
+                for parameter in parameters.values():
+                    parameter.requires_grad_(False)
+
+
+class Paths(nn.Module):
+    """One adapter's paths on one tensor: A and B on a weight, or C, D and E on a bias; those that are not none.
+
+    Args:
+        config: the adapter's config for this layer.
+        names: the paths to build.
+        weight: the layer's frozen weight, `(out, in)`; gives shapes, device and dtype (float32 at least).
+    """
+
+    def __init__(self, config: GLoRAConfig, names: tuple[str, ...], weight: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        out_features, in_features = weight.shape
+        dtype, device = working_dtype(weight), weight.device
+        for name in names:
+            shapes = config.shapes(name, out_features, in_features)
+            self.add_module(name, MODULES[getattr(config, name)](shapes, config, dtype, device))
+
+    def paths(self) -> dict[str, LowRank | Vector]:
+        """Path to module."""
+        return cast("dict[str, LowRank | Vector]", self._modules)
+
+    def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
+        """Path to raw tensors and their scale."""
+        return {name: path.factors(scale, dropout) for name, path in self.paths().items()}
+
+    def reset_parameters(self, weight: Tensor) -> None:
+        """Start again, as `config.init` says, for a layer with this frozen weight."""
+        for name, path in self.paths().items():
+            path.reset_parameters(init_size(name, self.config, weight))
+
+
+class Weight(Adapters):
+    """On `weight`: `W0 + sum_i w_i (W0 * A_i + B_i)` over the adapters i that act."""
+
+    def forward(self, W0: Tensor, scales: Scales | None = None, dropout: bool = False) -> Tensor:
+        """The adapted weight, `(out, in)`, W0's dtype; W0 itself where no adapter acts."""
+        return functional.adapted_weight(W0, self.factors(self.acting.scales if scales is None else scales, dropout))
+
+    def factors(self, scales: Scales, dropout: bool = False) -> list[WeightFactors]:
+        """What each adapter that acts does to the weight."""
+        found: list[WeightFactors] = []
+        for name, scale in scales.items():
+            part = cast("Paths | None", self._modules.get(name))
+            if part is not None:
+                factors = part.factors(scale, dropout)
+                found.append(WeightFactors(factors.get("A"), factors.get("B"), part.config.product))
+        return found
+
+
+class Bias(Adapters):
+    """On `bias`: `b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)` over the adapters i that act.
+
+    Args:
+        acting: the module's.
+        created: the layer has no bias of its own; this one is there for the paths alone.
+    """
+
+    # Note [Bias needs the frozen weight]
+    # C multiplies W0, which stands under the other tensor's parametrization. `glora.layer.adapted` hands it in at each
+    # call; a reference kept here would go stale whenever the parameter is replaced (`to_empty`, FSDP, functional_call).
+    # Torch's `remove_parametrizations(layer, "weight")` writes W' into the very tensor that held W0. A layer that has a
+    # C then keeps W0 here, as a buffer that moves, copies and saves with the model.
+    frozen_weight: Tensor | None
+
+    def __init__(self, acting: Acting | None = None, created: bool = False) -> None:
+        super().__init__(acting)
+        self.created = created
+        self.register_buffer("frozen_weight", None)
+        self.last_read: weakref.ref[Tensor] | None = None
+
+    def forward(
+        self, b0: Tensor, W0: Tensor | None = None, scales: Scales | None = None, dropout: bool = False
+    ) -> Tensor:
+        """The adapted bias, `(out,)`, b0's dtype; b0 itself where no adapter acts."""
+        if W0 is None:
+            raise RuntimeError(
+                "A bias adapted by glora needs its layer's frozen weight, and was computed without it. Read the `bias` "
+                "of the layer that glora.apply adapted; its parametrization cannot be moved to another layer."
+            )
+        updates: list[Tensor | None] = []
+        for name, scale in (self.acting.scales if scales is None else scales).items():
+            part = cast("Paths | None", self._modules.get(name))
+            if part is not None:
+                scaled = {path: factors.scaled() for path, factors in part.factors(scale, dropout).items()}
+                prompt = _prompted(W0, scaled["C"]) if "C" in scaled else None
+                D, E = cast("tuple[Tensor | None, Tensor | None]", (scaled.get("D"), scaled.get("E")))
+                updates.append(functional.bias_update(b0, prompt, D, E))
+        return functional.add(b0, updates)
+
+    def has_prompt(self) -> bool:
+        """Whether any adapter, active or not, has a path C."""
+        return any("C" in part._modules for part in self.parts().values())
+
+
+def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    if W0.dtype in (torch.float32, torch.float64):
+        return functional.prompted(W0, C)
+    return wide_matvec(W0, functional.whole(C).squeeze(1))  # Note [No wide copy]
+
+
+# Note [Merged for a while]
+# Inside `glora.merged` a module is plain: its class, its keys and its tensors are those of a merged one, and what
+# parametrized it is held here. It is no attribute of the module, so that a deep copy made inside is a plain merged
+# model for good, and not one that waits for the end of a block that it is not in.
+stashed: weakref.WeakKeyDictionary[nn.Module, nn.ModuleDict] = weakref.WeakKeyDictionary()
+
+Stacks: TypeAlias = dict[str, parametrize.ParametrizationList]
+
+
+def live_stacks(module: nn.Module) -> Stacks:
+    """Tensor name to what parametrizes it now."""
+    lists = module.__dict__.get("_modules", {}).get("parametrizations")
+    return cast("Stacks", lists._modules) if isinstance(lists, nn.ModuleDict) else {}
+
+
+def stacks_of(module: nn.Module) -> Stacks:
+    """Tensor name to what parametrizes it, stashed or not (Note [Merged for a while])."""
+    if stashed and module in stashed:
+        return cast("Stacks", stashed[module]._modules)
+    return live_stacks(module)
+
+
+def adapters_of(module: nn.Module) -> dict[str, Adapters]:
+    """Tensor name to the adapters on it, for the tensors of this very module that glora parametrizes.
+
+    In the order of the module's own tensors, whatever was attached first: optimizers' state dicts go by the order.
+    """
+    stacks = stacks_of(module)
+    found: dict[str, Adapters] = {}
+    if stacks:
+        for name in (*module._parameters, *module._buffers):
+            first = stacks[name]._modules["0"] if name in stacks else None
+            if isinstance(first, Adapters):
+                found[name] = first
+    return found
+
+
+def has_adapted_class(module: nn.Module) -> bool:
+    """Whether the module's class is one of glora's itself, and not one that somebody (FSDP) has put on top."""
+    return "_glora_adapted" in vars(type(module))

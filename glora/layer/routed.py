@@ -1,0 +1,207 @@
+"""What one module does inside `glora.route`: each sample of the batch through its own adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from glora.layer.parametrization import Scales, adapters_of
+
+T = TypeVar("T")
+
+# Note [Routing]
+# A route belongs to the thread or task that entered it: it is a value of a context variable, and nothing of the model
+# changes. A module that the route covers splits what it is called with along dimension 0 into one part for each
+# adapter, runs its forward on each part with that adapter alone acting, and puts the results together in the batch's
+# order. Modules inside of a module that has split (a head's children) find themselves within one adapter's part and
+# run it whole.
+#
+# Outside of such a call no sample owns an adapted tensor, so that reading it raises (MultiheadAttention reads
+# `out_proj.weight`, and so does a fused TransformerEncoderLayer).
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What acts on some modules in this thread or task, in place of the adapters that are active.
+
+    Attributes:
+        paths: id of each covered module to its path.
+        routing: how a call is split; None where nothing is.
+        scales: what acts; None where a call has yet to be split.
+    """
+
+    paths: Mapping[int, str]
+    routing: Routing | None
+    scales: Scales | None
+
+
+# Whether any thread is inside a route: one look that a plain call pays, and that a compiled one guards on.
+is_open = False
+_count = 0
+_covers: ContextVar[tuple[Cover, ...]] = ContextVar("glora_covers", default=())
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")
+
+
+def cover_of(module: nn.Module) -> Cover | None:
+    """The innermost cover over the module; None where the active adapters act."""
+    for cover in reversed(_covers.get()):
+        if id(module) in cover.paths:
+            return cover
+    return None
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether a route that this thread or task is inside of covers the module."""
+    return any(cover.routing is not None and id(module) in cover.paths for cover in _covers.get())
+
+
+@contextmanager
+def covered(cover: Cover) -> Generator[None]:
+    """Inside the `with` block, in this thread or task, what `cover` says."""
+    global is_open, _count
+    _count += 1
+    is_open = True
+    token = _covers.set((*_covers.get(), cover))
+    try:
+        yield
+    finally:
+        _covers.reset(token)
+        _count -= 1
+        is_open = _count > 0
+
+
+def scales_of(module: nn.Module, active: Scales) -> Scales:
+    """What acts on the module here and now, for one that has been called.
+
+    Raises:
+        RuntimeError: a tensor that is read where no sample owns it.
+    """
+    cover = cover_of(module)
+    if cover is None:
+        return active
+    if cover.scales is None:
+        raise RuntimeError(
+            f"Inside glora.route an adapted layer can only be called, since each sample has its own tensors; one of "
+            f"{cover.paths[id(module)]!r} was read (nn.MultiheadAttention and fused layers read a layer's weight and "
+            f"never call it; so do layers whose forward is replaced on the instance). Leave it out of the adapters "
+            f"(exclude=), or run each adapter's samples with glora.activate."
+        )
+    return cover.scales
+
+
+@torch.compiler.disable  # pyright: ignore - which samples go where is data of each call
+def call(module: nn.Module, forward: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """`forward(module, *args, **kwargs)`, split where a route covers the module."""
+    cover = cover_of(module)
+    if cover is None or cover.scales is not None or cover.routing is None:
+        return forward(module, *args, **kwargs)
+    return cover.routing.call(module, cover, forward, args, kwargs)
+
+
+class Routing:
+    """Which sample goes through which adapter.
+
+    Args:
+        names: for each sample an adapter's name, or None for the base model.
+        known: id of each covered module to the adapters that it has.
+    """
+
+    def __init__(self, names: Sequence[str | None], known: Mapping[int, Collection[str]]) -> None:
+        self.names, self.known = list(names), known
+        self.groups: dict[str | None, list[int]] = {}
+        for index, name in enumerate(self.names):
+            self.groups.setdefault(name, []).append(index)
+        order = [index for group in self.groups.values() for index in group]
+        self.in_order = order == sorted(order)
+        self.back = torch.tensor(order).argsort()
+        self.checkpoints = _checkpoint_frames()
+        self.grad = torch.is_grad_enabled()
+
+    def call(
+        self, module: nn.Module, cover: Cover, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The module's forward on each group of samples with its adapter; the results in the batch's order."""
+        path = cover.paths[id(module)]
+        self._check(path, (args, kwargs))
+        there = {name for store in adapters_of(module).values() for name in store.parts()}
+        results: list[Any] = []
+        for name, group in self.groups.items():
+            if name in self.known[id(module)] and name not in there:
+                raise RuntimeError(f"{name!r} was deleted from {path!r} while a glora.route sends samples through it.")
+            scales = {} if name is None else {name: _ONE}
+            given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group)
+            with covered(Cover(cover.paths, None, scales)):
+                results.append(forward(module, *given, **named))
+        return results[0] if len(results) == 1 else self._together(path, results)
+
+    def _check(self, path: str, given: object) -> None:
+        found = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)
+        samples = None if found is None else found.shape[0] if found.ndim > 1 else None
+        if samples != len(self.names):
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(
+                f"glora.route was given {len(self.names)} names, and {path!r} was called with an input of shape {shape}"
+                f", whose dimension 0 is not that many samples. Give one name a sample, and the batch in dimension 0."
+            )
+        if (self.grad or torch.is_grad_enabled()) and _checkpoint_frames() > self.checkpoints:
+            raise RuntimeError(
+                f"Activation checkpointing inside glora.route would run {path!r} again in the backward pass, where no "
+                f"sample has its adapter any more. Enter glora.route inside the checkpointed function, or turn "
+                f"checkpointing off."
+            )
+
+    def _part(self, given: Any, group: list[int]) -> Any:
+        """The arguments for some samples: tensors that have the whole batch in dimension 0 are taken apart."""
+
+        def of(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == len(self.names):
+                first, last = group[0], group[-1]
+                if last - first + 1 == len(group):
+                    return leaf[first : last + 1]
+                return leaf[torch.tensor(group, device=leaf.device)]
+            return leaf
+
+        return tree_map(of, given)
+
+    def _together(self, path: str, results: list[Any]) -> Any:
+        """The results of the groups as those of one call, in the batch's order."""
+        sizes = [len(group) for group in self.groups.values()]
+
+        def join(*parts: Any) -> Any:
+            if all(isinstance(part, Tensor) for part in parts):
+                if [part.shape[:1] for part in parts] == [(size,) for size in sizes]:
+                    whole = torch.cat(parts)
+                    return whole if self.in_order else whole[self.back.to(whole.device)]
+                same = all(torch.equal(part, parts[0]) for part in parts[1:])
+            else:
+                same = all(type(part) is type(parts[0]) and part == parts[0] for part in parts[1:])
+            if not same:
+                raise RuntimeError(
+                    f"Inside glora.route a module's results must be one for each sample, in dimension 0; {path!r} "
+                    f"gives something else that differs between the adapters (an auxiliary loss?). Run each adapter's "
+                    f"samples with glora.activate."
+                )
+            return parts[0]
+
+        leaves, structures = zip(*map(tree_flatten, results), strict=True)
+        if any(structure != structures[0] for structure in structures):
+            raise RuntimeError(f"Inside glora.route {path!r} gives results of different structure for each adapter.")
+        return tree_unflatten([join(*parts) for parts in zip(*leaves, strict=True)], structures[0])
+
+
+def _checkpoint_frames() -> int:
+    """How many calls of torch's activation checkpointing are under way in this thread."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        count += frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        frame = frame.f_back
+    return count

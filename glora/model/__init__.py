@@ -1,0 +1,1 @@
+"""A whole model: what walks or changes it."""

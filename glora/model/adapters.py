@@ -1,0 +1,242 @@
+"""Named adapters: which there are, which act, and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from glora.layer import routed
+from glora.layer.heads import Head, HeadCopy
+from glora.layer.parametrization import Paths
+from glora.model.checks import refuse_while_merged, refuse_while_swapped
+from glora.model.modules import Model, adapted_modules, all_or_nothing
+from glora.spec import join
+from glora.text import quote_names
+
+
+def adapters(model: nn.Module) -> dict[str, float]:
+    """The model's adapters with their weights, in the order of attaching; 0.0 for one that is not active.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2), name="a")
+        >>> glora.adapters(glora.apply(layer, name="b"))
+        {'a': 0.0, 'b': 1.0}
+    """
+    weights: dict[str, float] = {}
+    for named in adapted_modules(model):
+        for store in named.adapters.values():
+            scales = store.acting.scales
+            for name in store.parts():
+                weights[name] = weights.get(name) or (scales[name].item() if name in scales else 0.0)
+    return weights
+
+
+def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
+    """Let one adapter act, or several with weights: `W0 + sum_i w_i (W0 * A_i + B_i)`, and likewise for the bias.
+
+    Args:
+        model: the model.
+        weights: an adapter's name (weight 1), or name to weight; those not named, and those of weight 0, do not act.
+            `{}` is the base model. A layer without the named adapters runs as the base's.
+
+    This changes the model for every thread; a forward pass of a layer that is under way keeps to what acted before.
+
+    Returns:
+        The model. Factors of adapters that do not act ask for no gradient.
+
+    Raises:
+        KeyError: a name that is not an adapter of the model.
+        ValueError: a weight that is no finite number; several adapters with heads that differ, or that train.
+        RuntimeError: inside `glora.merged` or `glora.route`.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(glora.apply(torch.nn.Linear(4, 2), name="a"), name="b")
+        >>> glora.adapters(glora.activate(layer, {"a": 0.7, "b": 0.3}))
+        {'a': 0.7, 'b': 0.3}
+        >>> glora.adapters(glora.activate(layer, "a"))
+        {'a': 1.0, 'b': 0.0}
+    """
+    refuse_while_swapped(model)
+    if not isinstance(weights, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
+    scales = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    there = adapters(model)
+    for name, weight in scales.items():
+        if name not in there:
+            raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(there)}.")
+        if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
+            raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
+    active = [name for name, scale in scales.items() if scale != 0]
+    if len(active) > 1:
+        _check_heads_agree(model, active)
+    with all_or_nothing(model):
+        set_scales(model, scales)
+    return model
+
+
+def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
+    """Raise ValueError where adapters that are to act together have heads of their own."""
+    for named in adapted_modules(model):
+        for tensor_name, store in named.adapters.items():
+            if not isinstance(store, Head):
+                continue
+            original = named.tensors[tensor_name]
+            copies = [cast("HeadCopy | None", store.parts().get(name)) for name in active]
+            first, *others = [original if copy is None else copy.value for copy in copies]
+            if not all(torch.equal(first, other) for other in others):
+                raise ValueError(
+                    f"Heads do not add up: adapters that act together must have equal ones, and "
+                    f"{join(named.path, tensor_name)!r} differs between {quote_names(active)}. Activate one of them, "
+                    f"or combine adapters without a trainable= head."
+                )
+
+
+def set_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Let exactly these adapters act, everywhere in the model; nothing is checked."""
+    tensors = {
+        name: torch.tensor(scale, dtype=torch.float64, device="cpu") for name, scale in scales.items() if scale != 0
+    }
+    for named in adapted_modules(model):
+        named.acting.scales = {name: scale for name, scale in tensors.items() if name in named.adapter_names}
+        for store in named.adapters.values():
+            store.match_flags()
+
+
+@contextmanager
+def disabled(model: Model) -> Generator[Model]:
+    """Run the model as the base model, to the bit, inside the `with` block.
+
+    Factors keep their `requires_grad` flags, so that a pending backward still reaches them. What was active acts again
+    afterwards, whatever happened inside. This changes the model for every thread.
+
+    Yields:
+        The model.
+
+    Raises:
+        RuntimeError: inside `glora.merged`.
+
+    Example:
+        >>> import torch, glora
+        >>> layer, x = torch.nn.Linear(4, 2), torch.randn(3, 4)
+        >>> before = layer(x)
+        >>> with glora.disabled(glora.apply(layer, config=glora.GLoRAConfig(init="random"))) as base:
+        ...     torch.equal(base(x), before)
+        True
+    """
+    refuse_while_merged(model)
+    carriers = adapted_modules(model)
+    before = {named.acting: named.acting.scales for named in carriers}
+    # Inside of a route, too, each sample goes through the base.
+    cover = routed.Cover({id(named.module): named.path for named in carriers}, None, {})
+    try:
+        for acting in before:
+            acting.scales = {}
+        with routed.covered(cover) if routed.is_open else nullcontext():
+            yield model
+    finally:
+        for acting, scales in before.items():
+            acting.scales = scales
+        # The model is walked again: adapters may have come and gone inside.
+        for named in adapted_modules(model):
+            was = before.get(named.acting, {})
+            named.acting.scales = {name: scale for name, scale in was.items() if name in named.adapter_names}
+            for store in named.adapters.values():
+                store.match_flags()
+
+
+def resolve_name(model: nn.Module, name: str | None) -> str:
+    """The name itself, or that of the only adapter where it is None."""
+    there = adapters(model)
+    if name is None:
+        if len(there) != 1:
+            raise ValueError(f"name=None means the only adapter; the model has {quote_names(there)}. Pass name=.")
+        return next(iter(there))
+    if name not in there:
+        raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(there)}.")
+    return name
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Key to tensor of one adapter: `<module path>.<path>.<factor>`, and `<module path>.<tensor>` for heads."""
+    found: dict[str, Tensor] = {}
+    for named in adapted_modules(model):
+        for tensor_name, store in named.adapters.items():
+            part = store.parts().get(name)
+            if isinstance(part, Paths):
+                found |= {join(named.path, key): value for key, value in part.named_parameters()}
+            elif isinstance(part, HeadCopy):
+                found[join(named.path, tensor_name)] = part.value
+    return found
+
+
+def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable parameters of an adapter, heads included, with the keys of `glora.state_dict`.
+
+    Args:
+        model: the model.
+        name: the adapter; None for the only one.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: None, and not exactly one adapter.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig.lora(rank=1))
+        >>> {name: tuple(parameter.shape) for name, parameter in glora.named_parameters(layer)}
+        {'B.left': (2, 1), 'B.right': (1, 4)}
+    """
+    items = adapter_tensors(model, resolve_name(model, name)).items()
+    return iter([(key, tensor) for key, tensor in items if isinstance(tensor, nn.Parameter)])
+
+
+def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The trainable parameters of an adapter, heads included, for an optimizer; see `named_parameters`.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(glora.parameters(layer), lr=1e-3)
+    """
+    return iter([parameter for _, parameter in named_parameters(model, name)])
+
+
+def reset_parameters(model: Model, name: str | None = None) -> Model:
+    """Start an adapter again, as its config says (after `to_empty`, say); heads from the base model's tensors.
+
+    Args:
+        model: the model.
+        name: the adapter; None for the only one.
+
+    Returns:
+        The model.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: None, and not exactly one adapter.
+        RuntimeError: inside `glora.merged`.
+
+    Example:
+        >>> import torch, glora
+        >>> with torch.device("meta"):
+        ...     layer = glora.apply(torch.nn.Linear(4, 2))
+        >>> layer = layer.to_empty(device="cpu")
+        >>> _ = glora.reset_parameters(layer)
+        >>> layer.parametrizations.weight[0].default.B.left.abs().sum().item()
+        0.0
+    """
+    refuse_while_swapped(model)
+    name = resolve_name(model, name)
+    with torch.inference_mode(False):
+        for named in adapted_modules(model):
+            for tensor_name, store in named.adapters.items():
+                part = store.parts().get(name)
+                if isinstance(part, (Paths, HeadCopy)):
+                    part.reset_parameters(named.tensors["weight" if isinstance(part, Paths) else tensor_name])
+    return model

@@ -1,0 +1,158 @@
+"""Which layers and modules cannot be adapted, or not be changed now, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
+from glora.kernels.select import has_linear_forward
+from glora.layer import routed
+from glora.layer.heads import Head
+from glora.layer.parametrization import Bias, has_adapted_class, stacks_of, stashed
+from glora.model.modules import NamedModule, adapted_modules, named_modules
+from glora.spec import join
+
+# (module id, tensor name) to the other tensor's path
+Ties: TypeAlias = dict[tuple[int, str], str]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported_layer(named: NamedModule, config: GLoRAConfig, ties: Ties) -> str | None:
+    """Why this linear layer cannot take paths, and what to do about it; None if it can."""
+    layer, tensors = named.module, named.tensors
+    if _is_foreign(named, Head):
+        return "it is parametrized by something else, which adapters would compose with; remove that first."
+    if "weight" not in tensors:
+        return "it has no parameter `weight` (pruning and the older weight_norm replace it); undo that first."
+    if "bias" not in tensors and "bias" not in layer._parameters:
+        return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            return "its weight is lazy; run one batch through the model first."
+        if name in ("weight", "bias") and tensor.dtype not in _DTYPES:
+            return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
+        if is_traceable_wrapper_subclass(tensor):
+            return f"its {name} is a {type(tensor).__name__}; adapt the layer before it is quantised or sharded."
+    if tensors["weight"].numel() == 0:
+        return f"its weight is empty, {tuple(tensors['weight'].shape)}; exclude it."
+    for name, paths in (("weight", WEIGHT_PATHS), ("bias", BIAS_PATHS)):
+        if (id(layer), name) in ties and any(config.forms[path] != "none" for path in paths):
+            return (
+                f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
+                f"layer a clone), or leave it out with exclude=."
+            )
+    bias = named.adapters.get("bias")
+    if isinstance(bias, Bias) and bias.frozen_weight is not None:
+        return (
+            "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
+            "remove those of the bias too."
+        )
+    own_forward = not has_linear_forward(parametrize.type_before_parametrizations(layer)) or "forward" in vars(layer)
+    # MultiheadAttention's output projection: its weight is read, and its forward never called.
+    never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if config.rank_dropout and (own_forward or never_called):
+        return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
+    return None
+
+
+def unsupported_head(named: NamedModule, ties: Ties) -> str | None:
+    """Why this module cannot train as a whole, and what to do about it; None if it can."""
+    module = named.module
+    if isinstance(module, nn.RNNBase):
+        return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
+    if _is_foreign(named, type(None)) or any(not isinstance(a, Head) for a in named.adapters.values()):
+        return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
+    for name, tensor in named.tensors.items():
+        if is_lazy(tensor):
+            return "it is lazy; run one batch through the model first."
+        if is_traceable_wrapper_subclass(tensor):
+            return f"its {name} is a {type(tensor).__name__}; adapt the model before it is quantised or sharded."
+        if (id(module), name) in ties:
+            return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
+    return None
+
+
+def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
+    """Whether something that is not ours, or adapters of this kind, parametrizes the module."""
+    if "parametrizations" not in named.module._modules:
+        return False
+    return any(
+        name not in named.adapters or isinstance(named.adapters[name], foreign) or len(stack) > 1
+        for name, stack in stacks_of(named.module).items()
+    )
+
+
+# Note [Ties]
+# Two tensors are tied when they are one Parameter or their memory overlaps. Adapting one would silently change the
+# other (torch's removal writes into it) or silently untie them. Ranges of addresses tell (on the meta device, which has
+# no addresses, ranges within one storage); two views that interleave without sharing an element count as tied too. One
+# module reached by two paths is no tie.
+def find_ties(modules: list[NamedModule]) -> Ties:
+    """The tensors of the model that share memory with another module's, each with the path of one of those."""
+    # Address space, first byte, byte behind the last; then whose it is.
+    spans: list[tuple[int, int, int, int, str, str]] = []
+    for named in modules:
+        for name, tensor in named.tensors.items():
+            if not is_lazy(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.numel():
+                storage, size = tensor.untyped_storage(), tensor.element_size()
+                address = storage.data_ptr()
+                start = address + int(tensor.storage_offset()) * size
+                reach = 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+                space = 0 if address else storage._cdata
+                spans.append((space, start, start + reach * size, id(named.module), name, named.path))
+    ties: Ties = {}
+    reaching: list[tuple[int, int, int, int, str, str]] = []
+    for span in sorted(spans):
+        reaching = [other for other in reaching if other[0] == span[0] and other[2] > span[1]]
+        for other in reaching:
+            ties.setdefault(span[3:5], join(other[5], other[4]))
+            ties.setdefault(other[3:5], join(span[5], span[4]))
+        reaching.append(span)
+    return ties
+
+
+def refuse_while_merged(model: nn.Module) -> None:
+    """Raise RuntimeError inside `glora.merged`."""
+    for named in named_modules(model) if stashed else ():
+        if named.module in stashed:
+            raise RuntimeError(
+                f"Inside glora.merged the adapters are set aside and cannot be changed (found {named.path!r} merged). "
+                f"Leave the `with` block first."
+            )
+
+
+def refuse_while_swapped(model: nn.Module) -> None:
+    """Raise RuntimeError inside `glora.merged` and, in the thread or task that entered it, inside `glora.route`."""
+    refuse_while_merged(model)
+    for named in named_modules(model) if routed.is_open else ():
+        if routed.is_routed(named.module):
+            raise RuntimeError(
+                f"Inside glora.route each sample has its adapter, and none can be changed (found {named.path!r} "
+                f"routed). Leave the `with` block first."
+            )
+
+
+def refuse_stacked(model: nn.Module) -> None:
+    """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
+    for named in adapted_modules(model):
+        sharded = named.module not in stashed and not has_adapted_class(named.module)
+        for name, stack in stacks_of(named.module).items():
+            if sharded or is_traceable_wrapper_subclass(stack.original):
+                raise RuntimeError(
+                    f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
+                    f"sharded (a {type(stack.original).__name__}). Do it in a model that is not, with the state dict."
+                )
+            other = list(stack)[1 if name in named.adapters else 0 :]
+            if other:
+                raise RuntimeError(
+                    f"Adapters must be alone on a layer to be baked in or taken off; `{name}` of {named.path!r} is "
+                    f"parametrized by {type(other[0]).__name__} too. Remove that first, or bake all in with "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})."
+                )

@@ -1,0 +1,77 @@
+"""Taking adapters off a model: one, or all."""
+
+from __future__ import annotations
+
+from glora.layer.adapted import unregister
+from glora.model import freezing
+from glora.model.adapters import adapters, resolve_name, set_scales
+from glora.model.checks import refuse_stacked, refuse_while_swapped
+from glora.model.modules import Model, adapted_modules, all_or_nothing
+
+
+def delete(model: Model, name: str) -> Model:
+    """Drop one adapter, its heads included. Dropping the last one is `glora.remove`.
+
+    The others keep their weights; where the dropped one was active, they go on without it.
+
+    Args:
+        model: the model, or a part of it.
+        name: the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        KeyError: no adapter of that name.
+        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization beside or on top of an adapter.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(glora.apply(torch.nn.Linear(4, 2), name="a"), name="b")
+        >>> glora.adapters(glora.delete(layer, "b"))
+        {'a': 0.0}
+    """
+    refuse_while_swapped(model)
+    name = resolve_name(model, name)
+    refuse_stacked(model)
+    scales = {other: scale for other, scale in adapters(model).items() if other != name}
+    if not scales:
+        return remove(model)
+    with all_or_nothing(model):
+        for named in adapted_modules(model):
+            for tensor_name, store in named.adapters.items():
+                store.detach(name)
+                if not store.parts():
+                    unregister(named.module, tensor_name, keep_value=False)
+            if not named.adapter_names:  # no copy trains in the base's place any more
+                freezing.thaw_head(named)
+        set_scales(model, scales)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take all adapters off: the very W0 and b0 again (never recomputed), the base model's heads, and no created bias.
+
+    Args:
+        model: the model, or a part of it.
+
+    Returns:
+        The model; `requires_grad` is as before the first `apply`, unless changed by hand since.
+
+    Raises:
+        RuntimeError: inside `glora.merged`, or another parametrization stacked on an adapter.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> glora.remove(glora.apply(layer)) is layer
+        True
+    """
+    refuse_while_swapped(model)
+    refuse_stacked(model)
+    with all_or_nothing(model):
+        for named in adapted_modules(model):
+            for name in sorted(named.adapters):
+                unregister(named.module, name, keep_value=False)
+        freezing.restore(model)
+    return model

@@ -1,0 +1,139 @@
+"""Baking the active adapters in, for good or for a while."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from glora.layer.adapted import read, unregister
+from glora.layer.heads import Head
+from glora.layer.merged import merged_tensors, restore, swap_in
+from glora.layer.parametrization import Bias, stashed
+from glora.model import freezing
+from glora.model.adapters import adapters
+from glora.model.checks import find_ties, refuse_stacked, refuse_while_swapped
+from glora.model.modules import Model, adapted_modules, named_modules
+from glora.text import quote_names
+
+
+def merge(model: Model) -> Model:
+    """Bake the active adapters in: plain layers again, with W' and b' for weights and no cost at inference.
+
+    The same as torch's `parametrize.remove_parametrizations` on every adapted tensor, after a check of all of them.
+    Parameters keep their identity, keys and order; `requires_grad` is as before the first `apply`, unless changed by
+    hand since. Heads keep the active adapter's tensors. A model without adapters is left as it is.
+
+    Args:
+        model: the model, or a part of it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a W' or b' that is not finite after its rounding. Nothing has changed then.
+        RuntimeError: inside `glora.merged`, or another parametrization stacked on an adapter.
+
+    Warns:
+        UserWarning: inactive adapters, which are dropped.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(init="random"))
+        >>> x = torch.randn(3, 4)
+        >>> before = layer(x)
+        >>> glora.merge(layer)
+        Linear(in_features=4, out_features=2, bias=True)
+        >>> torch.allclose(layer(x), before, atol=1e-6)
+        True
+    """
+    refuse_while_swapped(model)
+    _check_mergeable(model)
+    dropped = [name for name, weight in adapters(model).items() if weight == 0]
+    if dropped:  # before anything changes: a warning may be an error
+        warnings.warn(
+            f"merge bakes in the active adapters alone; dropped: {quote_names(dropped)}. Save them first, or "
+            f"use glora.merged(model), which gives everything back.",
+            UserWarning,
+            stacklevel=2,
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        for named in adapted_modules(model):
+            # The bias first, while the weight's original is still W0.
+            for name, store in sorted(named.adapters.items()):
+                if isinstance(store, Head):
+                    store.release()
+                unused = isinstance(store, Bias) and not store.is_active()
+                unregister(named.module, name, keep_value=not unused)
+    freezing.restore(model)
+    return model
+
+
+@contextmanager
+def merged(model: Model) -> Generator[Model]:
+    """Run the model merged inside the `with` block, as plain layers with W' and b', and give everything back after it.
+
+    W' and b' are other tensors than the frozen ones, which come back as they were: the same objects, the same bits.
+    Inside, the model has plain types and keys, and calls that change adapters raise RuntimeError. This changes the
+    model for every thread, with equal outputs. It is the way to compute W' once for several calls.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError, RuntimeError: as `glora.merge`; nothing has changed then.
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2))
+        >>> with glora.merged(layer):
+        ...     type(layer), list(layer.state_dict())
+        (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
+    """
+    _check_mergeable(model)
+    with ExitStack() as restored:
+        with torch.inference_mode(False), torch.no_grad():
+            # All memory is taken before the first module is swapped.
+            carriers = [named.module for named in adapted_modules(model) if named.module not in stashed]
+            values = [merged_tensors(module) for module in carriers]
+            for module, tensors in zip(carriers, values, strict=True):
+                restored.callback(_restore, module)
+                swap_in(module, tensors)
+        yield model
+
+
+def _restore(module: nn.Module) -> None:
+    try:
+        restore(module)
+    except BaseException:  # cut off in its midst (Ctrl-C): the rest of it
+        restore(module)
+        raise
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    """Raise unless every merged tensor is finite and ours alone to merge; each is computed, looked at and dropped."""
+    refuse_stacked(model)
+    ties = find_ties(named_modules(model))
+    for named in adapted_modules(model):
+        if named.module in stashed:
+            continue
+        for name, store in named.adapters.items():
+            if isinstance(store, Head) or not store.is_active():
+                continue
+            if (id(named.module), name) in ties:
+                raise ValueError(
+                    f"A merge must change adapted layers alone; `{name}` of {named.path or 'the model itself'!r} is "
+                    f"tied to {ties[id(named.module), name]}, which would change with it. Nothing was merged. Untie "
+                    f"them before glora.apply, or run inside glora.merged of the part that was adapted."
+                )
+            with torch.no_grad():
+                value = read(named.module, name)
+            if not value.is_meta and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"A merged tensor must be finite; `{name}` of {named.path or 'the model itself'!r} has "
+                    f"{int((~torch.isfinite(value)).sum())} entries in {value.dtype} that are not. Nothing was merged. "
+                    f"Look for an adapter that diverged, lower its weight, or merge a float32 copy of the model."
+                )

@@ -1,0 +1,138 @@
+"""Walking a model: its modules under their own paths, and its tensors as they were before any adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from glora.layer.parametrization import Acting, Adapters, adapters_of, stacks_of, stashed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module of a model, as it was when the model was walked.
+
+    Attributes:
+        path: the first path that reaches it.
+        aliases: every path that reaches it.
+        module: the module.
+        tensors: its own parameters and persistent buffers by name; the base model's where adapters are on them.
+        adapters: tensor name to the adapters on it.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    module: nn.Module = field(repr=False)
+    tensors: dict[str, Tensor] = field(repr=False)
+    adapters: dict[str, Adapters] = field(repr=False)
+
+    @property
+    def acting(self) -> Acting:
+        """Which of its adapters act; it must have some."""
+        return next(iter(self.adapters.values())).acting
+
+    @property
+    def adapter_names(self) -> set[str]:
+        """The adapters that it has, on any of its tensors."""
+        return {name for store in self.adapters.values() for name in store.parts()}
+
+
+def named_modules(model: nn.Module) -> list[NamedModule]:
+    """Every module of the model once, in order, with the paths that reach it; adapters' own modules left out.
+
+    Paths are the model's own: the components that wrappers add (`module` of DistributedDataParallel, DataParallel and
+    AveragedModel, `_orig_mod` of torch.compile) are dropped.
+    """
+    reached: _Reached = {}
+    _walk(model, (), reached)
+    return [NamedModule(p[0], tuple(p), m, own_tensors(m, adapters), adapters) for m, p, adapters in reached.values()]
+
+
+_Reached: TypeAlias = dict[int, tuple[nn.Module, list[str], dict[str, Adapters]]]
+
+
+def _walk(module: nn.Module, parts: tuple[str, ...], reached: _Reached) -> None:
+    seen = reached.get(id(module))
+    if seen is None:
+        adapters = adapters_of(module) if "parametrizations" in module._modules or module in stashed else {}
+        seen = reached[id(module)] = module, [], adapters
+    seen[1].append(".".join(parts))
+    for name, child in module._modules.items():
+        if child is not None and not (name == "parametrizations" and seen[2]):
+            _walk(child, parts if wraps(module, name) else (*parts, name), reached)
+
+
+def adapted_modules(model: nn.Module) -> list[NamedModule]:
+    """The modules that carry adapters."""
+    return [named for named in named_modules(model) if named.adapters]
+
+
+def wraps(module: nn.Module, child: str) -> bool:
+    """Whether `module` is a wrapper and `child` the attribute that holds what it wraps."""
+    return child in _WRAPPED or (child == "module" and isinstance(module, _WRAPPERS))
+
+
+def own_tensors(module: nn.Module, adapters: Iterable[str]) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers by name; the originals of those that have adapters."""
+    tensors = {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+    if adapters:
+        stacks = stacks_of(module)
+        for name in adapters:
+            tensors[name] = stacks[name].original
+    return tensors
+
+
+# Note [All or nothing]
+# What changes a model prepares everything first, and then swaps objects that are all there. Should that still be cut
+# off (no memory, Ctrl-C), every module gets back the attributes, and every parameter the flag, that it had: all that
+# was swapped are entries of these dictionaries. Tensors are made outside of inference mode, since one that was made
+# inside could never be trained.
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Generator[None]:
+    """Inside the `with` block the model changes; if an exception ends the block, it is as before."""
+    before = [(module, module.__class__, _copy(vars(module))) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    acting = [(m.acting, m.acting.scales) for m in model.modules() if isinstance(m, Adapters)]
+    try:
+        with torch.inference_mode(False):
+            yield
+    except BaseException:
+        for module, kind, attributes in before:
+            _write_back(vars(module), attributes)
+            module.__class__ = kind
+        for shared, scales in acting:
+            shared.scales = scales
+        for parameter, flag in flags:
+            parameter.requires_grad = flag  # requires_grad_ refuses lazy parameters
+        raise
+
+
+def _copy(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.copy() if isinstance(value, dict) else value for key, value in attributes.items()}
+
+
+def _write_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for key in [key for key in attributes if key not in before]:
+        del attributes[key]
+    for key, value in before.items():
+        now = attributes.get(key)
+        if isinstance(value, dict) and isinstance(now, dict):  # the same dictionary: others may hold it
+            cast("dict[Any, Any]", now).clear()
+            cast("dict[Any, Any]", now).update(cast("dict[Any, Any]", value))
+        else:
+            attributes[key] = value

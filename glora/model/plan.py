@@ -1,0 +1,341 @@
+"""What is attached where: decided here in full, with every check, before anything changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from glora.config import WEIGHT_PATHS, GLoRAConfig
+from glora.layer.parametrization import Bias
+from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_layer
+from glora.model.modules import NamedModule, named_modules
+from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
+from glora.text import format_names, format_problems, table
+
+# Note [One planner]
+# An adapter is described by a `LayerSpec` for each layer, whether it comes from `targets=` and `config=`, from a file,
+# or from another library's. `_plan_layer` compares a description with the module that it is for. What becomes of a
+# layer that does not take it is up to the caller: `plan` skips it or raises, `plan_spec` collects all and raises.
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that an adapter goes to: where, by which paths, whether it is given a bias for them."""
+
+    named: NamedModule
+    config: GLoRAConfig
+    paths: tuple[str, ...]
+    creates_bias: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.named.path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.named.module
+
+    @property
+    def forms(self) -> str:
+        """The forms of its paths, `A=lora B=vector`."""
+        return " ".join(f"{path}={self.config.forms[path]}" for path in self.paths)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank; None where no path is low rank."""
+        return self.config.rank if any(self.config.forms[path] == "lora" for path in self.paths) else None
+
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers its paths have."""
+        o, i = self.named.tensors["weight"].shape
+        shapes = [self.config.shapes(path, o, i) for path in self.paths]
+        return sum(math.prod(factor) for factors in shapes for factor in factors.values())
+
+
+@dataclass(frozen=True)
+class PlannedHead:
+    """A module with tensors of its own that trains as a whole, in a copy that belongs to the adapter."""
+
+    named: NamedModule
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.named.path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.named.module
+
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers it has."""
+        return sum(t.numel() for t in self.named.tensors.values() if isinstance(t, nn.Parameter))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear layer that the targets reach and that is left as it is, and why.
+
+    Attributes:
+        unsupported: it cannot be adapted (rather than: it was asked to be left out).
+    """
+
+    path: str
+    reason: str
+    unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `glora.apply` does with the same arguments. Printed, a table.
+
+    Attributes:
+        name: the adapter's name.
+        layers: the layers that it goes to.
+        heads: the modules that train as a whole: those with tensors of their own at or below `trainable=`.
+        skipped: linear layers that the targets reach and that are left as they are.
+        without_bias: paths of the layers that lose C, D and E because they have no bias.
+    """
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+    heads: tuple[PlannedHead, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    without_bias: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all, heads included."""
+        return sum(row.parameters for row in (*self.layers, *self.heads))
+
+    def __str__(self) -> str:
+
+        def no_bias(layer: PlannedLayer) -> str:
+            return " (no bias)" if layer.path in self.without_bias else ""
+
+        title = f"adapter {self.name!r}: {len(self.layers)} layers, {self.parameters:,} trainable parameters"
+        rows = [
+            [layer.path, f"{layer.forms}{no_bias(layer)}", str(layer.rank or "-"), f"{layer.parameters:,}"]
+            for layer in self.layers
+        ]
+        rows += [[head.path, "trainable", "-", f"{head.parameters:,}"] for head in self.heads]
+        rows += [[skipped.path, f"skipped: {skipped.reason}", "-", "-"] for skipped in self.skipped]
+        return table(title, ["module", "forms", "rank", "parameters"], rows)
+
+
+def plan(
+    model: nn.Module,
+    targets: Targets = ALL_LINEAR,
+    config: GLoRAConfig | None = None,
+    *,
+    exclude: Selection = (),
+    trainable: Trainable = (),
+    name: str = "default",
+    freeze: bool = True,  # noqa: ARG001 - apply's signature; it decides about flags, not about what is attached
+) -> Plan:
+    """What `glora.apply` would do with the same arguments; attaches nothing.
+
+    Returns:
+        A `Plan`: the layers with their forms, rank and parameters, the heads, and what is skipped and why.
+
+    Raises:
+        ValueError: whatever `apply` would raise it for.
+
+    Example:
+        >>> import torch, glora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False))
+        >>> print(glora.plan(model, config=glora.GLoRAConfig(A="none", rank=2)))
+        adapter 'default': 2 layers, 64 trainable parameters
+        module  forms                              rank  parameters
+        0       B=lora C=vector D=vector E=vector  2             44
+        2       B=lora (no bias)                   2             20
+    """
+    modules = _modules_for(model, name)
+    ties = find_ties(modules)
+    heads = _chosen_heads(modules, trainable, ties)
+    chosen, by_name = choose(modules, targets, config)
+    left_out = dict.fromkeys(output_embeddings(modules), "output embeddings") if targets == ALL_LINEAR else {}
+    left_out |= {id(named.module): "excluded" for named in select(modules, exclude, "exclude", nn.Linear)}
+    left_out |= {id(head.module): "trainable as a whole" for head in heads}
+    layers: list[PlannedLayer] = []
+    skipped: list[Skipped] = []
+    without_bias: list[str] = []
+    for named in modules:
+        spec = chosen.get(id(named.module))
+        if spec is None:
+            continue
+        if id(named.module) in left_out:
+            skipped.append(Skipped(named.path, left_out[id(named.module)]))
+            continue
+        layer = _plan_layer(named, spec, ties, without_a_bias="D" if spec.config.create_bias else "CDE")
+        if isinstance(layer, str):
+            if by_name:
+                raise ValueError(f"Every layer that targets= names must be adaptable; {named.path!r} is not: {layer}")
+            skipped.append(Skipped(named.path, layer, unsupported=True))
+            continue
+        lost = not spec.config.create_bias and len(layer.paths) < len(spec.config.paths)
+        if lost:
+            without_bias.append(named.path)
+        if layer.paths:
+            layers.append(layer)
+        else:
+            skipped.append(Skipped(named.path, "its paths need a bias" if lost else "every path is none"))
+    if not layers:
+        why = "; ".join(f"{row.path!r}: {row.reason}" for row in skipped[:5])
+        raise ValueError(
+            f"There must be something to train; all {len(skipped)} layers that targets= reaches are left out ({why}). "
+            f"Widen targets=, choose other forms, or for layers without a bias pass create_bias=True in the config."
+        )
+    return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias))
+
+
+def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) -> Plan:
+    """How a described adapter goes onto a model, tensors included.
+
+    Args:
+        model: the model.
+        spec: the adapter; its tensors must be there.
+        source: the file that it came from, for messages.
+        name: its name in the model.
+
+    Raises:
+        AdapterFileError: a layer that is not there, of another shape, or that cannot be adapted; a tensor missing, left
+            over or of another shape.
+        ValueError: a name that is taken.
+        RuntimeError: inside `glora.merged` or `glora.route`.
+    """
+    modules = _modules_for(model, name)
+    ties = find_ties(modules)
+    reached = {alias: named for named in modules for alias in named.aliases}
+    problems: list[str] = []
+    layers: list[PlannedLayer] = []
+    heads: list[PlannedHead] = []
+    wanted: dict[str, TensorSpec] = {}
+    optional: set[str] = set()
+    for path, layer_spec in spec.layers.items():
+        layer: PlannedLayer | str = "there is no such module"
+        if path in reached:
+            layer = _plan_layer(
+                replace(reached[path], path=path),
+                layer_spec,
+                ties,
+                without_a_bias="D" if layer_spec.bias is None else "",
+            )
+        if isinstance(layer, str):
+            problems.append(f"{path!r}: {layer}")
+            continue
+        layers.append(layer)
+        shape = layer.named.tensors["weight"].shape
+        own = LayerSpec(layer.config, shape[0], shape[1]).tensors(layer.paths)
+        wanted |= {join(path, key): tensor for key, tensor in own.items()}
+        if layer_spec.bias is None:
+            optional.add(join(path, "D.value"))
+    for path, names in spec.heads.items():
+        reason = _misfit_of_head(reached.get(path), names, ties)
+        if reason is not None:
+            problems.append(f"{path!r}: {reason}")
+            continue
+        heads.append(PlannedHead(replace(reached[path], path=path)))
+        for tensor_name, tensor in reached[path].tensors.items():
+            wanted[join(path, tensor_name)] = TensorSpec(tuple(tensor.shape), tensor.is_floating_point())
+    if len({id(row.module) for row in (*layers, *heads)}) != len(layers) + len(heads):
+        problems.append("two of its entries reach the same module, by different paths")
+    if not problems:
+        problems += mismatches(spec.tensors, wanted, optional=optional, needs_data=False)
+    if not spec.layers and not spec.heads:
+        problems.append("it adapts nothing")
+    if problems:
+        raise AdapterFileError(
+            f"An adapter must fit the model that it is loaded into; {source} does not, and nothing was changed. "
+            f"Found: {format_problems(problems)}. Load it into the architecture that it was trained on."
+        )
+    return Plan(name, tuple(layers), tuple(heads))
+
+
+def has_own_bias(layer: NamedModule) -> bool:
+    """Whether the base model's layer has a bias; one that `create_bias=True` made does not count."""
+    bias = layer.adapters.get("bias")
+    return not bias.created if isinstance(bias, Bias) else "bias" in layer.tensors
+
+
+def _plan_layer(named: NamedModule, spec: LayerSpec, ties: Ties, *, without_a_bias: str) -> PlannedLayer | str:
+    """A described layer compared with its module; or why the module does not take it, and what to do about it.
+
+    Args:
+        without_a_bias: the paths that are left out where there is no bias, rather than being a reason.
+    """
+    if not isinstance(named.module, nn.Linear):
+        return f"it is a {type(named.module).__name__}, no nn.Linear"
+    reason = unsupported_layer(named, spec.config, ties)
+    if reason is not None:
+        return reason
+    shape, described = tuple(named.tensors["weight"].shape), (spec.out_features, spec.in_features)
+    if any(size not in (None, own) for size, own in zip(described, shape, strict=True)):
+        return f"a weight of {shape} where {described} is adapted"
+    bias = has_own_bias(named)
+    if spec.bias not in (None, bias):
+        return f"{'a' if bias else 'no'} bias where {'a' if spec.bias else 'no'} bias is adapted"
+    wanted = spec.config.paths
+    if bias:
+        return PlannedLayer(named, spec.config, wanted)
+    # A created bias has no D: it would scale zeros, and never learn.
+    takes = (*WEIGHT_PATHS, *("C", "E")) if spec.config.create_bias else WEIGHT_PATHS
+    kept = tuple(path for path in wanted if path in takes)
+    if not set(wanted) - set(kept) <= set(without_a_bias):
+        return "it has no bias for the paths C, D and E"
+    creates_bias = any(path not in WEIGHT_PATHS for path in kept)
+    return PlannedLayer(named, spec.config, kept, creates_bias)
+
+
+def _chosen_heads(modules: list[NamedModule], trainable: Trainable, ties: Ties) -> list[PlannedHead]:
+    by_id = {id(named.module): named for named in modules}
+    heads: dict[int, PlannedHead] = {}
+    for reached in select(modules, trainable, "trainable", nn.Module):
+        if not any(True for _ in reached.module.parameters()):
+            raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
+        for inside in named_modules(reached.module):
+            if not inside.tensors:
+                continue
+            head = by_id[id(inside.module)]
+            reason = unsupported_head(head, ties)
+            if reason is not None:
+                raise ValueError(
+                    f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}"
+                )
+            heads.setdefault(id(head.module), PlannedHead(head))
+    return list(heads.values())
+
+
+def _misfit_of_head(named: NamedModule | None, names: tuple[str, ...], ties: Ties) -> str | None:
+    if named is None:
+        return "there is no such module"
+    if sorted(names) != sorted(named.tensors):
+        return f"tensors {format_names(sorted(named.tensors))} where {format_names(sorted(names))} are saved"
+    return unsupported_head(named, ties)
+
+
+def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:
+    """The model's modules, for a new adapter of this name."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"model must be a torch.nn.Module; found a {type(model).__name__}.")
+    refuse_while_swapped(model)
+    if not isinstance(name, str) or not name or "." in name or hasattr(Bias(), name):  # pyright: ignore
+        raise ValueError(
+            f"An adapter's name must be a string, not empty, without dots, no attribute of nn.Module; found {name!r}."
+        )
+    modules = named_modules(model)
+    for named in modules:
+        if name in named.adapter_names:
+            raise ValueError(
+                f"An adapter's name must be new to the model; {name!r} is attached already (at {named.path!r}). Choose "
+                f"another name=, write into it with glora.load_state_dict, or drop it with glora.delete(model, name)."
+            )
+    return modules

@@ -1,0 +1,68 @@
+"""One batch for several adapters: each sample through its own (Note [Routing])."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from glora.layer import routed
+from glora.model.adapters import adapters
+from glora.model.checks import refuse_while_swapped
+from glora.model.modules import Model, adapted_modules
+from glora.text import quote_names
+
+
+@contextmanager
+def route(model: Model, names: Sequence[str | None]) -> Generator[Model]:
+    """Run each sample of a batch through its own adapter, inside the `with` block.
+
+    Args:
+        model: the model. Its adapted layers must be called with the batch in dimension 0, as nn.Linear is with
+            `(batch, in)` or `(batch, tokens, in)`.
+        names: for each sample the name of its adapter, which acts with weight 1; None for the base model. What is
+            active outside of the block does not matter inside.
+
+    Yields:
+        The model. The outputs are those of each sample alone with its adapter active, heads included. Factors keep
+        their `requires_grad` flags: those of adapters that are active outside train here as well.
+
+    Other threads and tasks are not touched: each may be inside a route of its own. A thread that is started inside the
+    block is not inside it.
+
+    Raises:
+        KeyError: a name that is not an adapter of the model.
+        ValueError: no names; inside, a layer called with another number of samples.
+        RuntimeError: inside `glora.merged` or another `route`; inside, an adapted weight that is read rather than its
+            layer called (nn.MultiheadAttention reads `out_proj.weight`), a result that is not one for each sample and
+            differs between the adapters, activation checkpointing around a routed layer, or a call that changes
+            adapters.
+
+    Source: what `adapter_names` of Hugging Face PEFT does for a call, here for a block.
+
+    Example:
+        >>> import torch, glora
+        >>> config = glora.GLoRAConfig(init="random")
+        >>> model = glora.apply(glora.apply(torch.nn.Linear(4, 2), config=config, name="a"), config=config, name="b")
+        >>> x = torch.randn(3, 4)
+        >>> with glora.route(model, ["a", None, "b"]):
+        ...     y = model(x)
+        >>> torch.allclose(y[2], model(x)[2], atol=1e-6)
+        True
+    """
+    refuse_while_swapped(model)
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names must hold one adapter's name, or None, for each sample; found {names!r}.")
+    there = adapters(model)
+    for name in names:
+        if name is not None and name not in there:
+            raise KeyError(
+                f"{name!r} is not an adapter of the model, which has {quote_names(there)}; None stands for the base "
+                f"model."
+            )
+    paths: dict[int, str] = {}
+    known: dict[int, set[str]] = {}
+    for named in adapted_modules(model):
+        paths[id(named.module)] = named.path or "the model itself"
+        known[id(named.module)] = named.adapter_names
+    with routed.covered(routed.Cover(paths, routed.Routing(names, known), None)):
+        yield model

@@ -1,0 +1,96 @@
+"""What is attached to a model, and what it costs, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from glora.layer.parametrization import Paths
+from glora.model.adapters import adapters
+from glora.model.modules import adapted_modules
+from glora.text import table
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapter on one module.
+
+    Attributes:
+        path: the module's path.
+        adapter: the adapter's name.
+        forms: the forms of its paths, `A=lora B=vector`, or `trainable` for a head.
+        rank: the rank; None where no path is low rank.
+        trainable: numbers of the adapter here that ask for a gradient.
+        total: all numbers of the base module and of the adapter here.
+    """
+
+    path: str
+    adapter: str
+    forms: str
+    rank: int | None
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The adapters of a model. Printed, a table.
+
+    Attributes:
+        rows: one for each adapter on each module.
+        trainable: numbers in the whole model that ask for a gradient.
+        total: numbers in the whole model.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = self.trainable / self.total if self.total else 0.0
+        return table(
+            f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.2%})",
+            ["module", "adapter", "forms", "rank", "trainable / total"],
+            [
+                [row.path, row.adapter, row.forms, str(row.rank or "-"), f"{row.trainable:,} / {row.total:,}"]
+                for row in self.rows
+            ],
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """The adapters of a model: layer, forms, rank, trainable and total parameters.
+
+    Example:
+        >>> import torch, glora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> print(glora.summary(glora.apply(model, ["0"], glora.GLoRAConfig.lora(rank=2), trainable=["1"])))
+        42 trainable of 100 parameters (42.00%)
+        module  adapter  forms      rank  trainable / total
+        0       default  B=lora     2               24 / 64
+        1       default  trainable  -               18 / 36
+    """
+    rows: list[SummaryRow] = []
+    for named in adapted_modules(model):
+        base = sum(t.numel() for t in named.tensors.values() if isinstance(t, nn.Parameter))
+        for name in adapters(named.module):
+            parts = [store.parts()[name] for store in named.adapters.values() if name in store.parts()]
+            paths = {path: p.config.forms[path] for p in parts if isinstance(p, Paths) for path in p.paths()}
+            parameters = [parameter for part in parts for parameter in part.parameters()]
+            rows.append(
+                SummaryRow(
+                    named.path,
+                    name,
+                    " ".join(f"{key}={form}" for key, form in paths.items()) or "trainable",
+                    next((p.config.rank for p in parts if isinstance(p, Paths) and "lora" in paths.values()), None),
+                    sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+                    base + sum(parameter.numel() for parameter in parameters),
+                )
+            )
+    everything = list(model.parameters())
+    return Summary(
+        tuple(rows),
+        sum(parameter.numel() for parameter in everything if parameter.requires_grad),
+        sum(parameter.numel() for parameter in everything),
+    )

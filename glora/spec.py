@@ -1,0 +1,131 @@
+"""An adapter apart from any model: its layers, its heads and its tensors, as files and other libraries know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glora.config import GLoRAConfig
+from glora.text import format_names
+
+
+class AdapterFileError(ValueError):
+    """An adapter's file is damaged, foreign, or does not fit the model. The message names the file."""
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor must be.
+
+    Attributes:
+        shape: its shape; None for a size, or for the whole shape, that is not known.
+        floating: whether its dtype is a floating one; None where either is right.
+    """
+
+    shape: tuple[int | None, ...] | None = None
+    floating: bool | None = True
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapted layer.
+
+    Attributes:
+        config: its forms as they are (`"none"` where there is no path), rank, alpha, product and the rest.
+        out_features: rows of the base weight; None where the source does not say.
+        in_features: columns of the base weight; None where the source does not say.
+        bias: whether the base layer has a bias; None where the source does not say. Then a D without a bias to scale is
+            left out, since it scales nothing.
+    """
+
+    config: GLoRAConfig
+    out_features: int | None = None
+    in_features: int | None = None
+    bias: bool | None = None
+
+    def tensors(self, paths: Iterable[str] | None = None) -> dict[str, TensorSpec]:
+        """Key within the layer (`A.left`) to what the tensor must be, for these paths or for all.
+
+        Example:
+            >>> import glora
+            >>> list(LayerSpec(glora.GLoRAConfig(A="vector", B="lora")).tensors())
+            ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
+        """
+        # Sizes that are not known pass through `shapes` as numbers that no size can be.
+        o, i = self.out_features or -1, self.in_features or -2
+        found: dict[str, TensorSpec] = {}
+        for path in self.config.paths if paths is None else paths:
+            for factor, shape in self.config.shapes(path, o, i).items():
+                found[f"{path}.{factor}"] = TensorSpec(tuple([None if size < 0 else size for size in shape]))
+        return found
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether any path is low rank, so that the rank means something."""
+        return "lora" in self.config.forms.values()
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter: module path to layer, module path to the names of a head's tensors, and all tensors by their keys."""
+
+    layers: Mapping[str, LayerSpec]
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+
+    def wanted(self) -> dict[str, TensorSpec]:
+        """Key to what the tensor must be, for every tensor that the layers and heads have."""
+        found = {join(path, key): spec for path, layer in self.layers.items() for key, spec in layer.tensors().items()}
+        for path, names in self.heads.items():
+            found |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
+        return found
+
+
+def join(path: str, name: str) -> str:
+    """`path.name`, and `name` alone at the root."""
+    return f"{path}.{name}" if path else name
+
+
+def mismatches(
+    given: Mapping[str, object],
+    wanted: Mapping[str, TensorSpec],
+    *,
+    strict: bool = True,
+    optional: Iterable[str] = (),
+    needs_data: bool = True,
+) -> Iterator[str]:
+    """What is wrong with tensors, one sentence each: missing, left over, of another kind, shape or dtype.
+
+    Args:
+        given: key to tensor.
+        wanted: key to what it must be.
+        strict: whether every wanted key must be there, and no other.
+        optional: keys that may be there, and are not wanted.
+        needs_data: whether a tensor on the meta device is wrong.
+    """
+    if strict:
+        missing = [key for key in wanted if key not in given]
+        unexpected = [key for key in given if key not in wanted and key not in set(optional)]
+        if missing:
+            yield f"missing: {format_names(missing)}"
+        if unexpected:
+            yield f"unexpected: {format_names(unexpected)}"
+    for key, spec in wanted.items():
+        if key not in given:
+            continue
+        tensor = given[key]
+        if not isinstance(tensor, Tensor):
+            yield f"{key}: a {type(tensor).__name__} where a tensor should be"
+        elif spec.shape is not None and not _fits(tensor.shape, spec.shape):
+            yield f"{key}: shape {tuple(tensor.shape)} where {spec.shape} should be"
+        elif (needs_data and tensor.is_meta) or tensor.layout != torch.strided:
+            yield f"{key}: a tensor without data ({tensor.layout}, {tensor.device}) where a dense one should be"
+        elif spec.floating is not None and (tensor.is_floating_point() != spec.floating or tensor.is_complex()):
+            yield f"{key}: {tensor.dtype} where {'a floating' if spec.floating else 'an integer'} dtype should be"
+
+
+def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, size) for w, size in zip(wanted, shape, strict=True))

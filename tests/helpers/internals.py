@@ -1,0 +1,79 @@
+"""All that tests take from inside the library: where an internal is renamed, this is the one file to change."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from glora.files.adapter import digest, read
+from glora.files.checkpoint import merge_checkpoint
+from glora.kernels import matvec, select
+from glora.kernels.select import Kernel
+
+__all__ = [
+    "Kernel",
+    "chosen_kernel",
+    "computed_updates",
+    "entries_of_a_block",
+    "entries_of_a_wide_block",
+    "force_kernel",
+    "is_unsupported",
+    "merge_files",
+    "sum_of_contents",
+    "wide_matvec",
+]
+
+wide_matvec = matvec.wide_matvec
+
+
+force_kernel = select.force
+
+
+def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:
+    """The kernel that the layer would take for this many tokens."""
+    stack = layer.parametrizations.weight
+    with torch.set_grad_enabled(needs_grad):
+        x = torch.empty(tokens, layer.in_features)
+        return select.choose(x, stack.original, stack[0].factors(stack[0].acting.scales))
+
+
+def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
+    """How many entries of W' the blockwise kernel computes at a time."""
+    return mock.patch("glora.kernels.blockwise.CPU_BLOCK", entries)
+
+
+def entries_of_a_wide_block(entries: int) -> AbstractContextManager[Any]:
+    """How many entries of a half-precision matrix `wide_matvec` widens at a time."""
+    return mock.patch("glora.kernels.matvec._ENTRIES", entries)
+
+
+@contextmanager
+def computed_updates() -> Generator[list[object]]:
+    """Collects the arguments of each computation of an update of W0 or b0."""
+    computed: list[object] = []
+    with (
+        mock.patch("glora.functional.weight_update", lambda *given, **_: computed.append(given)),
+        mock.patch("glora.functional.bias_update", lambda *given, **_: computed.append(given)),
+    ):
+        yield computed
+
+
+def sum_of_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 sum that an adapter file keeps of its contents."""
+    return digest(text, tensors)
+
+
+def is_unsupported(skipped: Any) -> bool:
+    """Whether a plan skips this layer because it cannot be adapted (rather than: it was asked to be left out)."""
+    return skipped.unsupported
+
+
+def merge_files(base: Path, adapter: Path, out: Path) -> None:
+    """Merge an adapter's file into a checkpoint's, tensor by tensor."""
+    merge_checkpoint(base, read(adapter), "it", out)

@@ -1,0 +1,31 @@
+"""What the tests of kernels share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glora import GLoRAConfig
+from tests.helpers import internals
+from tests.helpers.calls import factors_of
+
+# A config for each kind of kernel.
+KINDS = {
+    "lora": GLoRAConfig(init="random", rank=2),
+    "factored": GLoRAConfig(A="vector", init="random", rank=2),
+    "matmul": GLoRAConfig(product="matmul", init="random", rank=2),
+    "matmul vector": GLoRAConfig(A="vector", product="matmul", init="random"),
+}
+
+
+def run_kernel(layer: nn.Module, x: Tensor, kernel: internals.Kernel | None, grad: bool = True) -> list[Tensor]:
+    """Output, and the gradients of the input and of every factor."""
+    with internals.force_kernel(kernel), torch.set_grad_enabled(grad):
+        y = layer(x)
+        if not grad:
+            return [y]
+        torch.manual_seed(0)
+        sources = [x, *factors_of(layer)]
+        # A factor that is multiplied by nothing (no tokens) may have no gradient at all.
+        grads = torch.autograd.grad(y, sources, torch.randn_like(y), allow_unused=True)
+        return [y, *(torch.zeros_like(s) if g is None else g for s, g in zip(sources, grads, strict=True))]

@@ -1,0 +1,40 @@
+"""What the tests of other libraries' files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import glora
+from tests.helpers.calls import attach
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"q": nn.Linear(6, 8), "k": nn.Linear(8, 8, bias=False)})
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.relu(self.block["k"](self.block["q"](x)))))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
+
+
+def adapted(**options: Any) -> nn.Module:
+    torch.manual_seed(2)
+    targets, trainable = options.pop("targets", ["q", "k"]), options.pop("trainable", ())
+    config = glora.GLoRAConfig(init="random", rank=3, **options)
+    model = attach(net(), config, targets=targets, trainable=trainable).eval()
+    with torch.no_grad():
+        for parameter in glora.parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

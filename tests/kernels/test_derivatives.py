@@ -1,0 +1,76 @@
+"""Derivatives of every order and kind through a layer, compiled and checkpointed too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import glora
+from tests.helpers import internals
+from tests.helpers.calls import factors_of
+from tests.helpers.kernels import KINDS, run_kernel
+from tests.helpers.strategies import Case, cases
+
+
+@settings(max_examples=30)
+@given(cases(dtypes=[torch.float64], max_size=(4, 3), max_adapters=2), st.sampled_from(["factored", "blockwise"]))
+def test_double_backward(case: Case, kernel: str) -> None:
+    layer, x = case.build(), case.input(3).requires_grad_()
+    values = factors_of(layer)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return layer(tensors[0])
+
+    with internals.force_kernel(kernel):
+        assert torch.autograd.gradcheck(function, (x, *values))
+        assert torch.autograd.gradgradcheck(function, (x, *values))
+
+
+def test_double_backward_through_a_layer_used_twice() -> None:
+    layer = glora.apply(nn.Linear(3, 3, dtype=torch.float64), config=glora.GLoRAConfig(rank=2, init="random"))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(layer(x)), (x, *factors_of(layer)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("kernel", [None, "dense"])
+def test_compiled_without_a_break_and_equal(name: str, kernel: Any) -> None:
+    torch._dynamo.reset()
+    layer = glora.apply(nn.Linear(6, 5), config=KINDS[name])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for grad in (True, False):
+        x = torch.randn(7, 6, requires_grad=True)
+        for a, b in zip(run_kernel(compiled, x, kernel, grad), run_kernel(layer, x, kernel, grad), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_checkpointing_gives_equal_gradients_also_with_rank_dropout(name: str, p: float) -> None:
+    forms_of = {**KINDS[name].forms, "product": KINDS[name].product}
+    layer = glora.apply(nn.Linear(6, 5), config=glora.GLoRAConfig(**forms_of, init="random", rank=4, rank_dropout=p))
+    x = torch.randn(7, 6, requires_grad=True)
+    grads = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(call(x).square().sum(), [x, *factors_of(layer)]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_torch_func_transforms(name: str) -> None:
+    layer, x = glora.apply(nn.Linear(6, 5, dtype=torch.float64), config=KINDS[name]), torch.randn(3, 6).double()
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    jacobian = torch.func.vmap(torch.func.jacrev(layer))(x)
+    torch.testing.assert_close(jacobian, layer.weight.expand(3, -1, -1))
+    tangent = torch.func.jvp(layer, (x,), (x,))[1]
+    torch.testing.assert_close(tangent, x @ layer.weight.T)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, x @ layer.weight.T)

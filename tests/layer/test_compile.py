@@ -1,0 +1,62 @@
+"""Adapted layers compile like plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import glora
+from tests.helpers.calls import RANDOM
+from tests.helpers.models import adapted_block, block
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def test_twelve_equal_blocks_compile_like_plain_ones() -> None:
+    def graphs(blocks: list[nn.Module]) -> int:
+        torch._dynamo.reset()
+        count = 0
+
+        def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+            nonlocal count
+            count += 1
+            return graph.forward
+
+        x = torch.randn(3, 6)
+        for each in blocks:
+            compiled = torch.compile(each, backend=backend, fullgraph=True)
+            torch.testing.assert_close(compiled(x), each(x))
+        return count
+
+    plain = graphs([block() for _ in range(12)])
+    assert graphs([adapted_block() for _ in range(12)]) == plain
+    if TORCH >= (2, 5):  # earlier versions compile each plain block anew
+        assert plain == 1
+
+
+def test_a_weight_of_an_adapter_recompiles_nothing_and_a_set_of_adapters_once() -> None:
+    torch._dynamo.reset()
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    model, x = adapted_block(name="a"), torch.randn(3, 6)
+    glora.apply(model, config=RANDOM, name="b")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+    def run(weights: dict[str, float]) -> int:
+        nonlocal count
+        count = 0
+        glora.activate(model, weights)
+        torch.testing.assert_close(compiled(x), model(x))
+        return count
+
+    assert run({"a": 1.0, "b": 1.0}) == 1
+    assert [run({"a": w, "b": 1 - w}) for w in (0.3, 0.5, 0.7)] == [0, 0, 0]
+    assert run({"a": 1.0}) <= 1
+    assert run({"a": 0.4, "b": 0.6}) == run({"a": 2.0}) == 0

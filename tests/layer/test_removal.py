@@ -1,0 +1,165 @@
+"""Removal of one layer's adapters, by glora and by torch: merged equals unmerged, and W0 comes back to the bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+import glora
+from tests.helpers.calls import RANDOM, attach, remove_with_torch
+from tests.helpers.models import build
+from tests.helpers.state import snapshot
+from tests.helpers.strategies import Case, cases, close
+
+MERGES: dict[str, Callable[[nn.Module], object]] = {
+    "glora.merge": glora.merge,
+    "weight, then bias": remove_with_torch,
+    "bias, then weight": lambda layer: remove_with_torch(layer, *reversed(list(layer.parametrizations))),
+}
+
+
+@given(cases(), st.sampled_from(sorted(MERGES)))
+def test_merged_equals_unmerged(case: Case, how: str) -> None:
+    layer, x = case.build(), case.input(2, 3)
+    weight, bias, y = layer.weight.detach().clone(), layer.bias, layer(x)
+    with glora.merged(layer):
+        assert type(layer) is nn.Linear
+        assert list(layer.state_dict()) == list(case.plain().state_dict()) + ["bias"] * (
+            bias is not None and not case.bias
+        )
+        assert torch.equal(layer.weight, weight)
+        assert close(layer(x), y.double(), ulps=16)
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer(x), y)
+    MERGES[how](layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, weight)
+    assert (layer.bias is None) == (bias is None)
+    if bias is not None:
+        assert torch.equal(layer.bias, bias)
+    assert close(layer(x), y.double(), ulps=16)
+
+
+@given(cases(both_tensors=True))
+def test_half_removed_still_uses_the_frozen_weight(case: Case) -> None:
+    layer = case.build()
+    assert set(layer.parametrizations) == {"weight", "bias"}
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    remove_with_torch(layer, "weight")
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, bias)
+    clone = copy.deepcopy(layer)
+    assert torch.equal(clone.bias, bias)
+    assert torch.equal(clone.double().bias.to(case.dtype), bias) or case.dtype != torch.float64
+    assert not layer.weight.requires_grad
+    glora.merge(layer)
+    assert layer.weight.requires_grad
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, bias)
+
+
+REMOVALS: dict[str, tuple[bool | None, Callable[[nn.Module], object]]] = {
+    # Torch's removal keeps a created bias.
+    "torch's": (False, lambda layer: remove_with_torch(layer, bake=False)),
+    "glora.remove": (None, glora.remove),
+}
+
+
+@pytest.mark.parametrize("how", REMOVALS)
+@given(data=st.data())
+def test_removal_gives_back_the_very_bits(data: st.DataObject, how: str) -> None:
+    create_bias, remove = REMOVALS[how]
+    case = data.draw(cases(create_bias=create_bias))
+    layer = case.plain()
+    before = dict(layer.named_parameters())
+    bits = {name: parameter.detach().clone() for name, parameter in before.items()}
+    for i, config in enumerate(case.configs):
+        attach(layer, config, name=f"a{i}")
+    layer(case.input())
+    remove(layer)
+    assert type(layer) is nn.Linear
+    assert dict(layer.named_parameters()).keys() == before.keys()
+    for name, parameter in layer.named_parameters():
+        assert parameter is before[name]
+        assert torch.equal(parameter, bits[name])
+    assert list(layer.state_dict()) == list(bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_thousand_rounds_leave_every_bit(dtype: torch.dtype) -> None:
+    plain = nn.Linear(7, 5, dtype=dtype)
+    layer = glora.apply(copy.deepcopy(plain), config=glora.GLoRAConfig(A="vector", B="lora", init="random"))
+    with torch.no_grad():
+        dict(glora.named_parameters(layer))["A.value"].fill_(-1)  # W0 vanishes from W'
+    x = torch.randn(3, 7, dtype=dtype)
+    y = layer(x)
+    for _ in range(1000):
+        with glora.disabled(layer), glora.merged(layer):
+            pass
+        with glora.merged(layer):
+            pass
+    assert torch.equal(layer(x), y)
+    with glora.disabled(layer):
+        assert torch.equal(layer(x), plain(x))
+    glora.remove(layer)
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.bias, plain.bias)
+
+
+def test_removal_inside_cached_bakes_in_what_it_should_in_either_order() -> None:
+    for order in (("weight", "bias"), ("bias", "weight")):
+        layer = glora.apply(nn.Linear(4, 3), config=RANDOM)
+        weight, bias = layer.weight, layer.bias
+        with parametrize.cached():
+            layer(torch.randn(2, 4))
+            remove_with_torch(layer, *order)
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias)
+
+
+def test_a_half_removed_layer_with_a_prompt_takes_no_second_adapter_and_is_not_saved() -> None:
+    # Its C goes by a weight that the layer no longer has: a second adapter would meet two of them, a file neither.
+    layer = glora.apply(nn.Linear(4, 3), config=RANDOM, name="a")
+    remove_with_torch(layer, "weight")
+    bias = layer.bias.detach().clone()
+    with pytest.raises(ValueError, match="torch's removal has baked its weight in"):
+        glora.apply(layer, lambda *_: True, config=RANDOM, name="b")
+    with pytest.raises(RuntimeError, match="torch's removal has baked the weight of '' in"):
+        glora.save(layer, "nowhere")
+    assert torch.equal(layer.bias, bias)
+    remove_with_torch(layer, "bias")
+    glora.apply(layer, config=RANDOM, name="b")
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_prompt_keeps_a_frozen_weight_of_its_own_after_a_plain_load(assign: bool) -> None:
+    layer = glora.apply(nn.Linear(3, 5), config=RANDOM)
+    remove_with_torch(layer, "weight")
+    layer.load_state_dict({"weight": torch.randn(5, 3), "bias": torch.randn(5)}, assign=assign)
+    before = layer.bias.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    assert torch.equal(layer.bias, before)
+
+
+@pytest.mark.parametrize("order", [("weight", "bias"), ("bias", "weight")], ids="-".join)
+@pytest.mark.parametrize("bake", [True, False])
+def test_torchs_own_removal_gives_back_all_but_the_flags(order: tuple[str, str], bake: bool) -> None:
+    model = build()
+    before = snapshot(model)
+    attach(model, targets=["first", "third"])
+    for layer in (model.first, model.third):
+        remove_with_torch(layer, *order, bake=bake)
+    after = snapshot(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for aspect in ("types", "keys", "identities"):
+        assert after[aspect] == before[aspect]
+    assert (after["values"] == before["values"]) is not bake
+    assert glora.adapters(model) == {}

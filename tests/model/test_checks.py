@@ -1,0 +1,131 @@
+"""What cannot be adapted, and what is said of it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.two_tensor import TwoTensor
+
+import glora
+from glora import GLoRAConfig
+from tests.helpers import internals
+from tests.helpers.calls import refused, warned
+from tests.helpers.models import Pair, without_bias
+from tests.helpers.state import unchanged
+
+
+def lazy(model: Pair) -> None:
+    model.bad = nn.LazyLinear(4)
+
+
+def integers(model: Pair) -> None:
+    model.bad.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+def eight_bit_floats(model: Pair) -> None:
+    model.bad.weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def wrapped_tensor(model: Pair) -> None:
+    """As torchao's quantised and DTensor's sharded weights are."""
+    model.bad.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+
+
+def weight_norm(model: Pair) -> None:
+    parametrizations.weight_norm(model.bad)
+
+
+def older_weight_norm(model: Pair) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model.bad)
+
+
+def older_spectral_norm(model: Pair) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.spectral_norm(model.bad)
+
+
+def pruned_weight(model: Pair) -> None:
+    prune.l1_unstructured(model.bad, "weight", amount=0.5)
+
+
+def pruned_bias(model: Pair) -> None:
+    prune.l1_unstructured(model.bad, "bias", amount=0.5)
+
+
+UNFIT: dict[Callable[[Pair], None], str] = {
+    lazy: "lazy.*run one batch",
+    integers: "int8.*quantised.*float copy",
+    eight_bit_floats: "float8.*quantised.*float copy",
+    wrapped_tensor: "TwoTensor.*before it is quantised",
+    weight_norm: "parametrized by something else.*remove",
+    older_weight_norm: "weight_norm.*undo",
+    older_spectral_norm: "no parameter.*undo",
+    pruned_weight: "pruning.*undo",
+    pruned_bias: "prun.*undo",
+}
+
+
+@pytest.mark.parametrize("how", UNFIT)
+@pytest.mark.parametrize("targets", [["bad"], ["good", "bad"], {"bad": GLoRAConfig()}], ids=["list", "two", "mapping"])
+def test_an_unfit_layer_that_is_named_is_refused_with_what_to_do(targets: Any, how: Callable[[Pair], None]) -> None:
+    model = Pair()
+    how(model)
+    refused(model, f"'bad' is not: .*{UNFIT[how]}", targets)
+
+
+@pytest.mark.parametrize("how", UNFIT)
+@pytest.mark.parametrize("targets", [".*", lambda *_: True, "all-linear"], ids=["regex", "predicate", "all-linear"])
+def test_an_unfit_layer_that_is_swept_in_is_skipped_with_one_warning(targets: Any, how: Callable[[Pair], None]) -> None:
+    model = Pair()
+    how(model)
+    (skipped,) = glora.plan(model, targets).skipped
+    assert (skipped.path, internals.is_unsupported(skipped)) == ("bad", True)
+    with unchanged(model.bad):
+        (message,) = warned(lambda: glora.apply(model, targets, freeze=False))
+    assert re.search(f"^1 of .*'bad'.*{UNFIT[how]}", message)
+    assert {key.split(".")[0] for key in glora.state_dict(model)} == {"good"}
+
+
+def test_a_warning_counts_all_unfit_layers_and_names_the_first_few() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), *(nn.LazyLinear(4) for _ in range(8)))
+    (message,) = warned(lambda: glora.apply(model))
+    assert re.search(r"^8 of .*'1': .*; and 3 more", message)
+    assert len(glora.plan(model, name="second").skipped) == 8
+
+
+def test_a_lazy_layer_that_is_left_out_is_frozen_with_the_rest_and_given_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    glora.apply(model, ["0"])
+    assert not any(parameter.requires_grad for parameter in model[1].parameters())
+    glora.remove(model)
+    assert all(parameter.requires_grad for parameter in model[1].parameters())
+
+
+def test_no_bias_is_created_in_place_of_a_pruned_one() -> None:
+    model = Pair()
+    pruned_bias(model)
+    refused(model, "'bad' is not: .*prun", ["bad"], GLoRAConfig(create_bias=True))
+
+
+def test_only_unfit_layers_leave_nothing_to_train() -> None:
+    refused(nn.Sequential(nn.LazyLinear(4)), "something to train.*'0'.*lazy")
+
+
+def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was() -> None:
+    model = without_bias()
+    with unchanged(model), pytest.raises(UserWarning, match="create_bias=True"):
+        glora.apply(model)
+    model = Pair()
+    lazy(model)
+    with unchanged(model), pytest.raises(UserWarning, match="lazy"):
+        glora.apply(model)

@@ -1,0 +1,181 @@
+"""`glora.merge` and `glora.merged`: what is checked first, what can be done inside, what is as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import glora
+from tests.helpers.calls import RANDOM, attach, quiet
+from tests.helpers.models import ATTACH, TOKENS, adapted_block, build, two
+from tests.helpers.state import snapshot, unchanged, values_apart
+from tests.helpers.strategies import Case, cases
+
+
+@pytest.mark.parametrize("how", [ATTACH[name] for name in ATTACH if name != "created bias"])
+def test_merge_gives_back_keys_order_types_identities_and_flags(how: Callable[[nn.Module], object]) -> None:
+    model = build()
+    before = snapshot(model)
+    how(model)
+    y = model(TOKENS)
+    with quiet():  # "two" and "inactive" drop an adapter
+        glora.merge(model)
+    assert values_apart(snapshot(model)) == values_apart(before)
+    torch.testing.assert_close(model(TOKENS), y)
+
+
+def test_a_warning_that_is_made_an_error_leaves_the_model_unmerged() -> None:
+    model = build()
+    two(model)
+    with unchanged(model), pytest.raises(UserWarning, match="'a'"):
+        glora.merge(model)
+
+
+def test_merging_a_part_leaves_the_rest_adapted() -> None:
+    model = build()
+    attach(model)
+    glora.merge(model.first)
+    assert type(model.first) is nn.Linear
+    assert {key.split(".")[0] for key in glora.state_dict(model)} == {"second", "third", "head"}
+    assert model.first.weight.requires_grad
+    assert not model.norm.weight.requires_grad
+
+
+def test_merge_warns_of_the_inactive_adapters_that_it_drops_and_a_second_one_does_nothing() -> None:
+    layer = glora.apply(glora.apply(nn.Linear(3, 2), name="a"), name="b")
+    with pytest.warns(UserWarning, match="dropped: 'a'"):
+        glora.merge(layer)
+    weight = layer.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        glora.merge(layer)
+    assert layer.weight is weight
+
+
+def test_the_optimizer_still_holds_the_parameters_after_merge() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    held = list(model.parameters())
+    optimizer = torch.optim.SGD(held, lr=0.1)
+    glora.apply(model, config=glora.GLoRAConfig(init="random"))
+    glora.merge(model)
+    assert all(a is b for a, b in zip(model.parameters(), held, strict=True))
+    before = model[0].weight.detach().clone()
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+@given(cases(), st.data())
+def test_a_merge_that_is_not_finite_changes_nothing(case: Case, data: st.DataObject) -> None:
+    model = nn.Sequential(case.build(), case.build())
+    name = data.draw(st.sampled_from(list(case.named_weights)))
+    key = data.draw(st.sampled_from([key for key in glora.state_dict(model, name) if key.startswith("1.")]))
+    glora.state_dict(model, name)[key].fill_(float("nan"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    types = [type(module) for module in model]
+    for attempt in (lambda: glora.merge(model), lambda: glora.merged(model).__enter__()):
+        with pytest.raises(ValueError, match="'1' has .* that are not.* Nothing was merged"):
+            attempt()
+        assert [type(module) for module in model] == types
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+def test_a_cast_that_overflows_is_not_merged() -> None:
+    layer = glora.apply(nn.Linear(2, 2, dtype=torch.float16), config=glora.GLoRAConfig(A="none", B="constant"))
+    with torch.no_grad():
+        next(glora.parameters(layer)).fill_(1e6)  # finite in the factor's float32, not in float16
+    with pytest.raises(ValueError, match=r"`weight` .* has 4 entries in torch.float16 that are not"):
+        glora.merge(layer)
+
+
+# glora.merged.
+
+
+def test_merged_leaves_a_pending_backward_alone() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    loss = layer(torch.randn(5, 4)).square().sum()
+    (reference,) = torch.autograd.grad(loss, [next(glora.parameters(layer))], retain_graph=True)
+    with glora.merged(layer):
+        pass
+    with glora.disabled(layer):
+        loss.backward()  # a backward pass inside reaches the factors
+    assert torch.equal(next(glora.parameters(layer)).grad, reference)
+
+
+def test_what_merged_computes_is_given_back_after_an_exception_and_where_the_model_was_moved() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    before = {key: (value, value.clone()) for key, value in layer.state_dict(keep_vars=True).items()}
+    with pytest.raises(ZeroDivisionError), glora.disabled(layer), glora.merged(layer), glora.merged(layer):
+        _ = 1 / 0
+    after = layer.state_dict(keep_vars=True)
+    assert all(after[key] is value and torch.equal(value, bits) for key, (value, bits) in before.items())
+    with glora.merged(layer):
+        layer.double()
+    assert {value.dtype for value in layer.state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("call", ["apply", "merge", "remove", "activate", "load_state_dict", "reset_parameters"])
+def test_inside_merged_adapters_cannot_be_changed(call: str) -> None:
+    layer = glora.apply(nn.Linear(4, 3))
+    arguments = {"apply": {"name": "b"}, "activate": {"weights": "default"}, "load_state_dict": {"state_dict": {}}}
+    with glora.merged(layer), pytest.raises(RuntimeError, match="Inside glora.merged"):
+        getattr(glora, call)(layer, **arguments.get(call, {}))
+    assert glora.adapters(layer) == {"default": 1.0}
+
+
+def test_disabled_inside_merged_is_refused() -> None:
+    layer, x = glora.apply(nn.Linear(4, 3), config=RANDOM), torch.randn(2, 4)
+    with glora.merged(layer):
+        y = layer(x)
+        with pytest.raises(RuntimeError, match="Inside glora.merged"), glora.disabled(layer):
+            pass
+        assert torch.equal(layer(x), y)
+    assert glora.adapters(layer) == {"default": 1.0}
+
+
+def test_reading_works_inside_merged() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    outside = glora.state_dict(layer)
+    base = glora.base_state_dict(layer)
+    with glora.merged(layer):
+        assert glora.adapters(layer) == {"default": 1.0}
+        assert all(torch.equal(v, outside[k]) for k, v in glora.state_dict(layer).items())
+        assert all(torch.equal(v, base[k]) for k, v in glora.base_state_dict(layer).items())
+        assert len(list(glora.parameters(layer))) == len(outside)
+
+
+def test_a_garbage_collection_inside_merged_does_no_harm() -> None:
+    class Lonely(nn.Linear):
+        pass
+
+    layer = glora.apply(Lonely(4, 3), config=RANDOM)
+    weight = layer.weight
+    with glora.merged(layer):
+        gc.collect()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_conversion_inside_merged_inside_disabled_reaches_everything() -> None:
+    model = adapted_block()
+    with glora.disabled(model), glora.merged(model):
+        model.double()
+    assert model(torch.randn(2, 6).double()).dtype == torch.float64
+
+
+def test_merged_inside_inference_mode_leaves_nothing_of_it() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=RANDOM)
+    with glora.merged(layer):
+        pass
+    context = glora.merged(layer)
+    with torch.inference_mode():
+        context.__enter__()
+    layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    context.__exit__(None, None, None)

@@ -1,0 +1,42 @@
+"""What `import glora` brings: the public names, and nothing that an extra brings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import glora
+
+PUBLIC = {
+    *("AdapterFileError", "GLoRAConfig", "Plan", "Summary"),
+    *("activate", "adapters", "apply", "base_state_dict", "delete", "disabled", "load", "load_state_dict", "merge"),
+    *("merged", "named_parameters", "parameters", "plan", "remove", "reset_parameters", "route", "save"),
+    *("state_dict", "summary", "functional"),
+}
+
+
+def test_the_public_names_are_there() -> None:
+    assert set(glora.__all__) >= PUBLIC
+    assert len(glora.__all__) == len(set(glora.__all__))
+    assert all(hasattr(glora, name) for name in glora.__all__)
+
+
+def test_the_choice_of_a_kernel_is_not_public() -> None:
+    assert "ways" not in glora.__all__
+    assert not hasattr(glora, "ways")
+
+
+def run(script: str) -> str:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_glora_imports_no_extra() -> None:
+    extras = ["safetensors", "peft", "lycoris", "transformers", "tqdm", "optuna", "rich", "hypothesis"]
+    script = "import sys, torch; before = set(sys.modules); import glora; print(*(set(sys.modules) - before))"
+    assert not set(extras) & set(run(script).split())
+
+
+def test_interop_comes_with_glora_and_without_safetensors() -> None:
+    script = "import sys, glora; print(sorted(glora.interop.__all__), 'safetensors' in sys.modules)"
+    names = ["load_lycoris", "load_official", "load_peft", "save_lycoris", "save_peft"]
+    assert run(script).strip() == f"{names} False"
