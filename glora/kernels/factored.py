@@ -87,8 +87,16 @@ def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
 
 
 def _scale_outputs(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:
-    y = F.linear(x, W0)
-    return y, [y * reduce(add, map(_output_scale, scales))] if scales else []
+    if not scales:
+        return F.linear(x, W0), []
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away,
+        # for all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
+        half = x.shape[-1] // 2
+        y = _wide(F.linear(x[..., :half], W0[:, :half])) + F.linear(x[..., half:], W0[:, half:])
+    else:
+        y = F.linear(x, W0)
+    return y, [y * reduce(add, map(_output_scale, scales))]
 
 
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:
