@@ -65,6 +65,11 @@ class Adapters(nn.Module):
         """Whether an adapter that acts has a part here."""
         return any(name in self._modules for name in self.acting.scales)
 
+    def extra_repr(self) -> str:
+        """The adapters that act, with their scales, for `print(layer)`."""
+        acting = {name: scale for name, scale in self.acting.scales.items() if name in self._modules}
+        return ", ".join(f"{name}={scale.item():g}" for name, scale in acting.items()) or "none acts"
+
     def detach(self, name: str) -> None:
         """Drop an adapter's part, if there is one."""
         self._modules.pop(name, None)
