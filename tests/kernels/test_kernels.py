@@ -15,21 +15,18 @@ import glora
 from tests.helpers import internals, reference
 from tests.helpers.calls import attach, factors_of, only
 from tests.helpers.kernels import KINDS, run_kernel
-from tests.helpers.strategies import Case, cases, close, expected
+from tests.helpers.strategies import cases, close, expected
 
 SHAPES = [(5,), (2, 3), (1, 2, 2), (0,), (1,), (), (40, 3)]
 
 
-@settings(max_examples=200)
-@given(
-    cases(dtypes=[torch.float64, torch.float32]),
-    st.sampled_from(SHAPES),
-    st.sampled_from(["factored", "blockwise"]),
-    st.sampled_from([1, 11, 2**21]),
-)
+@pytest.mark.parametrize("kernel", ["factored", "blockwise"])
+@settings(max_examples=100)
+@given(data=st.data(), shape=st.sampled_from(SHAPES), block=st.sampled_from([1, 11, 2**21]))
 def test_every_kernel_is_the_dense_one_and_the_reference(
-    case: Case, shape: tuple[int, ...], kernel: str, block: int
+    data: st.DataObject, shape: tuple[int, ...], kernel: Any, block: int
 ) -> None:
+    case = data.draw(cases(dtypes=[torch.float64, torch.float32], elementwise=kernel == "blockwise"))
     layer = case.build()
     x = case.input(*shape) if shape else torch.randn(case.in_features, dtype=case.dtype)
     x.requires_grad_()
@@ -49,7 +46,7 @@ def test_every_kernel_is_the_dense_one_and_the_reference(
 @settings(max_examples=100)
 @given(data=st.data(), shape=st.sampled_from(SHAPES))
 def test_without_gradients_every_kernel_is_the_reference_in_every_dtype(
-    data: st.DataObject, shape: tuple[int, ...], kernel: str
+    data: st.DataObject, shape: tuple[int, ...], kernel: Any
 ) -> None:
     case = data.draw(cases(elementwise=kernel != "factored"))
     layer = case.build()
