@@ -54,7 +54,7 @@ def test_a_biass_gradient_is_summed_over_the_tokens_in_single_precision(
     x, g = torch.randn(tokens, 6).to(half), (1 + torch.rand(tokens, 5)).to(half)
     with context:
         layer(x).backward(g)
-    found, exact = dict(glora.named_parameters(layer))["E.value"].grad, g.double().sum(0)
+    found, exact = dict[str, Any](glora.named_parameters(layer))["E.value"].grad, g.double().sum(0)
     # A bias of half precision has a gradient of half precision, rounded once; under autocast the bias is float32.
     eps = torch.finfo(torch.float32 if autocast else half).eps
     assert ((found - exact).abs() <= (8 if autocast else 0.5) * eps * exact).all()
@@ -73,7 +73,7 @@ PAIRS = {
 @modes
 @pytest.mark.parametrize("tokens", [1, 60])
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("size", [1e5, 1e7])
+@pytest.mark.parametrize("size", [1e4, 1e7])
 def test_how_a_product_is_split_between_its_factors_changes_nothing(
     request: pytest.FixtureRequest,
     size: float,
@@ -87,7 +87,7 @@ def test_how_a_product_is_split_between_its_factors_changes_nothing(
     if (size, half, config.product) == (1e7, torch.float16, "matmul"):
         request.applymarker(pytest.mark.xfail(strict=True, reason="W0 times left is a product of half precision"))
     layer, context = half_layer(24, 32, config, half, autocast)
-    x = 4 * torch.randn(tokens, 32).to(half)
+    x = 16 * torch.randn(tokens, 32).to(half)
     tensors = glora.state_dict(layer)
     left, right = (tensors[f"{path}.{factor}"] for factor in ("left", "right"))
     outputs: list[Tensor] = []
