@@ -127,14 +127,18 @@ def test_four_adapters_of_all_kinds_share_one_pass() -> None:
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16", "autocast"])
-@pytest.mark.parametrize("name", ["lora", "B", "vector", "matmul"])
+@pytest.mark.parametrize("name", ["lora", "expanded", "B", "vector", "constant", "B vector", "matmul", "matmul vector"])
 @pytest.mark.parametrize(("size", "bound"), [(0.01, 0.05), (0.003, 0.12)])
 def test_a_small_update_survives_half_precision(mode: str, name: str, size: float, bound: float) -> None:
     # Invariant 7: the update that acts, by least squares from the change of the outputs, against the true one.
     config = {
         "lora": only(A="lora", init="random"),
+        "expanded": only(A="lora", rank=1, init="random"),
         "B": only(B="lora", init="random"),
         "vector": only(A="vector", init="random"),
+        "constant": only(A="constant", init="random"),
+        "B vector": only(B="vector", init="random"),
+        "matmul vector": only(A="vector", product="matmul", init="random"),
         "matmul": only(A="lora", product="matmul", init="random"),
     }[name]
     half = torch.float16 if mode == "fp16" else torch.bfloat16
@@ -144,13 +148,14 @@ def test_a_small_update_survives_half_precision(mode: str, name: str, size: floa
 
     def true_update() -> Tensor:
         tensors = glora.state_dict(layer)
-        scale = tensors.get("A.value", torch.zeros(256, 1)).expand(256, 256)
+        zero = torch.zeros(256, 1)
+        scale = tensors.get("A.value", zero).expand(256, 256)
         if "A.left" in tensors:
             scale = tensors["A.left"] @ tensors["A.right"]
-        shift = tensors["B.left"] @ tensors["B.right"] if "B.left" in tensors else torch.zeros(256, 256)
-        return (W0 @ scale if config.product == "matmul" else W0 * scale) + shift
+        shift = tensors["B.left"] @ tensors["B.right"] if "B.left" in tensors else tensors.get("B.value", zero)
+        return (W0 @ scale if name == "matmul" else W0 * scale) + shift
 
-    with torch.no_grad():
+    with torch.no_grad(), internals.force_kernel("expanded" if name == "expanded" else None):
         first = next(glora.parameters(layer))
         first.mul_(size * W0.norm() / true_update().norm())
         x = torch.randn(32768, 256).to(half)

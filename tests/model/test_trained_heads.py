@@ -90,10 +90,10 @@ def test_a_deleted_adapters_head_stays_frozen_where_the_rest_is() -> None:
     assert not any(parameter.requires_grad for parameter in model.head.parameters())
 
 
-def test_adapters_with_equal_heads_act_together() -> None:
+def test_adapters_with_equal_heads_that_do_not_train_act_together() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
     for name in "ab":
-        glora.apply(model, ["0"], RANDOM, name=name, trainable=["1"])
+        glora.apply(model, ["0"], RANDOM, name=name, trainable=["1"]).requires_grad_(False)
     glora.activate(model, {"a": 1.0, "b": 1.0})
     y = model(x)
     torch.testing.assert_close(y, model[1](model[0](x)))
