@@ -46,16 +46,20 @@ def test_any_tensors_may_ask_for_first_and_second_derivatives(case: Case, data: 
 
 @kinds
 @pytest.mark.parametrize("wrt", ["input", "factors"])
+@pytest.mark.parametrize("by", ["torch.autograd", "torch.func"])
 def test_vectorised_jacobians_are_those_row_by_row(
-    request: pytest.FixtureRequest, wrt: str, config: glora.GLoRAConfig
+    request: pytest.FixtureRequest, by: str, wrt: str, config: glora.GLoRAConfig
 ) -> None:
-    if config is KINDS["lora"]:
+    if config is KINDS["lora"] and by == "torch.autograd":
         request.applymarker(pytest.mark.xfail(strict=True, reason="blocks do not know autograd's own batched tensors"))
     layer, x = attach(nn.Linear(6, 5), config), torch.randn(7, 6, requires_grad=True)
     sources = [x] if wrt == "input" else factors_of(layer)
     y = layer(x)
     rows = torch.eye(y.numel()).reshape(-1, *y.shape)
-    batched = torch.autograd.grad(y, sources, rows, is_grads_batched=True, retain_graph=True)
+    if by == "torch.autograd":
+        batched = torch.autograd.grad(y, sources, rows, is_grads_batched=True, retain_graph=True)
+    else:
+        batched = torch.func.vmap(lambda row: torch.autograd.grad(y, sources, row, retain_graph=True))(rows)
     alone = [torch.autograd.grad(y, sources, row, retain_graph=True) for row in rows]
     for found, wanted in zip(batched, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -126,10 +127,16 @@ def test_four_adapters_of_all_kinds_share_one_pass() -> None:
     torch.testing.assert_close(expanded, layer(x))
 
 
-@pytest.mark.parametrize("mode", ["bf16", "fp16", "autocast"])
-@pytest.mark.parametrize("name", ["lora", "expanded", "B", "vector", "constant", "B vector", "matmul", "matmul vector"])
-@pytest.mark.parametrize(("size", "bound"), [(0.01, 0.05), (0.003, 0.12)])
-def test_a_small_update_survives_half_precision(mode: str, name: str, size: float, bound: float) -> None:
+SURVIVAL: list[Any] = [
+    *itertools.product(["lora", "B", "vector", "matmul"], ["bf16", "fp16", "autocast"], [0.01, 0.003]),
+    # Smaller ones show who rounds once too often: that loses two thirds of these, or all.
+    *itertools.product(["expanded", "B vector", "matmul vector"], ["bf16", "autocast"], [0.002]),
+    ("constant", "bf16", 0.003),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "size"), SURVIVAL)
+def test_a_small_update_survives_half_precision(name: str, mode: str, size: float) -> None:
     # Invariant 7: the update that acts, by least squares from the change of the outputs, against the true one.
     config = {
         "lora": only(A="lora", init="random"),
@@ -167,4 +174,4 @@ def test_a_small_update_survives_half_precision(mode: str, name: str, size: floa
         estimate = torch.linalg.lstsq(x.float(), y.float() - base.float()).solution.T
         # The share of the true update that is there.
         share = (estimate * dW).sum() / dW.square().sum()
-    assert abs(share - 1) <= bound
+    assert abs(share - 1) <= {0.01: 0.05, 0.003: 0.12, 0.002: 0.3}[size]

@@ -110,6 +110,8 @@ def test_an_adapter_cast_to_half_precision_still_computes_in_single(
     layer = attach(nn.Linear(32, 24), config).to(half)  # the factors too
     wide, x = attach(nn.Linear(32, 24), config), torch.randn(8, 32).to(half)
     wide.load_state_dict({key: tensor.float() for key, tensor in layer.state_dict().items()})
+    for each in (layer, wide):
+        glora.activate(each, {"default": 0.7})
     # Rounded once: the bits of the float32 result, rounded.
     assert torch.equal(layer.weight, wide.weight.to(half))
     assert torch.equal(layer.bias, wide.bias.to(half))
