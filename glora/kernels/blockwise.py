@@ -45,7 +45,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     Returns:
         `(..., out)` in `dtype`.
     """
-    A, inputs, B = sort_paths(W0, adapters)
+    A, inputs, B = sort_paths(W0, adapters, dtype)
     tensors: list[Tensor | None] = []
     for path in (*A, *B):
         left, right = path.tensors if isinstance(path.tensors, tuple) else (path.tensors, None)

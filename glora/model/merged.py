@@ -64,10 +64,12 @@ def merge(model: Model) -> Model:
         for named in modules:
             # The bias first, while the weight's original is still W0.
             for name, store in sorted(named.adapters.items()):
-                if isinstance(store, Head):
-                    store.release()
                 unused = isinstance(store, Bias) and not store.is_active()
                 unregister(named.module, name, keep_value=not unused)
+                if isinstance(store, Head):
+                    # Memory of its own: a kept state dict, or an optimizer of the adapter, has the copy's.
+                    value = read(named.module, name)
+                    value.data = value.data.clone()
     freezing.restore(modules)
     return model
 

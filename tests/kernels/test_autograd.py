@@ -47,11 +47,7 @@ def test_any_tensors_may_ask_for_first_and_second_derivatives(case: Case, data: 
 @kinds
 @pytest.mark.parametrize("wrt", ["input", "factors"])
 @pytest.mark.parametrize("by", ["torch.autograd", "torch.func"])
-def test_vectorised_jacobians_are_those_row_by_row(
-    request: pytest.FixtureRequest, by: str, wrt: str, config: glora.GLoRAConfig
-) -> None:
-    if config is KINDS["lora"] and by == "torch.autograd":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="blocks do not know autograd's own batched tensors"))
+def test_vectorised_jacobians_are_those_row_by_row(by: str, wrt: str, config: glora.GLoRAConfig) -> None:
     layer, x = attach(nn.Linear(6, 5), config), torch.randn(7, 6, requires_grad=True)
     sources = [x] if wrt == "input" else factors_of(layer)
     y = layer(x)
