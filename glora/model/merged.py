@@ -80,7 +80,8 @@ def merged(model: Model) -> Generator[Model]:
 
     W' and b' are other tensors than the frozen ones, which come back as they were: the same objects, the same bits.
     Inside, the model has plain types and keys, and calls that change adapters raise RuntimeError. This changes the
-    model for every thread, with equal outputs. It is the way to compute W' once for several calls.
+    model for every thread, with equal outputs; no thread may be inside a forward pass of torch's own plain layers when
+    the block ends. It is the way to compute W' once for several calls.
 
     Yields:
         The model.
