@@ -60,7 +60,7 @@ def test_a_thousand_damages_are_all_found_and_change_nothing(tmp_path: Path) -> 
     saved(tmp_path / "other", seed=1)
     file = tmp_path / "adapter_model.safetensors"
     good, other = file.read_bytes(), (tmp_path / "other" / file.name).read_bytes()
-    text = (tmp_path / "adapter_config.json").read_bytes()
+    text = (tmp_path / "glora_config.json").read_bytes()
     target, rng, found = small_model(), random.Random(0), 0
     before = clones(target.state_dict())
     while found < 1000:
