@@ -212,9 +212,7 @@ def _attach(
     return attach_spec(linear, AdapterSpec({"": layer}, {}, own), f"{source} at {path!r}")
 
 
-def _merged(
-    key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object
-) -> bytes | bytearray | memoryview:
+def _merged(key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> bytearray | memoryview:
     """The bytes of a tensor of the merged checkpoint."""
     path, _, name = key.rpartition(".")
     if name in adapter.heads.get(path, ()):
@@ -230,7 +228,11 @@ def _merged(
     if not own.config.paths:
         return entries[key].read()
     bias = entries[join(path, "bias")].tensor() if has_bias else None
-    merged = merge(_attach(path, own, adapter, source, entries[join(path, "weight")].tensor(), bias))
+    linear = _attach(path, own, adapter, source, entries[join(path, "weight")].tensor(), bias)
+    try:
+        merged = merge(linear)
+    except ValueError as error:  # which names the layer as a model
+        raise ValueError(f"{key!r} of the base, with {source}: {error}") from error
     return _bytes(merged.weight if name == "weight" else merged.bias)
 
 
