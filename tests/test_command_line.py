@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import glora
@@ -50,6 +50,19 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         again.load_state_dict(glora.base_state_dict(model))
         torch.testing.assert_close(again[1].weight, model[1].weight)
         glora.remove(model)
+
+
+def test_rs_lora_is_an_option_of_every_command_that_reads_or_writes_lycoris(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8))
+    base, file, out = (str(tmp_path / f"{name}.safetensors") for name in ("base", "lycoris", "out"))
+    save_file(model.state_dict(), base)
+    config = glora.GLoRAConfig.lora(init="random", rank=4, alpha=3)
+    glora.save(glora.apply(model, config=config), tmp_path / "a")
+    assert main(["convert", str(tmp_path / "a"), file, "--to", "lycoris", "--rs-lora"]) == 0
+    assert load_file(file)["lycoris_0.alpha"].item() == pytest.approx(3 / 4 * 2)  # alpha / sqrt(rank) is 3 / 4
+    assert main(["merge", base, file, out, "--rs-lora"]) == 0
+    torch.testing.assert_close(load_file(out)["0.weight"], model[0].weight)
 
 
 def test_the_command_exists() -> None:

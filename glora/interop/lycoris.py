@@ -102,7 +102,7 @@ def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]], *, rs_lora: 
     tensors: dict[str, Tensor] = {}
     for layer, given in by_name.items():
         matrices = [given[part] for part in _KEYS.values() if part in given and given[part].ndim == 2]
-        if len(matrices) < 4 or given.keys() != {*_KEYS.values(), "alpha"} or given["alpha"].numel() != 1:
+        if len(matrices) < 4 or given.keys() != {*_KEYS.values(), "alpha"}:
             raise AdapterFileError(
                 f"A linear layer of LyCORIS's GLoRA has {', '.join(_KEYS.values())} (matrices) and alpha; {layer!r} in "
                 f"{file} has {', '.join(f'{part} {tuple(t.shape)}' for part, t in given.items())}."

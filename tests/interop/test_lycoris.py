@@ -63,7 +63,7 @@ def test_what_lycoris_saved_computes_what_lycoris_computes(layout: str, suffix: 
     st.booleans(),
 )
 def test_lycoris_to_glora_to_lycoris(
-    tmp_path_factory: Any, made: Layers, rank: int, alpha: float, rs_lora: bool, kept: bool
+    tmp_path_factory: Any, made: Layers, rank: int, alpha: float, rs_lora: bool, is_zero: bool
 ) -> None:
     directory = tmp_path_factory.mktemp("lycoris")
     model, tensors = made.model(), dict[str, Tensor]()
@@ -75,7 +75,7 @@ def test_lycoris_to_glora_to_lycoris(
             for parameter in module.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         tensors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in module.custom_state_dict().items()}
-        if kept and alpha == 0:  # LyCORIS writes the rank, and reads 0 as the rank
+        if is_zero and alpha == 0:  # LyCORIS writes the rank, and reads 0 as the rank
             tensors[f"{name}.alpha"] = torch.tensor(0)
         modules.append(module)
     for module in modules:

@@ -76,6 +76,7 @@ def other_configs(draw: st.DrawFn) -> Any:
     )
 
 
+@settings(max_examples=150)
 @given(layers(), st.one_of(glora_configs(), other_configs()))
 def test_peft_to_glora_computes_what_peft_computes(tmp_path_factory: Any, made: Layers, config: Any) -> None:
     directory = tmp_path_factory.mktemp("peft")
@@ -172,6 +173,23 @@ def test_an_odd_config_is_an_adapter_file_error(tmp_path_factory: Any, method: s
         assert snapshot(model) == before
     else:  # the fields that were drawn say nothing of this method, or what it takes
         assert list(glora.adapters(model)) == ["default"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"(": 2}},
+        {"modules_to_save": 2},
+        {"modules_to_save": [1]},
+        {"modules_to_save": "head"},
+        {"rank_pattern": ["0"]},
+    ],
+)
+def test_a_config_that_peft_would_not_write_is_an_adapter_file_error(fields: dict[str, Any], tmp_path: Path) -> None:
+    of_method(tmp_path, "LORA", **fields)
+    with pytest.raises(glora.AdapterFileError, match="do not go together"):
+        interop.load_peft(nn.Sequential(nn.Linear(4, 3)), tmp_path)
 
 
 def test_peft_finds_no_adapter_of_its_own_in_a_folder_of_gloras(tmp_path: Path) -> None:

@@ -104,9 +104,5 @@ def _of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> A
     return default
 
 
-METHODS: dict[str, Callable[[Mapping[str, Any], str, dict[str, Tensor]], _Read]] = {
-    "GLORA": _glora,
-    "LORA": _lora,
-    "HIRA": _hira,
-    "IA3": _ia3,
-}
+_Reader = Callable[[Mapping[str, Any], str, dict[str, Tensor]], _Read]
+METHODS: dict[str, _Reader] = {"GLORA": _glora, "LORA": _lora, "HIRA": _hira, "IA3": _ia3}

@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora.files.container import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    PEFT_CONFIG_FILE,
-    plain_tensors,
-    replace_files,
-    serialize,
-)
+from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, plain_tensors, replace_files, serialize
 from glora.functional import working_dtype
 from glora.interop.peft.methods import FIELDS
 from glora.interop.peft.read import PREFIX
