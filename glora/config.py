@@ -82,7 +82,10 @@ class GLoRAConfig:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
         if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a positive number that a float can hold, or None for alpha = rank; found {self.alpha!r:.40}.")
+            raise ValueError(
+                f"alpha must be a positive number that a float can hold, or None for alpha = rank; found "
+                f"{self.alpha!r:.40}."
+            )
         if not (_is_number(self.rank_dropout) and 0 <= self.rank_dropout < 1):
             raise ValueError(f"rank_dropout must be a probability in [0, 1); found {self.rank_dropout!r}.")
         if type(self.create_bias) is not bool:
