@@ -23,8 +23,19 @@ from tests.helpers.files import raw_file, raw_tensors, sharded
 
 # Safetensors' dtypes and their bits. torch has no F6 at all, and two F4 in one number.
 DTYPES = {
-    **{"BOOL": 8, "U8": 8, "I16": 16, "U16": 16, "I64": 64, "F16": 16, "F64": 64, "C64": 64, "F8_E4M3": 8},
-    **{"F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    "BOOL": 8,
+    "U8": 8,
+    "I16": 16,
+    "U16": 16,
+    "I64": 64,
+    "F16": 16,
+    "F64": 64,
+    "C64": 64,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
 }
 
 
