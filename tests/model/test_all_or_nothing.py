@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,13 @@ from tests.helpers.interrupts import READING, Interrupt, everything
 CREATE = glora.GLoRAConfig(rank=1, init="random", create_bias=True)
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 POINTS = 250
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Generator[None]:
+    """An exception as a `with torch.no_grad()` block ends is before its exit, which then never runs."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 def plain() -> nn.Module:
