@@ -15,7 +15,7 @@ from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
 from glora.model import freezing
 from glora.model.adapters import adapters
-from glora.model.checks import find_ties, refuse_stacked, refuse_while_swapped
+from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
 from glora.model.modules import Model, NamedModule, named_modules
 from glora.text import quote_names
 
@@ -87,7 +87,8 @@ def merged(model: Model) -> Generator[Model]:
         The model.
 
     Raises:
-        ValueError, RuntimeError: as `glora.merge`; nothing has changed then.
+        ValueError: as `glora.merge`; nothing has changed then.
+        RuntimeError: inside `glora.route`, or another parametrization stacked on an adapter.
 
     Example:
         >>> import torch, glora
@@ -96,6 +97,7 @@ def merged(model: Model) -> Generator[Model]:
         ...     type(layer), list(layer.state_dict())
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
+    refuse_while_routed(model)
     modules = _mergeable_modules(model)
     with torch.inference_mode(False), torch.no_grad():
         # All memory is taken before the first module is swapped.
