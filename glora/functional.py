@@ -274,7 +274,10 @@ def check_weight_paths(W0: Tensor, A: Path, B: Path, product: str) -> None:
 
 def check_bias_paths(W0: Tensor, b0: Tensor | None, C: Path, D: Path, E: Path) -> None:
     """Raise ValueError unless C, D and E have shapes of this module's table for W0 and b0."""
+    check_weight_paths(W0, None, None, "hadamard")
     o, i = W0.shape
+    if b0 is not None and b0.shape != (o,):
+        raise ValueError(f"b0 must have the shape {(o,)}; found {tuple(b0.shape)}.")
     if b0 is None and D is not None:
         raise ValueError("D scales the bias; found b0=None. Leave D out, or give b0 as zeros.")
     _check_path("C", C, pair=(i, 1), tensors=[(i, 1)])
@@ -294,7 +297,6 @@ def _check_path(name: str, path: Path, *, pair: tuple[int, int] | None, tensors:
         return
     left, right = path
     found = f"({tuple(left.shape)}, {tuple(right.shape)})"
-    if pair is None or left.ndim != 2 or right.ndim != 2:
-        raise ValueError(f"Path {name} must have the shape {allowed}; found the pair {found}.")
-    if (left.shape[0], right.shape[1]) != pair or left.shape[1] != right.shape[0]:
+    fits = left.ndim == right.ndim == 2 and (left.shape[0], right.shape[1]) == pair and left.shape[1] == right.shape[0]
+    if not fits:
         raise ValueError(f"Path {name} must have the shape {allowed}; found the pair {found}.")

@@ -22,11 +22,16 @@ class TensorSpec(NamedTuple):
 
     Attributes:
         shape: its shape; None for a size, or for the whole shape, that is not known.
-        floating: whether its dtype is a floating one; None where either is right.
+        floating: whether its dtype is a floating one; None where any is right (a complex one, say).
     """
 
     shape: tuple[int | None, ...] | None = None
     floating: bool | None = True
+
+
+def like(tensor: Tensor) -> TensorSpec:
+    """What a tensor must be to be written into this one."""
+    return TensorSpec(tuple(tensor.shape), None if tensor.is_complex() else tensor.is_floating_point())
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,10 @@ def mismatches(
         optional: keys that may be there, and are not wanted.
         needs_data: whether a tensor on the meta device is wrong.
     """
+    optional = set(optional)
     if strict:
         missing = [key for key in wanted if key not in given]
-        unexpected = [key for key in given if key not in wanted and key not in set(optional)]
+        unexpected = [key for key in given if key not in wanted and key not in optional]
         if missing:
             yield f"missing: {format_names(missing)}"
         if unexpected:

@@ -42,7 +42,8 @@ def force(kernel: Kernel | None) -> Generator[None]:
     """Take this kernel through every adapted layer that allows it, inside the `with` block: for debugging and tests.
 
     `"dense"` is always allowed; `"factored"` where no A is low rank and elementwise, `"blockwise"` and `"expanded"`
-    where one is. None chooses by Note [Kernels] again.
+    where one is, the latter without gradients and not in float16. Where it is not allowed the choice is as ever. None
+    chooses by Note [Kernels] again.
 
     Example:
         >>> import torch, glora
@@ -80,6 +81,8 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     Raises:
         RuntimeError: what `torch.nn.functional.linear` raises for a wrong input.
     """
+    if x.is_nested:  # before its shape is asked for, which not every nested tensor has
+        return F.linear(x, functional.adapted_weight(W0, adapters), bias)
     dtype = result_dtype(x, W0)
     if dtype is None or x.shape[-1] != W0.shape[1] or not adapters:
         return F.linear(x, W0, bias)  # the base layer; or it raises as nn.Linear does
@@ -101,7 +104,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    if _in_transform() or x.is_nested:
+    if _in_transform():
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"

@@ -122,10 +122,7 @@ class Paths(nn.Module):
 
     def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
-        found: dict[str, Factors] = {}
-        for name, path in cast("dict[str, LowRank | Vector]", self._modules).items():
-            found[name] = path.factors(scale, dropout)
-        return found
+        return {name: path.factors(scale, dropout) for name, path in self.paths().items()}
 
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again, as `config.init` says, for a layer with this frozen weight."""
@@ -191,6 +188,12 @@ class Bias(Adapters):
                 own = None if D is None else D.scaled(), None if E is None else E.scaled()
                 updates.append(functional.bias_update(b0, prompt, *cast("tuple[Tensor | None, Tensor | None]", own)))
         return functional.add(b0, updates)
+
+    def detach(self, name: str) -> None:
+        """As for all adapters; the kept weight goes with the last C."""
+        super().detach(name)
+        if not self.has_prompt():
+            self.frozen_weight = None
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C."""

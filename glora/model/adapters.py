@@ -110,9 +110,7 @@ def set_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
         name: torch.tensor(scale, dtype=torch.float64, device="cpu") for name, scale in scales.items() if scale != 0
     }
     for named in adapted_modules(model):
-        named.acting.scales = {name: scale for name, scale in tensors.items() if name in named.adapter_names}
-        for store in named.adapters.values():
-            store.match_flags()
+        named.keep_scales(tensors)
 
 
 @contextmanager
@@ -158,10 +156,7 @@ def _act_again(model: nn.Module, before: Mapping[Acting, Scales]) -> None:
         acting.scales = scales
     # The model is walked again: adapters may have come and gone inside.
     for named in adapted_modules(model):
-        was = before.get(named.acting, {})
-        named.acting.scales = {name: scale for name, scale in was.items() if name in named.adapter_names}
-        for store in named.adapters.values():
-            store.match_flags()
+        named.keep_scales(before.get(named.acting, {}))
 
 
 def resolve_name(model: nn.Module, name: str | None) -> str:
@@ -234,7 +229,7 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
     Raises:
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter.
-        RuntimeError: inside `glora.merged`.
+        RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
         >>> import torch, glora

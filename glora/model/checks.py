@@ -35,7 +35,9 @@ def unsupported_layer(named: NamedModule, config: GLoRAConfig, ties: Ties) -> st
         return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
     for name, tensor in tensors.items():
         if is_lazy(tensor):
-            return "its weight is lazy; run one batch through the model first."
+            return f"its {name} is lazy; run one batch through the model first."
+        if tensor.is_inference():
+            return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if name in ("weight", "bias") and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
         if is_traceable_wrapper_subclass(tensor):
@@ -72,6 +74,8 @@ def unsupported_head(named: NamedModule, ties: Ties) -> str | None:
     for name, tensor in named.tensors.items():
         if is_lazy(tensor):
             return "it is lazy; run one batch through the model first."
+        if tensor.is_inference():
+            return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; adapt the model before it is quantised or sharded."
         if (id(module), name) in ties:
@@ -100,7 +104,9 @@ def find_ties(modules: list[NamedModule]) -> Ties:
     spans: list[tuple[int, int, int, int, str, str]] = []
     for named in modules:
         for name, tensor in named.tensors.items():
-            if not is_lazy(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.numel():
+            if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
+                continue
+            if tensor.numel():
                 storage, size = tensor.untyped_storage(), tensor.element_size()
                 address = storage.data_ptr()
                 start = address + int(tensor.storage_offset()) * size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glora.layer.adapted import unregister
 from glora.model import freezing
-from glora.model.adapters import adapters, resolve_name, set_scales
+from glora.model.adapters import adapters, resolve_name
 from glora.model.checks import refuse_stacked, refuse_while_swapped
 from glora.model.modules import Model, adapted_modules, all_or_nothing, named_modules
 
@@ -35,8 +35,7 @@ def delete(model: Model, name: str) -> Model:
     name = resolve_name(model, name)
     modules = adapted_modules(model)
     refuse_stacked(modules)
-    scales = {other: scale for other, scale in adapters(model).items() if other != name}
-    if not scales:
+    if set(adapters(model)) == {name}:
         return remove(model)
     with all_or_nothing(model):
         for named in modules:
@@ -44,9 +43,10 @@ def delete(model: Model, name: str) -> Model:
                 store.detach(name)
                 if not store.parts():
                     unregister(named.module, tensor_name, keep_value=False)
-            if not named.adapter_names:  # no copy trains in the base's place any more
+            if named.adapter_names:
+                named.keep_scales(named.acting.scales)
+            else:  # no copy trains in the base's place any more
                 freezing.thaw_head(named)
-        set_scales(model, scales)
     return model
 
 
@@ -60,7 +60,7 @@ def remove(model: Model) -> Model:
         The model; `requires_grad` is as before the first `apply`, unless changed by hand since.
 
     Raises:
-        RuntimeError: inside `glora.merged`, or another parametrization stacked on an adapter.
+        RuntimeError: inside `glora.merged` or `glora.route`, or another parametrization stacked on an adapter.
 
     Example:
         >>> import torch, glora

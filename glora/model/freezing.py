@@ -32,7 +32,8 @@ def freeze(modules: Iterable[NamedModule], *, whole: bool) -> None:
         record: _Record = module.__dict__.setdefault(_RECORD, {})
         first, also_whole = record.get(name, (flag, False))
         record[name] = first, whole or also_whole
-        parameter.requires_grad = False  # requires_grad_ refuses lazy parameters
+        if flag:
+            parameter.requires_grad = False  # requires_grad_ refuses lazy parameters
 
 
 def restore(modules: Iterable[NamedModule]) -> None:

@@ -14,7 +14,6 @@ from glora.layer.heads import Head
 from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
 from glora.model import freezing
-from glora.model.adapters import adapters
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
 from glora.model.modules import Model, NamedModule, named_modules
 from glora.text import quote_names
@@ -35,7 +34,7 @@ def merge(model: Model) -> Model:
 
     Raises:
         ValueError: a W' or b' that is not finite after its rounding. Nothing has changed then.
-        RuntimeError: inside `glora.merged`, or another parametrization stacked on an adapter.
+        RuntimeError: inside `glora.merged` or `glora.route`, or another parametrization stacked on an adapter.
 
     Warns:
         UserWarning: inactive adapters, which are dropped.
@@ -52,7 +51,7 @@ def merge(model: Model) -> Model:
     """
     refuse_while_swapped(model)
     modules = _mergeable_modules(model)
-    dropped = [name for name, weight in adapters(model).items() if weight == 0]
+    dropped = sorted({name for n in modules if n.adapters for name in n.adapter_names - set(n.acting.scales)})
     if dropped:  # before anything changes: a warning may be an error
         warnings.warn(
             f"merge bakes in the active adapters alone; dropped: {quote_names(dropped)}. Save them first, or "

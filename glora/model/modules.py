@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Acting, Adapters, adapters_of, is_adapted, own_tensors
+from glora.layer.parametrization import Acting, Adapters, Scales, adapters_of, is_adapted, own_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,6 +41,13 @@ class NamedModule:
     def acting(self) -> Acting:
         """Which of its adapters act; it must have some."""
         return next(iter(self.adapters.values())).acting
+
+    def keep_scales(self, scales: Scales) -> None:
+        """Let these adapters act, as far as the module has them; the flags follow."""
+        names = self.adapter_names
+        self.acting.scales = {name: scale for name, scale in scales.items() if name in names}
+        for store in self.adapters.values():
+            store.match_flags()
 
     @property
     def adapter_names(self) -> set[str]:
@@ -101,7 +108,8 @@ def all_or_nothing(model: nn.Module) -> Generator[None]:
         for shared, scales in acting:
             shared.scales = scales
         for parameter, flag in flags:
-            parameter.requires_grad = flag  # requires_grad_ refuses lazy parameters
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag  # requires_grad_ refuses lazy parameters
         raise
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from glora.config import WEIGHT_PATHS, GLoRAConfig
-from glora.layer.parametrization import Bias
+from glora.layer.heads import Head
+from glora.layer.parametrization import Bias, Weight
 from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_layer
 from glora.model.modules import NamedModule, named_modules
 from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches
 from glora.text import format_names, format_problems
 
 # Note [One planner]
@@ -136,12 +137,12 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
             continue
         heads.append(PlannedHead(replace(reached[path], path=path)))
         for tensor_name, tensor in reached[path].tensors.items():
-            wanted[join(path, tensor_name)] = TensorSpec(tuple(tensor.shape), tensor.is_floating_point())
+            wanted[join(path, tensor_name)] = like(tensor)
     if len({id(row.module) for row in (*layers, *heads)}) != len(layers) + len(heads):
         problems.append("two of its entries reach the same module, by different paths")
     if not problems:
         problems += mismatches(spec.tensors, wanted, optional=optional, needs_data=False)
-    if not spec.layers and not spec.heads:
+    if not problems and not heads and not any(layer.paths for layer in layers):
         problems.append("it adapts nothing")
     if problems:
         raise AdapterFileError(
@@ -218,7 +219,12 @@ def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"model must be a torch.nn.Module; found a {type(model).__name__}.")
     refuse_while_swapped(model)
-    if not isinstance(name, str) or not name or "." in name or hasattr(Bias(), name):  # pyright: ignore
+    if (
+        not isinstance(name, str)
+        or not name
+        or "." in name
+        or any(hasattr(kind(), name) for kind in (Weight, Bias, Head))
+    ):  # pyright: ignore
         raise ValueError(
             f"An adapter's name must be a string, not empty, without dots, no attribute of nn.Module; found {name!r}."
         )

@@ -13,7 +13,7 @@ from glora.layer.parametrization import Bias, adapters_of, own_tensors, stashed
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.checks import refuse_while_swapped
 from glora.model.modules import Model, wraps
-from glora.spec import TensorSpec, join, mismatches
+from glora.spec import join, like, mismatches
 from glora.text import format_problems
 
 
@@ -59,7 +59,7 @@ def load_state_dict(
         KeyError: no adapter of that name.
         ValueError: a missing or unexpected key, a wrong shape, a tensor that is not floating where it should be. All
             are named, and nothing was written.
-        RuntimeError: inside `glora.merged`.
+        RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
         >>> import torch, glora
@@ -75,7 +75,7 @@ def load_state_dict(
             f"An adapter must have memory to be written into; {name!r} is on the meta device. "
             f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
         )
-    wanted = {key: TensorSpec(tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}
+    wanted = {key: like(tensor) for key, tensor in own.items()}
     problems = list(mismatches(state_dict, wanted, strict=strict))
     if problems:
         raise ValueError(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from glora.layer.parametrization import Paths
-from glora.model.adapters import adapters
 from glora.model.modules import adapted_modules
 from glora.text import table
 
@@ -74,7 +73,7 @@ def summary(model: nn.Module) -> Summary:
     rows: list[SummaryRow] = []
     for named in adapted_modules(model):
         base = sum(t.numel() for t in named.tensors.values() if isinstance(t, nn.Parameter))
-        for name in adapters(named.module):
+        for name in dict.fromkeys(n for store in named.adapters.values() for n in store.parts()):
             parts = [store.parts()[name] for store in named.adapters.values() if name in store.parts()]
             paths = {path: p.config.forms[path] for p in parts if isinstance(p, Paths) for path in p.paths()}
             parameters = [parameter for part in parts for parameter in part.parameters()]

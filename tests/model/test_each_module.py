@@ -1,0 +1,130 @@
+"""What holds for each module on its own, where modules differ in the adapters that they have or that act."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import glora
+from glora.spec import AdapterSpec, LayerSpec
+from tests.helpers.calls import RANDOM, attach
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_deleting_an_adapter_leaves_what_acts_in_each_module() -> None:
+    model, x = two_layers(), torch.randn(2, 4)
+    for name in "abc":
+        glora.apply(model, config=RANDOM, name=name)
+    glora.activate(model[0], "a")
+    glora.activate(model[1], "b")
+    y = model(x)
+    glora.delete(model, "c")
+    assert torch.equal(model(x), y)
+    glora.delete(model, "b")
+    assert glora.adapters(model[0]) == {"a": 1.0}
+    assert glora.adapters(model[1]) == {"a": 0.0}
+
+
+def test_a_layer_whose_adapter_is_deleted_goes_on_without_it() -> None:
+    model, base = attach(two_layers(), RANDOM, name="a"), None
+    with glora.disabled(model):
+        base = model[0].weight.detach().clone()
+    glora.apply(model[0], config=RANDOM, name="b")
+    glora.delete(model, "b")
+    assert torch.equal(model[0].weight, base)
+
+
+def test_a_merge_warns_of_an_adapter_that_is_dropped_in_one_module() -> None:
+    model = glora.apply(two_layers(), config=RANDOM, name="a")
+    glora.activate(model[0], {})
+    with pytest.warns(UserWarning, match="dropped: 'a'"):
+        glora.merge(model)
+
+
+def test_a_summary_has_a_row_for_each_adapter_of_the_module_itself() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), Head())
+    glora.apply(model, ["0"], trainable=["1"], name="a")
+    glora.apply(model, ["0"], trainable=["1.inner"], name="b")
+    assert [(row.path, row.adapter) for row in glora.summary(model).rows] == [
+        ("0", "a"),
+        ("0", "b"),
+        ("1", "a"),
+        ("1.inner", "a"),
+        ("1.inner", "b"),
+    ]
+
+
+def test_a_kept_weight_goes_with_the_last_prompt() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.bitfit(), name="a")
+    glora.apply(layer, config=RANDOM, name="b")
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert "parametrizations.bias.0.frozen_weight" in layer.state_dict()
+    glora.delete(layer, "b")
+    assert "parametrizations.bias.0.frozen_weight" not in layer.state_dict()
+    glora.apply(layer, config=RANDOM, name="c")
+
+
+def test_a_layer_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        made = nn.Linear(4, 4)
+    model = nn.Sequential(made, nn.Linear(4, 4))
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="'0' is not: its weight was made in inference mode"):
+        glora.apply(model, ["0"])
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_sparse_buffer_elsewhere_is_no_hindrance() -> None:
+    model = two_layers()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    glora.merge(glora.apply(model))
+
+
+def test_a_description_that_attaches_nothing_is_refused() -> None:
+    from glora.model.attach import attach_spec
+
+    nothing: dict[str, str] = dict.fromkeys("ABCE", "none")
+    spec = AdapterSpec({"": LayerSpec(glora.GLoRAConfig(**nothing))}, {}, {"D.value": torch.ones(3)})
+    with pytest.raises(glora.AdapterFileError, match="it adapts nothing"):
+        attach_spec(nn.Linear(4, 3, bias=False), spec, "it")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("config", [RANDOM, glora.GLoRAConfig.lora(init="random")])
+def test_strided_nested_tensors_go_through_as_through_a_plain_layer(config: glora.GLoRAConfig) -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=config)
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    found = layer(torch.nested.nested_tensor(parts))
+    for y, part in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(y, layer(part))
+
+
+@pytest.mark.parametrize("name", ["factors", "acting_copy", "frozen_weight"])
+def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="An adapter's name must be"):
+        glora.plan(two_layers(), name=name)
+
+
+def test_a_complex_head_loads_its_own_state() -> None:
+    class Phase(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.turn).real
+
+    model = glora.apply(nn.Sequential(nn.Linear(4, 4), Phase()), ["0"], trainable=["1"])
+    glora.load_state_dict(model, glora.state_dict(model))
