@@ -241,8 +241,7 @@ def whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 def _matmul(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if not isinstance(A, Tensor):
-        left, right = A
-        return multiply(multiply(W0, left), right)  # two thin products, and no (in, in) matrix
+        return multiply(multiply(W0, A[0]), A[1])  # two thin products, and no (in, in) matrix
     if A.shape == (W0.shape[1], W0.shape[1]):
         return multiply(W0, A)
     return W0 * A  # a diagonal matrix, kept as its diagonal
@@ -297,6 +296,5 @@ def _check_path(name: str, path: Path, *, pair: tuple[int, int] | None, tensors:
         return
     left, right = path
     found = f"({tuple(left.shape)}, {tuple(right.shape)})"
-    fits = left.ndim == right.ndim == 2 and (left.shape[0], right.shape[1]) == pair and left.shape[1] == right.shape[0]
-    if not fits:
+    if left.ndim != 2 or right.ndim != 2 or (*left.shape[:1], *right.shape[1:]) != pair or left.shape[1] != len(right):
         raise ValueError(f"Path {name} must have the shape {allowed}; found the pair {found}.")

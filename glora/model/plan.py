@@ -219,12 +219,8 @@ def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"model must be a torch.nn.Module; found a {type(model).__name__}.")
     refuse_while_swapped(model)
-    if (
-        not isinstance(name, str)
-        or not name
-        or "." in name
-        or any(hasattr(kind(), name) for kind in (Weight, Bias, Head))
-    ):  # pyright: ignore
+    taken = any(hasattr(kind(), str(name)) for kind in (Weight, Bias, Head))
+    if not isinstance(name, str) or not name or "." in name or taken:  # pyright: ignore
         raise ValueError(
             f"An adapter's name must be a string, not empty, without dots, no attribute of nn.Module; found {name!r}."
         )
