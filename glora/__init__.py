@@ -15,7 +15,8 @@ from glora.model.adapters import activate, adapters, disabled, named_parameters,
 from glora.model.attach import apply
 from glora.model.detach import delete, remove
 from glora.model.merged import merge, merged
-from glora.model.plan import Plan, plan
+from glora.model.plan import plan
+from glora.model.planned import Plan
 from glora.model.route import route
 from glora.model.state import base_state_dict, load_state_dict, state_dict
 from glora.model.summary import Summary, summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -101,30 +102,33 @@ class GLoRAConfig:
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths that are not `"none"`, A to E."""
-        return tuple(path for path in FORMS if getattr(self, path) != "none")
+        return tuple([path for path in FORMS if getattr(self, path) != "none"])
 
-    def shapes(self, path: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """Factor name to shape of one path: `left` and `right`, or `value`; nothing for `"none"`.
+    def shapes(
+        self, out_features: int, in_features: int, paths: Iterable[str] | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Key to shape of each tensor of these paths, or of all, on a layer of this size.
 
         This is the one place that says which tensors a form has.
 
         Example:
             >>> import glora
-            >>> glora.GLoRAConfig(C="lora", rank=2).shapes("C", out_features=3, in_features=5)
-            {'left': (5, 2), 'right': (2, 1)}
+            >>> glora.GLoRAConfig(A="none", B="lora", C="none", rank=2).shapes(out_features=3, in_features=5)
+            {'B.left': (3, 2), 'B.right': (2, 5), 'D.value': (3,), 'E.value': (3,)}
         """
-        form = getattr(self, path)
-        scales_inputs = path == "A" and self.product == "matmul"
-        if form == "none":
-            return {}
-        if form == "constant":
-            return {"value": (1,)}
-        if form == "lora":
-            rows, columns = (in_features if path == "C" or scales_inputs else out_features), in_features
-            return {"left": (rows, self.rank), "right": (self.rank, 1 if path == "C" else columns)}
-        if path in BIAS_PATHS:
-            return {"value": (in_features, 1) if path == "C" else (out_features,)}
-        return {"value": (1, in_features) if scales_inputs else (out_features, 1)}
+        o, i, r = out_features, in_features, self.rank
+        found: dict[str, tuple[int, ...]] = {}
+        for path in self.paths if paths is None else paths:
+            form, scales_inputs = getattr(self, path), path == "A" and self.product == "matmul"
+            if form == "lora":
+                rows, columns = (i, 1) if path == "C" else (i, i) if scales_inputs else (o, i)
+                found[f"{path}.left"], found[f"{path}.right"] = (rows, r), (r, columns)
+            elif form == "constant":
+                found[f"{path}.value"] = (1,)
+            elif form == "vector":
+                channels = (o,) if path in "DE" else (i, 1) if path == "C" else (1, i) if scales_inputs else (o, 1)
+                found[f"{path}.value"] = channels
+        return found
 
     @classmethod
     def lora(cls, **options: Any) -> GLoRAConfig:

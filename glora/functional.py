@@ -61,11 +61,6 @@ class WeightFactors(NamedTuple):
     B: Factors | None
     product: Product
 
-    @property
-    def is_elementwise_low_rank(self) -> bool:
-        """Whether A is low rank under the elementwise product, the one form that needs W'."""
-        return self.A is not None and isinstance(self.A.tensors, tuple) and self.product == "hadamard"
-
 
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.

@@ -55,12 +55,8 @@ class LayerSpec:
             ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
         """
         # Sizes that are not known pass through `shapes` as numbers that no size can be.
-        o, i = self.out_features or -1, self.in_features or -2
-        found: dict[str, TensorSpec] = {}
-        for path in self.config.paths if paths is None else paths:
-            for factor, shape in self.config.shapes(path, o, i).items():
-                found[f"{path}.{factor}"] = TensorSpec(tuple([None if size < 0 else size for size in shape]))
-        return found
+        shapes = self.config.shapes(self.out_features or -1, self.in_features or -2, paths)
+        return {key: TensorSpec(tuple([None if size < 0 else size for size in shape])) for key, shape in shapes.items()}
 
     @property
     def is_low_rank(self) -> bool:
@@ -78,14 +74,17 @@ class AdapterSpec:
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""
-        found = {join(path, key): spec for path, layer in self.layers.items() for key, spec in layer.tensors().items()}
+        found: dict[str, TensorSpec] = {}
+        for path, layer in self.layers.items():
+            prefix = join(path, "")
+            found |= {prefix + key: spec for key, spec in layer.tensors().items()}
         for path, names in self.heads.items():
             found |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
         return found
 
 
 def join(path: str, name: str) -> str:
-    """`path.name`, and `name` alone at the root."""
+    """`path.name`, and `name` alone at the root; with an empty name, what comes before a name."""
     return f"{path}.{name}" if path else name
 
 

@@ -36,15 +36,24 @@ sizes = st.tuples(st.integers(1, 33), st.integers(1, 17), st.integers(1, 4))
 @pytest.mark.parametrize("product", ["hadamard", "matmul"])
 @pytest.mark.parametrize("A_form", WEIGHT_FORMS)
 @settings(max_examples=20)
-@given(size=sizes, dtype=st.sampled_from(DTYPES), B_form=st.sampled_from(WEIGHT_FORMS))
-def test_weight_is_the_reference(size: Any, dtype: torch.dtype, A_form: str, B_form: str, product: str) -> None:
+@given(
+    size=sizes,
+    dtype=st.sampled_from(DTYPES),
+    B_form=st.sampled_from(WEIGHT_FORMS),
+    own=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+)
+def test_weight_is_the_reference_whatever_the_dtypes(
+    size: Any, dtype: torch.dtype, A_form: str, B_form: str, product: str, own: tuple[torch.dtype, torch.dtype]
+) -> None:
+    # Factors may be of half precision too: they are widened before anything is multiplied or added.
     o, i, r = size
-    wide = torch.promote_types(dtype, torch.float32)
     W0 = torch.randn(o, i).to(dtype)
-    A, B = make("A", A_form, o, i, r, product, wide), make("B", B_form, o, i, r, "", wide)
+    A, B = make("A", A_form, o, i, r, product, own[0]), make("B", B_form, o, i, r, "", own[1])
     W = functional.weight(W0, A, B, product=product)
     assert W.dtype == dtype
-    assert close(W, reference.weight(W0, [(1.0, A, B, product)]), ulps=32)
+    # A pair's product is computed in float32, unless one of the two is float64.
+    precision = torch.float32 if dtype == torch.float64 and set(own) != {torch.float64} else dtype
+    assert close(W.to(precision), reference.weight(W0, [(1.0, A, B, product)]), ulps=32)
 
 
 @given(
@@ -54,12 +63,13 @@ def test_weight_is_the_reference(size: Any, dtype: torch.dtype, A_form: str, B_f
     st.sampled_from(BIAS_FORMS),
     st.sampled_from(BIAS_FORMS),
     st.booleans(),
+    st.booleans(),
 )
 def test_bias_is_the_reference(
-    size: Any, dtype: torch.dtype, C_form: str, D_form: str, E_form: str, no_b0: bool
+    size: Any, dtype: torch.dtype, C_form: str, D_form: str, E_form: str, no_b0: bool, same_dtype: bool
 ) -> None:
     o, i, r = size
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = dtype if same_dtype else torch.promote_types(dtype, torch.float32)
     W0, b0 = torch.randn(o, i).to(dtype), None if no_b0 else torch.randn(o).to(dtype)
     C = make("C", C_form, o, i, r, "", wide)
     D = None if no_b0 else make("D", D_form, o, i, r, "", wide)
@@ -210,6 +220,15 @@ def test_vmap_over_inputs_and_over_factors(product: Any) -> None:
         ({"B": (torch.ones(4, 2), torch.ones(3, 3))}, "Path B .* pair"),
         ({"B": (torch.ones(3, 2), torch.ones(2, 3))}, "Path B .* pair"),
         ({"B": (torch.ones(4), torch.ones(3))}, "Path B .* pair"),
+        ({"B": (torch.ones(4, 3), torch.ones(3))}, "Path B .* pair"),
+        ({"B": (torch.ones(4), torch.ones(1, 3))}, "Path B .* pair"),
+        ({"A": (torch.ones(4, 2), torch.ones(2, 3, 1))}, "Path A .* pair"),
+        ({"A": (torch.ones(4, 2), torch.ones(2, 3)), "product": "matmul"}, "Path A .* pair"),
+        ({"B": torch.ones(1, 3)}, "Path B must have the shape .* found \\(1, 3\\)"),
+        ({"B": torch.ones(4)}, "Path B"),
+        ({"B": torch.ones(())}, "Path B"),
+        ({"B": torch.ones(1, 1)}, "Path B"),
+        ({"A": torch.ones(1, 1)}, "Path A"),
         ({"product": "tensor"}, "product must be one of 'hadamard', 'matmul'; found 'tensor'"),
     ],
 )
@@ -223,6 +242,10 @@ def test_weight_refuses_what_would_broadcast_wrongly(arguments: dict[str, Any], 
     [
         ({"C": torch.ones(4, 1)}, "Path C"),
         ({"C": torch.ones(3)}, "Path C"),
+        ({"C": (torch.ones(3, 2), torch.ones(2))}, "Path C .* pair"),
+        ({"C": (torch.ones(4, 2), torch.ones(2, 1))}, "Path C .* pair"),
+        ({"E": torch.ones(())}, "Path E"),
+        ({"E": torch.ones(4, 4)}, "Path E"),
         ({"D": torch.ones(3)}, "Path D"),
         ({"D": (torch.ones(4, 1), torch.ones(1, 1))}, "Path D .* pair"),
         ({"E": torch.ones(4, 1)}, "Path E"),

@@ -6,15 +6,15 @@ nothing is saved but the input and the factors: three matrix products a step, li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glora import functional
-from glora.functional import Factors, WeightFactors
+from glora.functional import WeightFactors
 from glora.kernels.factored import scaled_inputs, sort_paths
 
 # Note [Blocks]
@@ -45,24 +45,27 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     Returns:
         `(..., out)` in `dtype`.
     """
-    A, inputs, B = sort_paths(W0, adapters)
-    layout = tuple(tuple(len(_flat(path)) for path in paths) for paths in (A, B))
-    # A clone of each scale: an adapter's A and B share it, and dynamo takes no tensor twice.
-    tensors = [t for paths in (A, B) for path in paths for t in (*_flat(path), path.scale.clone())]
+    A, inputs, B = sort_paths(W0, adapters, dtype)
+    tensors: list[Tensor | None] = []
+    for path in (*A, *B):
+        left, right = path.tensors if isinstance(path.tensors, tuple) else (path.tensors, None)
+        # A clone of the scale: an adapter's A and B share it, and dynamo takes no tensor twice.
+        tensors += [left, right, path.scale.clone()]
     apply: Any = _Blocked.apply  # pyright: ignore - torch leaves it untyped
-    flat = cast("Tensor", apply(x.reshape(-1, W0.shape[1]), W0, bias, dtype, layout, *tensors))
+    flat = cast("Tensor", apply(x.reshape(-1, W0.shape[1]), W0, bias, dtype, len(A), *tensors))
     y = flat.reshape(*x.shape[:-1], W0.shape[0])
     return (y + F.linear(scaled_inputs(x, inputs), W0)).to(dtype) if inputs else y
 
 
 class _Blocked(torch.autograd.Function):
+    # `tensors` are left (or a vector or constant), right (or None) and scale of each path, the `count` paths A first.
     @staticmethod
     def forward(
-        x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: Any, *tensors: Tensor
+        x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, count: int, *tensors: Tensor | None
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.to(dtype)
-            A, B = _fold(W0, layout, tensors)
+            A, B = _fold(W0, count, tensors)
             y = rows.new_empty(rows.shape[0], W0.shape[0])
             for block in _blocks(W0):
                 W = W0[block]
@@ -77,7 +80,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
-        x, W0, bias, ctx.dtype, ctx.layout, *tensors = inputs
+        x, W0, bias, ctx.dtype, ctx.count, *tensors = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Frozen factors need no x: it is not kept, and may be written over.
         ctx.x_shape = x.shape, x.dtype
@@ -85,14 +88,14 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):  # pyright: ignore
+        # Under create_graph, and under vmap, which `is_grads_batched` runs in its older form.
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(grads[0])):
             return _differentiable_backward(ctx, grads[0])
         x, W0, *tensors = ctx.saved_tensors
         with torch.autocast(W0.device.type, enabled=False):
             g = grads[0].to(ctx.dtype)
             rows = None if x is None else x.to(ctx.dtype)
-            A, B = _fold(W0, ctx.layout, tensors)
+            A, B = _fold(W0, ctx.count, tensors)
             dA, dB = ([torch.zeros_like(factor) for factor in pair] for pair in (A, B))
             # In half precision the blocks' shares are added up in float32, however many there are.
             wide = functional.working_dtype(g)
@@ -110,8 +113,13 @@ class _Blocked(torch.autograd.Function):
                     dA[0][block] = dW @ A[1].T
                     dA[1].addmm_(A[0][block].T, dW)
             dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-            dfactors = _unfold(ctx.layout, tensors, dA, dB) if rows is not None else (None for _ in tensors)
+            dfactors = _unfold(ctx.count, tensors, dA, dB) if rows is not None else [None] * len(tensors)
         return (None if dx is None else dx.to(ctx.x_shape[1]), None, dbias, None, None, *dfactors)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch: Any = torch._C._functorch  # pyright: ignore - torch leaves it untyped
+    return functorch.is_legacy_batchedtensor(tensor) or torch._C._are_functorch_transforms_active()  # pyright: ignore
 
 
 def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
@@ -122,23 +130,24 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
         if x is None:  # the gradient of x does not depend on x
             x = W0.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
         # Aliases: x may itself come from a factor, through an earlier layer, and that path is not this function's.
-        x, *tensors = (tensor.view_as(tensor) for tensor in (x, *tensors))
-        A, B = _fold(W0, ctx.layout, tensors)
+        aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *tensors)]
+        x, *tensors = aliases
+        A, B = _fold(W0, ctx.count, tensors)
         shift = (B[0], B[1]) if B[0].shape[1] else None
         W = functional.add(W0, [functional.weight_update(W0, (A[0], A[1]), shift)])
         y = x.to(ctx.dtype) @ W.to(ctx.dtype).T
         wanted = [i for i in (0, *range(5, len(ctx.needs_input_grad))) if ctx.needs_input_grad[i]]
         sources = [x if i == 0 else tensors[i - 5] for i in wanted]
-        grads = torch.autograd.grad(y, sources, g.to(ctx.dtype), create_graph=again) if sources else ()
+        grads = torch.autograd.grad(y, sources, g.to(ctx.dtype), create_graph=again) if wanted else ()
         found = dict(zip(wanted, grads, strict=True))
         dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return (found.get(0), None, dbias, None, None, *(found.get(i) for i in range(5, len(ctx.needs_input_grad))))
 
 
-def _blocks(W0: Tensor) -> Iterator[slice]:
+def _blocks(W0: Tensor) -> list[slice]:
     out_features, in_features = W0.shape
     step = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
-    return (slice(start, min(start + step, out_features)) for start in range(0, out_features, step))
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
 def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
@@ -162,53 +171,33 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         total.add_(left @ right)
 
 
-def _flat(path: Factors) -> tuple[Tensor, ...]:
-    return path.tensors if isinstance(path.tensors, tuple) else (path.tensors,)
-
-
-# A layout has, for A and for B, how many raw tensors each path has: 2 (left and right) or 1 (a vector or constant). The
-# tensors of a path are these and its scale.
-_Layout: TypeAlias = tuple[tuple[int, ...], ...]
-
-
-def _paths(layout: _Layout, tensors: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor | None, Tensor]]]:
-    """For A and for B: left (or the vector), right (or None) and scale of each path."""
-    remaining = list(tensors)
-    for counts in layout:
-        paths: list[tuple[Tensor, Tensor | None, Tensor]] = []
-        for count in counts:
-            left, *right, scale = remaining[: count + 1]
-            remaining = remaining[count + 1 :]
-            paths.append((left, right[0] if right else None, scale))
-        yield paths
-
-
-def _fold(W0: Tensor, layout: _Layout, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
     """All paths A as one pair, and all paths B: low-rank factors side by side, a vector as a component of rank one."""
-    wide = functional.working_dtype(W0, *(tensor for tensor in tensors if tensor.ndim))
     out_features, in_features = W0.shape
-    folded: list[list[Tensor]] = []
-    for paths in _paths(layout, tensors):
-        lefts, rights = [W0.new_empty(out_features, 0, dtype=wide)], [W0.new_empty(0, in_features, dtype=wide)]
-        for left, right, scale in paths:
-            columns = left.to(wide) * scale
-            lefts.append(columns if right is not None else columns.reshape(-1, 1).expand(out_features, 1))
-            rights.append(right.to(wide) if right is not None else W0.new_ones(1, in_features, dtype=wide))
-        folded.append([torch.cat(lefts, 1), torch.cat(rights, 0)])
-    return folded[0], folded[1]
+    wide = functional.working_dtype(W0, *tensors[::3])
+    ends = W0.new_empty(out_features, 0, dtype=wide), W0.new_empty(0, in_features, dtype=wide)
+    sides: list[list[list[Tensor]]] = [[[ends[0]], [ends[1]]], [[ends[0]], [ends[1]]]]
+    for number in range(len(tensors) // 3):
+        left, right, scale = tensors[3 * number : 3 * number + 3]
+        lefts, rights = sides[number >= count]
+        columns = left.to(wide) * scale
+        lefts.append(columns if right is not None else columns.reshape(-1, 1).expand(out_features, 1))
+        rights.append(right.to(wide) if right is not None else W0.new_ones(1, in_features, dtype=wide))
+    return [[torch.cat(lefts, 1), torch.cat(rights, 0)] for lefts, rights in sides]
 
 
-def _unfold(layout: _Layout, tensors: Sequence[Tensor], dA: list[Tensor], dB: list[Tensor]) -> Iterator[Tensor | None]:
+def _unfold(count: int, tensors: Sequence[Any], dA: list[Tensor], dB: list[Tensor]) -> list[Tensor | None]:
     """The gradients of the tensors from those of the two pairs; None for the scales."""
-    for paths, (dleft, dright) in zip(_paths(layout, tensors), (dA, dB), strict=True):
-        at = 0
-        for left, right, scale in paths:
-            rank = 1 if right is None else left.shape[1]
-            scaled = dleft[:, at : at + rank] * scale
-            if right is not None:
-                yield scaled.to(left.dtype)
-                yield dright[at : at + rank].to(right.dtype)
-            else:  # a constant stands in every row
-                yield (scaled if left.numel() > 1 else scaled.sum(0)).reshape(left.shape).to(left.dtype)
-            yield None
-            at += rank
+    grads: list[Tensor | None] = []
+    at = 0
+    for number in range(len(tensors) // 3):
+        left, right, scale = tensors[3 * number : 3 * number + 3]
+        dleft, dright = dA if number < count else dB
+        at = 0 if number == count else at
+        rank = 1 if right is None else left.shape[1]
+        scaled = dleft[:, at : at + rank] * scale
+        if right is None:  # a constant stands in every row
+            scaled = (scaled if left.numel() > 1 else scaled.sum(0)).reshape(left.shape)
+        grads += [scaled.to(left.dtype), None if right is None else dright[at : at + rank].to(right.dtype), None]
+        at += rank
+    return grads

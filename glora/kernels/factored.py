@@ -41,7 +41,7 @@ def linear(
         `(..., out)` in `dtype`.
     """
     x = x.to(dtype)
-    scales, inputs, shifts = sort_paths(W0, adapters)
+    scales, inputs, shifts = sort_paths(W0, adapters, dtype)
     half = dtype in (torch.bfloat16, torch.float16)
     if inputs and not scales and not half:
         x_scaled, inputs = x + scaled_inputs(x, inputs), []
@@ -58,7 +58,9 @@ def linear(
     return (total if bias is None else total + bias).to(dtype)
 
 
-def sort_paths(W0: Tensor, adapters: Sequence[WeightFactors]) -> tuple[list[Factors], list[Factors], list[Factors]]:
+def sort_paths(
+    W0: Tensor, adapters: Sequence[WeightFactors], dtype: torch.dtype
+) -> tuple[list[Factors], list[Factors], list[Factors]]:
     """The paths by what they do: scale W0 entry by entry, scale the input's channels, or add to W0.
 
     A constant scales W0 alike under either product. A low-rank A of a matrix product adds `(W0 L) R`: W0 L is thin.
@@ -70,7 +72,11 @@ def sort_paths(W0: Tensor, adapters: Sequence[WeightFactors]) -> tuple[list[Fact
         if A is not None:
             if isinstance(A.tensors, tuple) and product == "matmul":
                 left, right = A.scaled()
-                shifts.append(Factors((W0 @ left.to(W0.dtype), right), A.scale.new_ones(())))
+                size = A.scale.new_ones(())
+                if dtype == torch.float16:  # whose range `W0 L` may leave where `W0 L R` does not
+                    largest = left.detach().abs().amax()
+                    size = torch.where(largest > 0, largest, 1.0)
+                shifts.append(Factors((W0 @ (left / size).to(W0.dtype), right), size))
             elif isinstance(A.tensors, Tensor) and product == "matmul" and A.tensors.ndim > 1:
                 inputs.append(A)
             else:
@@ -87,8 +93,16 @@ def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
 
 
 def _scale_outputs(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:
-    y = F.linear(x, W0)
-    return y, [y * reduce(add, map(_output_scale, scales))] if scales else []
+    if not scales:
+        return F.linear(x, W0), []
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away,
+        # for all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
+        half = x.shape[-1] // 2
+        y = _wide(F.linear(x[..., :half], W0[:, :half])) + F.linear(x[..., half:], W0[:, half:])
+    else:
+        y = F.linear(x, W0)
+    return y, [y * reduce(add, map(_output_scale, scales))]
 
 
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:

@@ -93,12 +93,15 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 
 def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     """The kernel for these paths and this input (Note [Kernels])."""
-    if W0.requires_grad or type(W0) not in (nn.Parameter, Tensor):
+    if _forced == "dense" or W0.requires_grad or type(W0) not in (nn.Parameter, Tensor):
         return "dense"
-    rank = sum(left_of(adapter).shape[1] for adapter in adapters if adapter.is_elementwise_low_rank)
+    rank = 0  # of all elementwise A together
+    for A, _, product in adapters:
+        if A is not None and isinstance(A.tensors, tuple) and product == "hadamard":
+            rank += A.tensors[0].shape[1]
     if not rank:
-        return "dense" if _forced == "dense" else "factored"
-    if _forced == "dense" or _in_transform() or x.is_nested:
+        return "factored"
+    if _in_transform() or x.is_nested:
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"
@@ -106,12 +109,6 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
         return _forced
     tokens = x.numel() // max(1, x.shape[-1])
     return "expanded" if tokens * (rank + 1) <= EXPANDED_ROWS else "blockwise"
-
-
-def left_of(adapter: WeightFactors) -> Tensor:
-    """The left factor of a low-rank A."""
-    assert adapter.A is not None
-    return adapter.A.tensors[0]
 
 
 def result_dtype(x: Tensor, W0: Tensor) -> torch.dtype | None:

@@ -105,9 +105,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         _glora_adapted = True
 
         def __getattr__(self, name: str) -> Any:
-            stacks = live_stacks(self)
-            if name not in stacks:
+            lists = vars(self).get("_modules", {}).get("parametrizations")
+            if lists is None or name not in lists._modules:
                 return super().__getattr__(name)
+            stacks = cast("Stacks", lists._modules)
             value = _tensor(self, stacks, name, _scales(self, stacks), False)
             if (
                 value is not None
@@ -119,7 +120,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             return value
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name in live_stacks(self):
+            lists = vars(self).get("_modules", {}).get("parametrizations")
+            if lists is not None and name in lists._modules:
                 _assign(self, name, value)
             else:
                 super().__setattr__(name, cast("Any", value))
@@ -154,7 +156,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
-    own = cast("Callable[..., Any]", _linear_forward if select.has_linear_forward(base) else base.forward)
+    own = cast("Any", _linear_forward) if select.has_linear_forward(base) else cast("Any", base.forward)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +170,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _linear_forward(self: nn.Module, input: Tensor) -> Tensor:
-    stacks, dropout = live_stacks(self), self.training
+    lists, dropout = self._modules.get("parametrizations"), self.training
+    stacks = {} if lists is None else cast("Stacks", lists._modules)
     scales = _scales(self, stacks)
     bias = _tensor(self, stacks, "bias", scales, dropout)
     stack, placed = stacks.get("weight"), self._parameters.get("weight")

@@ -7,7 +7,6 @@ when, is the business of whoever reads them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,14 @@ class LowRank(nn.Module):
     """`left @ right`, of rank r at most, times `scaling`.
 
     Args:
-        shapes: `left` (rows, r) and `right` (r, columns).
+        left: (rows, r).
+        right: (r, columns).
         config: gives `alpha / rank` and the rate of rank dropout.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], config: GLoRAConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.empty(shapes["left"], dtype=dtype, device=device))
-        self.right = nn.Parameter(torch.empty(shapes["right"], dtype=dtype, device=device))
+        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.scaling = config.scaling
         self.dropout = config.rank_dropout
 
@@ -67,12 +64,9 @@ class LowRank(nn.Module):
 class Vector(nn.Module):
     """One number a channel; or one for all, `(1,)` and not 0-dimensional, which FSDP refuses to shard."""
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], config: GLoRAConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, value: Tensor) -> None:
         super().__init__()
-        del config  # neither rank nor alpha mean anything here
-        self.value = nn.Parameter(torch.empty(shapes["value"], dtype=dtype, device=device))
+        self.value = nn.Parameter(value)
 
     def factors(self, scale: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, nothing to drop
         """The value and its scale."""
@@ -89,13 +83,6 @@ class Vector(nn.Module):
     def extra_repr(self) -> str:
         """The value's shape, for `print(layer)`."""
         return f"value={tuple(self.value.shape)}"
-
-
-class Constant(Vector):
-    """A vector of one entry."""
-
-
-MODULES: dict[str, type[LowRank] | type[Vector]] = {"lora": LowRank, "vector": Vector, "constant": Constant}
 
 
 def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:

@@ -44,7 +44,6 @@ class Head(Adapters):
                 return cast("HeadCopy", self._modules[name])
         return None
 
-    def release(self) -> None:
-        """Give the copies memory of their own, so that a kept `glora.state_dict` stays as it is once one is merged."""
-        for copy in cast("dict[str, HeadCopy]", self._modules).values():
-            copy.value.data = copy.value.data.clone()
+    def may_train(self, name: str) -> bool:
+        """Where it acts alone: heads that act together are equal, and do not train, so that they stay equal."""
+        return [other for other in self.parts() if other in self.acting.scales] == [name]

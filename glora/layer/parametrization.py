@@ -18,7 +18,7 @@ from glora import functional
 from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors, working_dtype
 from glora.kernels.matvec import wide_matvec
-from glora.layer.factors import MODULES, LowRank, Vector, init_size
+from glora.layer.factors import LowRank, Vector, init_size
 
 Scales: TypeAlias = Mapping[str, Tensor]
 """Adapter name to scale: the adapters that act."""
@@ -65,15 +65,24 @@ class Adapters(nn.Module):
         """Whether an adapter that acts has a part here."""
         return any(name in self._modules for name in self.acting.scales)
 
+    def extra_repr(self) -> str:
+        """The adapters that act, with their scales, for `print(layer)`."""
+        acting = {name: scale for name, scale in self.acting.scales.items() if name in self._modules}
+        return ", ".join(f"{name}={scale.item():g}" for name, scale in acting.items()) or "none acts"
+
     def detach(self, name: str) -> None:
         """Drop an adapter's part, if there is one."""
         self._modules.pop(name, None)
         self._saved_requires_grad.pop(name, None)
 
+    def may_train(self, name: str) -> bool:
+        """Whether this adapter's part may ask for a gradient: where it acts."""
+        return name in self.acting.scales
+
     def match_flags(self) -> None:
-        """Let only factors that act ask for a gradient; they get back the flags that they had when they last acted."""
+        """Freeze the parts that may not train; the others get back the flags that they had when they last did."""
         for name, part in self.parts().items():
-            if name in self.acting.scales:
+            if self.may_train(name):
                 flags = self._saved_requires_grad.pop(name, {})
                 for key, parameter in part.named_parameters() if flags else ():
                     parameter.requires_grad_(flags[key])
@@ -97,10 +106,14 @@ class Paths(nn.Module):
         super().__init__()
         self.config = config
         out_features, in_features = weight.shape
-        dtype, device = working_dtype(weight), weight.device
+        shapes, dtype = config.shapes(out_features, in_features, names), working_dtype(weight)
+        tensors = {key: torch.empty(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
         for name in names:
-            shapes = config.shapes(name, out_features, in_features)
-            self.add_module(name, MODULES[getattr(config, name)](shapes, config, dtype, device))
+            if config.forms[name] == "lora":
+                path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)
+            else:
+                path = Vector(tensors[f"{name}.value"])
+            self.add_module(name, path)
 
     def paths(self) -> dict[str, LowRank | Vector]:
         """Path to module."""
@@ -108,7 +121,10 @@ class Paths(nn.Module):
 
     def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
-        return {name: path.factors(scale, dropout) for name, path in self.paths().items()}
+        found: dict[str, Factors] = {}
+        for name, path in cast("dict[str, LowRank | Vector]", self._modules).items():
+            found[name] = path.factors(scale, dropout)
+        return found
 
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again, as `config.init` says, for a layer with this frozen weight."""
@@ -168,10 +184,11 @@ class Bias(Adapters):
         for name, scale in (self.acting.scales if scales is None else scales).items():
             part = cast("Paths | None", self._modules.get(name))
             if part is not None:
-                scaled = {path: factors.scaled() for path, factors in part.factors(scale, dropout).items()}
-                prompt = _prompted(W0, scaled["C"]) if "C" in scaled else None
-                D, E = cast("tuple[Tensor | None, Tensor | None]", (scaled.get("D"), scaled.get("E")))
-                updates.append(functional.bias_update(b0, prompt, D, E))
+                factors = part.factors(scale, dropout)
+                C, D, E = factors.get("C"), factors.get("D"), factors.get("E")
+                prompt = None if C is None else _prompted(W0, C.scaled())
+                own = None if D is None else D.scaled(), None if E is None else E.scaled()
+                updates.append(functional.bias_update(b0, prompt, *cast("tuple[Tensor | None, Tensor | None]", own)))
         return functional.add(b0, updates)
 
     def has_prompt(self) -> bool:
@@ -196,15 +213,14 @@ Stacks: TypeAlias = dict[str, parametrize.ParametrizationList]
 
 def live_stacks(module: nn.Module) -> Stacks:
     """Tensor name to what parametrizes it now."""
-    lists = module.__dict__.get("_modules", {}).get("parametrizations")
+    lists = module._modules.get("parametrizations")
     return cast("Stacks", lists._modules) if isinstance(lists, nn.ModuleDict) else {}
 
 
 def stacks_of(module: nn.Module) -> Stacks:
     """Tensor name to what parametrizes it, stashed or not (Note [Merged for a while])."""
-    if stashed and module in stashed:
-        return cast("Stacks", stashed[module]._modules)
-    return live_stacks(module)
+    lists = stashed.get(module) if stashed else None
+    return live_stacks(module) if lists is None else cast("Stacks", lists._modules)
 
 
 def adapters_of(module: nn.Module) -> dict[str, Adapters]:
@@ -212,14 +228,29 @@ def adapters_of(module: nn.Module) -> dict[str, Adapters]:
 
     In the order of the module's own tensors, whatever was attached first: optimizers' state dicts go by the order.
     """
-    stacks = stacks_of(module)
-    found: dict[str, Adapters] = {}
-    if stacks:
-        for name in (*module._parameters, *module._buffers):
-            first = stacks[name]._modules["0"] if name in stacks else None
-            if isinstance(first, Adapters):
-                found[name] = first
+    stacks, found = stacks_of(module), dict[str, Adapters]()
+    for name in (*module._parameters, *module._buffers) if stacks else ():
+        first = stacks[name]._modules["0"] if name in stacks else None
+        if isinstance(first, Adapters):
+            found[name] = first
     return found
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers by name, those of the base model where adapters are on them."""
+    tensors = {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+    for name in adapters_of(module) if is_adapted(module) else ():
+        tensors[name] = stacks_of(module)[name].original
+    return tensors
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether the module may carry adapters, stashed or not."""
+    return hasattr(type(module), "_glora_adapted") or (bool(stashed) and module in stashed)
 
 
 def has_adapted_class(module: nn.Module) -> bool:

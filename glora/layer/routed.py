@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from glora.layer.parametrization import Scales, adapters_of
-
-T = TypeVar("T")
 
 # Note [Routing]
 # A route belongs to the thread or task that entered it: it is a value of a context variable, and nothing of the model
@@ -98,13 +96,16 @@ def scales_of(module: nn.Module, active: Scales) -> Scales:
     return cover.scales
 
 
-@torch.compiler.disable  # pyright: ignore - which samples go where is data of each call
-def call(module: nn.Module, forward: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`forward(module, *args, **kwargs)`, split where a route covers the module."""
     cover = cover_of(module)
     if cover is None or cover.scales is not None or cover.routing is None:
         return forward(module, *args, **kwargs)
     return cover.routing.call(module, cover, forward, args, kwargs)
+
+
+# Not compiled: which samples go where is data of each call.
+call: Callable[..., Any] = torch.compiler.disable(_call)  # pyright: ignore - torch leaves it untyped
 
 
 class Routing:

@@ -42,7 +42,8 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
     Args:
         model: the model.
         weights: an adapter's name (weight 1), or name to weight; those not named, and those of weight 0, do not act.
-            `{}` is the base model. A layer without the named adapters runs as the base's.
+            `{}` is the base model. A layer without the named adapters runs as the base's. Heads of adapters that act
+            together must be equal, and do not train while they do.
 
     This changes the model for every thread; a forward pass of a layer that is under way keeps to what acted before.
 
@@ -51,7 +52,7 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
 
     Raises:
         KeyError: a name that is not an adapter of the model.
-        ValueError: a weight that is no finite number; several adapters with heads that differ, or that train.
+        ValueError: a weight that is no finite number; several adapters with heads that differ, or have buffers.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
@@ -87,6 +88,12 @@ def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
             if not isinstance(store, Head):
                 continue
             original = named.tensors[tensor_name]
+            if not isinstance(original, nn.Parameter) and sum(name in store.parts() for name in active) > 1:
+                raise ValueError(
+                    f"Heads that act together must stay equal, and {join(named.path, tensor_name)!r} is a buffer, "
+                    f"which only one of {quote_names(active)} would keep up. Activate one of them, or combine adapters "
+                    f"without such a head."
+                )
             copies = [cast("HeadCopy | None", store.parts().get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
             if not all(torch.equal(first, other) for other in others):

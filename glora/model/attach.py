@@ -16,7 +16,8 @@ from glora.layer.parametrization import Adapters, Bias, Paths, Weight, adapters_
 from glora.model import freezing
 from glora.model.adapters import set_scales
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
-from glora.model.plan import Plan, plan, plan_spec
+from glora.model.plan import plan, plan_spec
+from glora.model.planned import Plan
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, format_problems
@@ -150,6 +151,7 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
     """All tensors that the adapter needs, filled: all memory that it takes is taken here."""
     parts: list[_Part] = []
     for layer in planned.layers:
+        prefix = join(layer.path, "")
         weight = layer.named.tensors["weight"]
         for tensor_name, kind, names in (("weight", Weight, WEIGHT_PATHS), ("bias", Bias, BIAS_PATHS)):
             kept = tuple([path for path in names if path in layer.paths])
@@ -159,7 +161,7 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
             if values is None:
                 paths.reset_parameters(weight)
             else:
-                _fill(paths, {key: values[join(layer.path, key)] for key in paths.state_dict()})
+                _fill(paths, {key: values[prefix + key] for key in paths.state_dict()})
             if kind is Bias and layer.creates_bias:
                 # Allocate on the CPU when loading onto the meta device, beside what is loaded (see _fill).
                 device = "cpu" if weight.is_meta and values is not None else weight.device

@@ -15,7 +15,7 @@ from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, has_adapted_class, stacks_of, stashed
-from glora.model.modules import NamedModule, adapted_modules, named_modules
+from glora.model.modules import NamedModule, named_modules
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -139,9 +139,11 @@ def refuse_while_swapped(model: nn.Module) -> None:
             )
 
 
-def refuse_stacked(model: nn.Module) -> None:
+def refuse_stacked(modules: list[NamedModule]) -> None:
     """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
-    for named in adapted_modules(model):
+    for named in modules:
+        if not named.adapters:
+            continue
         sharded = named.module not in stashed and not has_adapted_class(named.module)
         for name, stack in stacks_of(named.module).items():
             if sharded or is_traceable_wrapper_subclass(stack.original):

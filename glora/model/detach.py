@@ -6,7 +6,7 @@ from glora.layer.adapted import unregister
 from glora.model import freezing
 from glora.model.adapters import adapters, resolve_name, set_scales
 from glora.model.checks import refuse_stacked, refuse_while_swapped
-from glora.model.modules import Model, adapted_modules, all_or_nothing
+from glora.model.modules import Model, adapted_modules, all_or_nothing, named_modules
 
 
 def delete(model: Model, name: str) -> Model:
@@ -33,12 +33,13 @@ def delete(model: Model, name: str) -> Model:
     """
     refuse_while_swapped(model)
     name = resolve_name(model, name)
-    refuse_stacked(model)
+    modules = adapted_modules(model)
+    refuse_stacked(modules)
     scales = {other: scale for other, scale in adapters(model).items() if other != name}
     if not scales:
         return remove(model)
     with all_or_nothing(model):
-        for named in adapted_modules(model):
+        for named in modules:
             for tensor_name, store in named.adapters.items():
                 store.detach(name)
                 if not store.parts():
@@ -68,10 +69,11 @@ def remove(model: Model) -> Model:
         True
     """
     refuse_while_swapped(model)
-    refuse_stacked(model)
+    modules = named_modules(model)
+    refuse_stacked(modules)
     with all_or_nothing(model):
-        for named in adapted_modules(model):
+        for named in modules:
             for name in sorted(named.adapters):
                 unregister(named.module, name, keep_value=False)
-        freezing.restore(model)
+        freezing.restore(modules)
     return model

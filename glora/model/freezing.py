@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from glora.model.modules import NamedModule, named_modules
+from glora.model.modules import NamedModule
 
 # Note [Flags]
 # What each parameter's flag was before the first `apply`, and what we last set it to, is kept on its module under its
@@ -35,9 +35,9 @@ def freeze(modules: Iterable[NamedModule], *, whole: bool) -> None:
         parameter.requires_grad = False  # requires_grad_ refuses lazy parameters
 
 
-def restore(model: nn.Module) -> None:
-    """Give the parameters the flags that they had before the first `freeze`, unless changed by hand since."""
-    for named in named_modules(model):
+def restore(modules: Iterable[NamedModule]) -> None:
+    """Give base tensors the flags that they had before the first `freeze`, unless changed by hand since."""
+    for named in modules:
         _give_back(named, named.module.__dict__.pop(_RECORD, {}))
 
 

@@ -16,7 +16,7 @@ from glora.layer.parametrization import Bias, stashed
 from glora.model import freezing
 from glora.model.adapters import adapters
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_swapped
-from glora.model.modules import Model, adapted_modules, named_modules
+from glora.model.modules import Model, NamedModule, named_modules
 from glora.text import quote_names
 
 
@@ -51,7 +51,7 @@ def merge(model: Model) -> Model:
         True
     """
     refuse_while_swapped(model)
-    _check_mergeable(model)
+    modules = _mergeable_modules(model)
     dropped = [name for name, weight in adapters(model).items() if weight == 0]
     if dropped:  # before anything changes: a warning may be an error
         warnings.warn(
@@ -61,14 +61,16 @@ def merge(model: Model) -> Model:
             stacklevel=2,
         )
     with torch.inference_mode(False), torch.no_grad():
-        for named in adapted_modules(model):
+        for named in modules:
             # The bias first, while the weight's original is still W0.
             for name, store in sorted(named.adapters.items()):
-                if isinstance(store, Head):
-                    store.release()
                 unused = isinstance(store, Bias) and not store.is_active()
                 unregister(named.module, name, keep_value=not unused)
-    freezing.restore(model)
+                if isinstance(store, Head):
+                    # Memory of its own: a kept state dict, or an optimizer of the adapter, has the copy's.
+                    value = read(named.module, name)
+                    value.data = value.data.clone()
+    freezing.restore(modules)
     return model
 
 
@@ -78,7 +80,8 @@ def merged(model: Model) -> Generator[Model]:
 
     W' and b' are other tensors than the frozen ones, which come back as they were: the same objects, the same bits.
     Inside, the model has plain types and keys, and calls that change adapters raise RuntimeError. This changes the
-    model for every thread, with equal outputs. It is the way to compute W' once for several calls.
+    model for every thread, with equal outputs; no thread may be inside a forward pass of torch's own plain layers when
+    the block ends. It is the way to compute W' once for several calls.
 
     Yields:
         The model.
@@ -93,11 +96,11 @@ def merged(model: Model) -> Generator[Model]:
         ...     type(layer), list(layer.state_dict())
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    _check_mergeable(model)
+    modules = _mergeable_modules(model)
     with ExitStack() as restored:
         with torch.inference_mode(False), torch.no_grad():
             # All memory is taken before the first module is swapped.
-            carriers = [named.module for named in adapted_modules(model) if named.module not in stashed]
+            carriers = [named.module for named in modules if named.adapters and named.module not in stashed]
             values = [merged_tensors(module) for module in carriers]
             for module, tensors in zip(carriers, values, strict=True):
                 restored.callback(_restore, module)
@@ -113,11 +116,15 @@ def _restore(module: nn.Module) -> None:
         raise
 
 
-def _check_mergeable(model: nn.Module) -> None:
-    """Raise unless every merged tensor is finite and ours alone to merge; each is computed, looked at and dropped."""
-    refuse_stacked(model)
-    ties = find_ties(named_modules(model))
-    for named in adapted_modules(model):
+def _mergeable_modules(model: nn.Module) -> list[NamedModule]:
+    """The model's modules; raise unless every merged tensor is finite and ours alone to merge.
+
+    Each is computed, looked at and dropped.
+    """
+    modules = named_modules(model)
+    refuse_stacked(modules)
+    ties = find_ties(modules)
+    for named in modules:
         if named.module in stashed:
             continue
         for name, store in named.adapters.items():
@@ -137,3 +144,4 @@ def _check_mergeable(model: nn.Module) -> None:
                     f"{int((~torch.isfinite(value)).sum())} entries in {value.dtype} that are not. Nothing was merged. "
                     f"Look for an adapter that diverged, lower its weight, or merge a float32 copy of the model."
                 )
+    return modules

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Acting, Adapters, adapters_of, stacks_of, stashed
+from glora.layer.parametrization import Acting, Adapters, adapters_of, is_adapted, own_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,22 +54,19 @@ def named_modules(model: nn.Module) -> list[NamedModule]:
     Paths are the model's own: the components that wrappers add (`module` of DistributedDataParallel, DataParallel and
     AveragedModel, `_orig_mod` of torch.compile) are dropped.
     """
-    reached: _Reached = {}
+    reached: dict[int, tuple[nn.Module, list[str]]] = {}
     _walk(model, (), reached)
-    return [NamedModule(p[0], tuple(p), m, own_tensors(m, adapters), adapters) for m, p, adapters in reached.values()]
+    found: list[NamedModule] = []
+    for module, paths in reached.values():
+        adapters = adapters_of(module) if is_adapted(module) else {}
+        found.append(NamedModule(paths[0], tuple(paths), module, own_tensors(module), adapters))
+    return found
 
 
-_Reached: TypeAlias = dict[int, tuple[nn.Module, list[str], dict[str, Adapters]]]
-
-
-def _walk(module: nn.Module, parts: tuple[str, ...], reached: _Reached) -> None:
-    seen = reached.get(id(module))
-    if seen is None:
-        adapters = adapters_of(module) if "parametrizations" in module._modules or module in stashed else {}
-        seen = reached[id(module)] = module, [], adapters
-    seen[1].append(".".join(parts))
+def _walk(module: nn.Module, parts: tuple[str, ...], reached: dict[int, tuple[nn.Module, list[str]]]) -> None:
+    reached.setdefault(id(module), (module, []))[1].append(".".join(parts))
     for name, child in module._modules.items():
-        if child is not None and not (name == "parametrizations" and seen[2]):
+        if child is not None and not (name == "parametrizations" and is_adapted(module)):
             _walk(child, parts if wraps(module, name) else (*parts, name), reached)
 
 
@@ -81,20 +78,6 @@ def adapted_modules(model: nn.Module) -> list[NamedModule]:
 def wraps(module: nn.Module, child: str) -> bool:
     """Whether `module` is a wrapper and `child` the attribute that holds what it wraps."""
     return child in _WRAPPED or (child == "module" and isinstance(module, _WRAPPERS))
-
-
-def own_tensors(module: nn.Module, adapters: Iterable[str]) -> dict[str, Tensor]:
-    """A module's own parameters and persistent buffers by name; the originals of those that have adapters."""
-    tensors = {
-        name: tensor
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
-    if adapters:
-        stacks = stacks_of(module)
-        for name in adapters:
-            tensors[name] = stacks[name].original
-    return tensors
 
 
 # Note [All or nothing]

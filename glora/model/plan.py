@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,124 +10,15 @@ from glora.config import WEIGHT_PATHS, GLoRAConfig
 from glora.layer.parametrization import Bias
 from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_layer
 from glora.model.modules import NamedModule, named_modules
+from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
-from glora.text import format_names, format_problems, table
+from glora.text import format_names, format_problems
 
 # Note [One planner]
 # An adapter is described by a `LayerSpec` for each layer, whether it comes from `targets=` and `config=`, from a file,
 # or from another library's. `_plan_layer` compares a description with the module that it is for. What becomes of a
 # layer that does not take it is up to the caller: `plan` skips it or raises, `plan_spec` collects all and raises.
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer that an adapter goes to: where, by which paths, whether it is given a bias for them."""
-
-    named: NamedModule
-    config: GLoRAConfig
-    paths: tuple[str, ...]
-    creates_bias: bool = False
-
-    @property
-    def path(self) -> str:
-        """The module's path."""
-        return self.named.path
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.named.module
-
-    @property
-    def forms(self) -> str:
-        """The forms of its paths, `A=lora B=vector`."""
-        return " ".join(f"{path}={self.config.forms[path]}" for path in self.paths)
-
-    @property
-    def rank(self) -> int | None:
-        """The rank; None where no path is low rank."""
-        return self.config.rank if any(self.config.forms[path] == "lora" for path in self.paths) else None
-
-    @property
-    def parameters(self) -> int:
-        """How many trainable numbers its paths have."""
-        o, i = self.named.tensors["weight"].shape
-        shapes = [self.config.shapes(path, o, i) for path in self.paths]
-        return sum(math.prod(factor) for factors in shapes for factor in factors.values())
-
-
-@dataclass(frozen=True)
-class PlannedHead:
-    """A module with tensors of its own that trains as a whole, in a copy that belongs to the adapter."""
-
-    named: NamedModule
-
-    @property
-    def path(self) -> str:
-        """The module's path."""
-        return self.named.path
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.named.module
-
-    @property
-    def parameters(self) -> int:
-        """How many trainable numbers it has."""
-        return sum(t.numel() for t in self.named.tensors.values() if isinstance(t, nn.Parameter))
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A linear layer that the targets reach and that is left as it is, and why.
-
-    Attributes:
-        unsupported: it cannot be adapted (rather than: it was asked to be left out).
-    """
-
-    path: str
-    reason: str
-    unsupported: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `glora.apply` does with the same arguments. Printed, a table.
-
-    Attributes:
-        name: the adapter's name.
-        layers: the layers that it goes to.
-        heads: the modules that train as a whole: those with tensors of their own at or below `trainable=`.
-        skipped: linear layers that the targets reach and that are left as they are.
-        without_bias: paths of the layers that lose C, D and E because they have no bias.
-    """
-
-    name: str
-    layers: tuple[PlannedLayer, ...]
-    heads: tuple[PlannedHead, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    without_bias: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Trainable numbers in all, heads included."""
-        return sum(row.parameters for row in (*self.layers, *self.heads))
-
-    def __str__(self) -> str:
-
-        def no_bias(layer: PlannedLayer) -> str:
-            return " (no bias)" if layer.path in self.without_bias else ""
-
-        title = f"adapter {self.name!r}: {len(self.layers)} layers, {self.parameters:,} trainable parameters"
-        rows = [
-            [layer.path, f"{layer.forms}{no_bias(layer)}", str(layer.rank or "-"), f"{layer.parameters:,}"]
-            for layer in self.layers
-        ]
-        rows += [[head.path, "trainable", "-", f"{head.parameters:,}"] for head in self.heads]
-        rows += [[skipped.path, f"skipped: {skipped.reason}", "-", "-"] for skipped in self.skipped]
-        return table(title, ["module", "forms", "rank", "parameters"], rows)
 
 
 def plan(
@@ -235,9 +125,10 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
         layers.append(layer)
         shape = layer.named.tensors["weight"].shape
         own = LayerSpec(layer.config, shape[0], shape[1]).tensors(layer.paths)
-        wanted |= {join(path, key): tensor for key, tensor in own.items()}
+        prefix = join(path, "")
+        wanted |= {prefix + key: tensor for key, tensor in own.items()}
         if layer_spec.bias is None:
-            optional.add(join(path, "D.value"))
+            optional.add(prefix + "D.value")
     for path, names in spec.heads.items():
         reason = _misfit_of_head(reached.get(path), names, ties)
         if reason is not None:
@@ -288,7 +179,7 @@ def _plan_layer(named: NamedModule, spec: LayerSpec, ties: Ties, *, without_a_bi
         return PlannedLayer(named, spec.config, wanted)
     # A created bias has no D: it would scale zeros, and never learn.
     takes = (*WEIGHT_PATHS, *("C", "E")) if spec.config.create_bias else WEIGHT_PATHS
-    kept = tuple(path for path in wanted if path in takes)
+    kept = tuple([path for path in wanted if path in takes])
     if not set(wanted) - set(kept) <= set(without_a_bias):
         return "it has no bias for the paths C, D and E"
     creates_bias = any(path not in WEIGHT_PATHS for path in kept)

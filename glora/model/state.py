@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Bias, adapters_of, stashed
+from glora.layer.parametrization import Bias, adapters_of, own_tensors, stashed
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.checks import refuse_while_swapped
-from glora.model.modules import Model, own_tensors, wraps
+from glora.model.modules import Model, wraps
 from glora.spec import TensorSpec, join, mismatches
 from glora.text import format_problems
 
@@ -118,7 +118,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 base[join(path, parts[1])] = value
         elif owner in stashed and rest in stores:
             if not isinstance(stores[rest], Bias) or not cast("Bias", stores[rest]).created:
-                base[join(path, rest)] = own_tensors(owner, stores)[rest].detach()
+                base[join(path, rest)] = own_tensors(owner)[rest].detach()
         elif not isinstance(owner, AveragedModel):  # whose own count of averages is no tensor of the model
             base[join(path, rest)] = value
     return base

@@ -24,6 +24,7 @@ __all__ = [
     "entries_of_a_wide_block",
     "force_kernel",
     "is_unsupported",
+    "kernels_taken",
     "merge_files",
     "sum_of_contents",
     "wide_matvec",
@@ -41,6 +42,20 @@ def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:
     with torch.set_grad_enabled(needs_grad):
         x = torch.empty(tokens, layer.in_features)
         return select.choose(x, stack.original, stack[0].factors(stack[0].acting.scales))
+
+
+@contextmanager
+def kernels_taken() -> Generator[list[Kernel]]:
+    """Collects the kernel that each call of an adapted layer takes."""
+    taken: list[Kernel] = []
+    choose = select.choose
+
+    def choosing(*given: Any) -> Kernel:
+        taken.append(choose(*given))
+        return taken[-1]
+
+    with mock.patch.object(select, "choose", choosing):
+        yield taken
 
 
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:

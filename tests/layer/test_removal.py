@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
 import glora
-from tests.helpers.calls import RANDOM, attach, remove_with_torch
+from tests.helpers.calls import RANDOM, attach, quiet, remove_with_torch
 from tests.helpers.models import build
 from tests.helpers.state import snapshot
-from tests.helpers.strategies import Case, cases, close
+from tests.helpers.strategies import Case, cases, close, expected, tally
 
 MERGES: dict[str, Callable[[nn.Module], object]] = {
     "glora.merge": glora.merge,
@@ -25,7 +26,9 @@ MERGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@given(cases(), st.sampled_from(sorted(MERGES)))
+@pytest.mark.parametrize("how", MERGES)
+@settings(max_examples=30)
+@given(case=cases())
 def test_merged_equals_unmerged(case: Case, how: str) -> None:
     layer, x = case.build(), case.input(2, 3)
     weight, bias, y = layer.weight.detach().clone(), layer.bias, layer(x)
@@ -38,6 +41,7 @@ def test_merged_equals_unmerged(case: Case, how: str) -> None:
         assert close(layer(x), y.double(), ulps=16)
     assert torch.equal(layer.weight, weight)
     assert torch.equal(layer(x), y)
+    tally("removal", how)
     MERGES[how](layer)
     assert type(layer) is nn.Linear
     assert torch.equal(layer.weight, weight)
@@ -47,22 +51,39 @@ def test_merged_equals_unmerged(case: Case, how: str) -> None:
     assert close(layer(x), y.double(), ulps=16)
 
 
-@given(cases(both_tensors=True))
-def test_half_removed_still_uses_the_frozen_weight(case: Case) -> None:
-    layer = case.build()
+@pytest.mark.parametrize("acted", ["all act", "one acts", "none acts"])
+@pytest.mark.parametrize("bake", [True, False])
+@settings(max_examples=20)
+@given(case=cases(both_tensors=True))
+def test_half_removed_still_uses_the_frozen_weight_whatever_acted_and_acts(case: Case, acted: str, bake: bool) -> None:
+    layer, plain = case.build(), case.plain()
     assert set(layer.parametrizations) == {"weight", "bias"}
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    remove_with_torch(layer, "weight")
+    W0 = plain.weight.detach()
+    b0 = torch.zeros(case.out_features) if plain.bias is None else plain.bias.detach()
+    last = list(case.named_weights.items())[-1:]
+    glora.activate(layer, {"all act": case.named_weights, "one acts": dict(last), "none acts": {}}[acted])
+    tally("removal", f"half, {acted}, {'baked in' if bake else 'taken off'}")
+    with torch.no_grad():
+        weight, _held = layer.weight.clone() if bake else W0, layer.weight
+    remove_with_torch(layer, "weight", bake=bake)
     assert torch.equal(layer.weight, weight)
-    assert torch.equal(layer.bias, bias)
-    clone = copy.deepcopy(layer)
-    assert torch.equal(clone.bias, bias)
-    assert torch.equal(clone.double().bias.to(case.dtype), bias) or case.dtype != torch.float64
     assert not layer.weight.requires_grad
-    glora.merge(layer)
+    # W0 is kept where something multiplies it, and torch has written over it.
+    assert bake or not list(layer.buffers())
+    assert any(config.C != "none" for config in case.configs) or not list(layer.buffers())
+    for now in (case.weights, *([float(i == j) for j in range(len(case.configs))] for i in range(len(case.configs)))):
+        then = dataclasses.replace(case, weights=tuple(now))
+        there = glora.adapters(layer)  # one of A and B alone is gone
+        glora.activate(layer, {name: weight for name, weight in then.named_weights.items() if name in there})
+        for each in (layer, copy.deepcopy(layer), copy.deepcopy(layer).double()):
+            assert close(each.bias, expected(each, then, W0, b0)[1], ulps=64)
+    bias = layer.bias.detach().clone()
+    with quiet():
+        glora.merge(layer)
     assert layer.weight.requires_grad
     assert torch.equal(layer.weight, weight)
-    assert torch.equal(layer.bias, bias)
+    # A created bias that nothing acts on is not kept.
+    assert not bias.any() if layer.bias is None else torch.equal(layer.bias, bias)
 
 
 REMOVALS: dict[str, tuple[bool | None, Callable[[nn.Module], object]]] = {
@@ -76,6 +97,7 @@ REMOVALS: dict[str, tuple[bool | None, Callable[[nn.Module], object]]] = {
 @given(data=st.data())
 def test_removal_gives_back_the_very_bits(data: st.DataObject, how: str) -> None:
     create_bias, remove = REMOVALS[how]
+    tally("removal", how)
     case = data.draw(cases(create_bias=create_bias))
     layer = case.plain()
     before = dict(layer.named_parameters())

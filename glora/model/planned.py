@@ -1,0 +1,122 @@
+"""What a plan says: where an adapter goes, and what is left out and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from glora.config import GLoRAConfig
+from glora.model.modules import NamedModule
+from glora.text import table
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that an adapter goes to: where, by which paths, whether it is given a bias for them."""
+
+    named: NamedModule
+    config: GLoRAConfig
+    paths: tuple[str, ...]
+    creates_bias: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.named.path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.named.module
+
+    @property
+    def forms(self) -> str:
+        """The forms of its paths, `A=lora B=vector`."""
+        return " ".join(f"{path}={self.config.forms[path]}" for path in self.paths)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank; None where no path is low rank."""
+        return self.config.rank if any(self.config.forms[path] == "lora" for path in self.paths) else None
+
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers its paths have."""
+        out_features, in_features = self.named.tensors["weight"].shape
+        shapes = self.config.shapes(out_features, in_features, self.paths)
+        return sum(map(math.prod, shapes.values()))
+
+
+@dataclass(frozen=True)
+class PlannedHead:
+    """A module with tensors of its own that trains as a whole, in a copy that belongs to the adapter."""
+
+    named: NamedModule
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.named.path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.named.module
+
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers it has."""
+        return sum(t.numel() for t in self.named.tensors.values() if isinstance(t, nn.Parameter))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear layer that the targets reach and that is left as it is, and why.
+
+    Attributes:
+        unsupported: it cannot be adapted (rather than: it was asked to be left out).
+    """
+
+    path: str
+    reason: str
+    unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `glora.apply` does with the same arguments. Printed, a table.
+
+    Attributes:
+        name: the adapter's name.
+        layers: the layers that it goes to.
+        heads: the modules that train as a whole: those with tensors of their own at or below `trainable=`.
+        skipped: linear layers that the targets reach and that are left as they are.
+        without_bias: paths of the layers that lose C, D and E because they have no bias.
+    """
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+    heads: tuple[PlannedHead, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    without_bias: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all, heads included."""
+        return sum(row.parameters for row in (*self.layers, *self.heads))
+
+    def __str__(self) -> str:
+
+        def no_bias(layer: PlannedLayer) -> str:
+            return " (no bias)" if layer.path in self.without_bias else ""
+
+        title = f"adapter {self.name!r}: {len(self.layers)} layers, {self.parameters:,} trainable parameters"
+        rows = [
+            [layer.path, f"{layer.forms}{no_bias(layer)}", str(layer.rank or "-"), f"{layer.parameters:,}"]
+            for layer in self.layers
+        ]
+        rows += [[head.path, "trainable", "-", f"{head.parameters:,}"] for head in self.heads]
+        rows += [[skipped.path, f"skipped: {skipped.reason}", "-", "-"] for skipped in self.skipped]
+        return table(title, ["module", "forms", "rank", "parameters"], rows)

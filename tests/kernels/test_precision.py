@@ -1,0 +1,117 @@
+"""Half precision: what is added up in it, and what may overflow in it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import glora
+from tests.helpers import internals
+from tests.helpers.calls import attach, only
+from tests.helpers.kernels import KINDS
+from tests.helpers.strategies import HALF
+
+kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+modes = pytest.mark.parametrize("autocast", [False, True], ids=["half layer", "autocast"])
+halves = pytest.mark.parametrize("half", HALF, ids=str)
+
+
+def half_layer(
+    out_features: int, in_features: int, config: glora.GLoRAConfig, half: torch.dtype, autocast: bool
+) -> tuple[nn.Module, contextlib.AbstractContextManager[Any]]:
+    """A layer over a base of half precision, or over one of float32 and the autocast to call it in."""
+    layer = attach(nn.Linear(in_features, out_features, dtype=torch.float32 if autocast else half), config)
+    return layer, torch.autocast("cpu", half) if autocast else contextlib.nullcontext()
+
+
+@halves
+@modes
+@kinds
+@pytest.mark.parametrize("blocks", [1, 256])
+def test_the_inputs_gradient_is_as_good_as_the_dense_kernels_in_any_number_of_blocks(
+    blocks: int, config: glora.GLoRAConfig, autocast: bool, half: torch.dtype
+) -> None:
+    layer, context = half_layer(256, 32, config, half, autocast)
+    x, g = torch.randn(8, 32).to(half).requires_grad_(), torch.randn(8, 256).to(half)
+    with context, internals.entries_of_a_block(32 * 256 // blocks):
+        exact = g.double() @ layer.weight.detach().double()
+        (found,) = torch.autograd.grad(layer(x), x, g)
+    # W' is rounded, and the result is.
+    assert (found.double() - exact).norm() <= 1.0 * torch.finfo(half).eps * exact.norm()
+
+
+@halves
+@modes
+@kinds
+def test_a_biass_gradient_is_summed_over_the_tokens_in_single_precision(
+    config: glora.GLoRAConfig, autocast: bool, half: torch.dtype
+) -> None:
+    (layer, context), tokens = half_layer(5, 6, config, half, autocast), 3001
+    x, g = torch.randn(tokens, 6).to(half), (1 + torch.rand(tokens, 5)).to(half)
+    with context:
+        layer(x).backward(g)
+    found, exact = dict[str, Any](glora.named_parameters(layer))["E.value"].grad, g.double().sum(0)
+    # A bias of half precision has a gradient of half precision, rounded once; under autocast the bias is float32.
+    eps = torch.finfo(torch.float32 if autocast else half).eps
+    assert ((found - exact).abs() <= (8 if autocast else 0.5) * eps * exact).all()
+
+
+PAIRS = {
+    "B": (only(B="lora", rank=2, init="random"), "B"),
+    "A": (only(A="lora", rank=2, init="random"), "A"),
+    "A of a matrix product": (only(A="lora", product="matmul", rank=2, init="random"), "A"),
+    "C": (only(C="lora", rank=2, init="random"), "C"),
+}
+
+
+@pytest.mark.parametrize(("config", "path"), PAIRS.values(), ids=PAIRS)
+@halves
+@modes
+@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("size", [1e4, 1e7])
+def test_how_a_product_is_split_between_its_factors_changes_nothing(
+    size: float,
+    grad: bool,
+    tokens: int,
+    autocast: bool,
+    half: torch.dtype,
+    config: glora.GLoRAConfig,
+    path: str,
+) -> None:
+    layer, context = half_layer(24, 32, config, half, autocast)
+    x = 16 * torch.randn(tokens, 32).to(half)
+    tensors = glora.state_dict(layer)
+    left, right = (tensors[f"{path}.{factor}"] for factor in ("left", "right"))
+    outputs: list[Tensor] = []
+    with context, torch.set_grad_enabled(grad):
+        for scale in (1.0, size, 1 / size):
+            left /= scale
+            right *= scale
+            outputs.append(layer(x).detach().float())
+            left *= scale
+            right /= scale
+    for y in outputs[1:]:
+        assert (y - outputs[0]).norm() <= 4 * torch.finfo(half).eps * outputs[0].norm()
+
+
+@halves
+@kinds
+def test_an_adapter_cast_to_half_precision_still_computes_in_single(
+    config: glora.GLoRAConfig, half: torch.dtype
+) -> None:
+    layer = attach(nn.Linear(32, 24), config).to(half)  # the factors too
+    wide, x = attach(nn.Linear(32, 24), config), torch.randn(8, 32).to(half)
+    wide.load_state_dict({key: tensor.float() for key, tensor in layer.state_dict().items()})
+    for each in (layer, wide):
+        glora.activate(each, {"default": 0.7})
+    # Rounded once: the bits of the float32 result, rounded.
+    assert torch.equal(layer.weight, wide.weight.to(half))
+    assert torch.equal(layer.bias, wide.bias.to(half))
+    assert (layer(x) - wide(x.float())).norm() <= torch.finfo(half).eps * wide(x.float()).norm()
+    layer(x).float().square().sum().backward()
+    assert {factor.grad.dtype for factor in glora.parameters(layer)} == {half}
