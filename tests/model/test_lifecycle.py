@@ -1,0 +1,375 @@
+"""Any sequence of calls: the model computes what plain tensors, held beside it, say."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+from torch.nn.utils import parametrize
+
+import glora
+from glora import GLoRAConfig
+from tests.helpers.calls import FORMS, quiet
+from tests.helpers.lifecycle import SIZES, X, Adapter, Net, Subject, paths_for, same
+from tests.helpers.state import unchanged
+
+NAMES = ["a", "b", "c"]
+WEIGHTS = [1.0, 0.5, -0.5, 2.0, 0.0]
+CONFIGS = st.builds(
+    GLoRAConfig,
+    **{path: st.sampled_from(forms) for path, forms in FORMS.items()},
+    rank=st.integers(1, 2),
+    alpha=st.sampled_from([None, 1.0, 3.0]),
+    product=st.sampled_from(["hadamard", "matmul"]),
+    create_bias=st.booleans(),
+    init=st.just("random"),
+)
+names = st.sampled_from(NAMES)
+which = st.integers(0, 1)
+number = st.integers(0, 2)
+adapted: Any = precondition(lambda machine: any(subject.adapters for subject in machine.subjects))
+
+
+class Saved(NamedTuple):
+    """An adapter in a folder, and which of the layers had a bias of their own."""
+
+    folder: Path
+    adapter: Adapter
+    biases: dict[str, bool]
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """One model and, once copied, its copy: whatever is done to one leaves the other alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: list[Saved] = []
+        self.subjects: list[Subject] = []
+
+    @initialize(seed=st.integers(0, 99), flags=st.lists(st.booleans(), min_size=5, max_size=5))
+    def start(self, seed: int, flags: list[bool]) -> None:
+        torch.manual_seed(seed)
+        model = Net()
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        self.subjects = [Subject.of(model)]
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    def at(self, which: int) -> Subject:
+        return self.subjects[which % len(self.subjects)]
+
+    def named(self, which: int, number: int) -> tuple[Subject, str]:
+        """A model that has adapters, and the name of one."""
+        there = [subject for subject in self.subjects if subject.adapters]
+        subject = there[which % len(there)]
+        return subject, list(subject.adapters)[number % len(subject.adapters)]
+
+    @invariant()
+    def holds_and_computes_what_it_must(self) -> None:
+        for subject in self.subjects:
+            subject.check()
+
+    def refused(self, subject: Subject, error: type[Exception], call: Callable[[], object]) -> None:
+        with unchanged(subject.model), pytest.raises(error):
+            call()
+
+    # Attaching.
+
+    @rule(
+        which=which,
+        name=names,
+        configs=st.dictionaries(st.sampled_from(list(SIZES)), CONFIGS, min_size=1),
+        head=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def apply(self, which: int, name: str, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+        subject = self.at(which)
+        head = head and "head" not in configs
+
+        def call() -> None:
+            torch.manual_seed(seed)
+            with quiet():
+                glora.apply(subject.model, configs, trainable=["head"] if head else (), name=name)
+
+        paths = {layer: paths_for(subject.layers[layer], config) for layer, config in configs.items()}
+        if name in subject.adapters or not any(paths.values()) or not self.fits(subject, list(configs), head):
+            self.refused(subject, ValueError, call)
+            return
+        call()
+        found = {key: tensor.clone() for key, tensor in glora.state_dict(subject.model, name).items()}
+        forms = {key: tensor for key, tensor in found.items() if key.count(".") == 2}
+        assert {key[: key.rindex(".")] for key in forms} == {f"{layer}.{p}" for layer in paths for p in paths[layer]}
+        assert all(tensor.dtype == subject.factor_dtype for tensor in forms.values())
+        heads = {key: tensor for key, tensor in found.items() if key not in forms}
+        same(heads, {key: tensor for key, tensor in subject.base.items() if head and key.startswith("head.")})
+        subject.attached(name, Adapter(configs, found))
+
+    def fits(self, subject: Subject, targets: list[str], head: bool) -> bool:
+        """Whether an adapter of these layers, and of the head as a whole, can be attached."""
+        if any(subject.layers[layer].prompted is not None for layer in targets):
+            return False
+        return not (("head" in targets and subject.trains_the_head()) or (head and subject.forms_the_head()))
+
+    @precondition(lambda self: bool(self.saved))
+    @rule(which=which, name=names, index=st.integers(0, 3), trainable=st.booleans())
+    def load(self, which: int, name: str, index: int, trainable: bool) -> None:
+        subject, saved = self.at(which), self.saved[index % len(self.saved)]
+
+        def call() -> object:
+            return glora.load(subject.model, saved.folder, name, trainable=trainable)
+
+        targets = list({key.split(".")[0] for key in saved.adapter.tensors if key.count(".") == 2})
+        same_biases = all(subject.layers[layer].has_own_bias is saved.biases[layer] for layer in targets)
+        head = "head.weight" in saved.adapter.tensors
+        if name in subject.adapters or not same_biases or not self.fits(subject, targets, head):
+            self.refused(subject, ValueError, call)
+            return
+        call()
+        subject.attached(name, self.as_loaded(subject, saved.adapter, trainable))
+
+    def as_loaded(self, subject: Subject, adapter: Adapter, trainable: bool = True) -> Adapter:
+        """The adapter as it is in a model of this dtype."""
+        tensors = {
+            key: tensor.to(subject.factor_dtype if key.count(".") == 2 else subject.dtype)
+            for key, tensor in adapter.tensors.items()
+        }
+        return Adapter(dict(adapter.configs), tensors, trainable)
+
+    @adapted
+    @rule(which=which, number=number)
+    def save(self, which: int, number: int) -> None:
+        subject, name = self.named(which, number)
+        folder = Path(self.folder.name) / str(len(self.saved))
+        adapter = subject.adapters[name]
+        prompts = {key.split(".")[0] for key in adapter.tensors if ".C." in key}
+        if any(subject.layers[layer].prompted is not None for layer in prompts):
+            self.refused(subject, RuntimeError, lambda: glora.save(subject.model, folder, name))
+            return
+        with unchanged(subject.model):
+            glora.save(subject.model, folder, name)
+        biases = {layer: state.has_own_bias for layer, state in subject.layers.items()}
+        self.saved.append(Saved(folder, copy.deepcopy(adapter), biases))
+        # A fresh model with the same base computes the same.
+        fresh = Net(tuple(layer for layer, own in biases.items() if not own), subject.dtype)
+        fresh.load_state_dict(subject.base)
+        known = Subject.of(fresh)
+        glora.load(fresh, folder, name)
+        known.attached(name, self.as_loaded(known, adapter))
+        known.check()
+
+    # Which act.
+
+    @adapted
+    @rule(which=which, order=st.permutations(range(3)), weights=st.lists(st.sampled_from(WEIGHTS), max_size=3))
+    def activate(self, which: int, order: list[int], weights: list[float]) -> None:
+        subject, _ = self.named(which, 0)
+        there = list(subject.adapters)
+        chosen = [there[i] for i in order if i < len(there)]
+        given = dict(zip(chosen, weights, strict=False)) if weights != [0.5] else chosen[0]
+        acting = {given: 1.0} if isinstance(given, str) else {name: w for name, w in given.items() if w}
+        for key in ("head.weight", "head.bias"):
+            copies = [subject.adapters[name].tensors.get(key, subject.base[key]) for name in acting]
+            if subject.trains_the_head() and any(not torch.equal(copies[0], other) for other in copies):
+                self.refused(subject, ValueError, lambda: glora.activate(subject.model, given))
+                return
+        glora.activate(subject.model, given)
+        subject.acting = acting
+
+    @adapted
+    @rule(which=which, numbers=st.lists(st.integers(-1, 2), min_size=3, max_size=3))
+    def route(self, which: int, numbers: list[int]) -> None:
+        subject, _ = self.named(which, 0)
+        there = list(subject.adapters)
+        choice = [None if number < 0 else there[number % len(there)] for number in numbers]
+        with unchanged(subject.model), glora.route(subject.model, choice):
+            for layer in SIZES:
+                y = subject.run(layer)
+                for row, name in enumerate(choice):
+                    value, bound = subject.output(layer, {} if name is None else {name: 1.0})
+                    subject.close(y[row], (value[row], bound[row]))
+            with pytest.raises(RuntimeError, match="Inside glora.route"):
+                glora.activate(subject.model, {})
+
+    @adapted
+    @rule(which=which)
+    def disabled(self, which: int) -> None:
+        subject, _ = self.named(which, 0)
+        with unchanged(subject.model), glora.disabled(subject.model):
+            for layer, state in subject.layers.items():
+                bias = torch.zeros(len(state.weight), dtype=subject.dtype) if state.bias is None else state.bias
+                x = X[SIZES[layer][1]].to(subject.dtype)
+                assert torch.equal(getattr(subject.model, layer).weight, state.weight)
+                if state.has_own_bias:
+                    assert torch.equal(subject.run(layer), nn.functional.linear(x, state.weight, bias))
+                else:
+                    subject.close(subject.run(layer), subject.output(layer, {}))
+
+    @adapted
+    @rule(which=which, refuse=st.sampled_from(["apply", "activate", "remove", "merge", "delete", "disabled"]))
+    def merged(self, which: int, refuse: str) -> None:
+        subject, name = self.named(which, 0)
+        values = [getattr(subject.model, layer).weight.detach().clone() for layer in SIZES]
+        arguments: tuple[Any, ...] = {"activate": ({},), "delete": (name,)}.get(refuse, ())
+        with unchanged(subject.model):
+            with glora.merged(subject.model):
+                for layer, value in zip(SIZES, values, strict=True):
+                    module = getattr(subject.model, layer)
+                    assert type(module) is nn.Linear
+                    assert torch.equal(module.weight, value)
+                    subject.close(subject.run(layer), subject.output(layer, subject.acting))
+                same(glora.base_state_dict(subject.model), subject.base)
+                with pytest.raises(RuntimeError, match="Inside glora.merged"), ExitStack() as entered:
+                    done = getattr(glora, refuse)(subject.model, *arguments)
+                    entered.enter_context(done)
+                replica = copy.deepcopy(subject.model)
+            glora.remove(replica)  # does nothing: it is merged for good
+            for layer, value in zip(SIZES, values, strict=True):
+                assert torch.equal(getattr(replica, layer).weight, value)
+
+    # Taking off.
+
+    @adapted
+    @rule(which=which, number=number)
+    def delete(self, which: int, number: int) -> None:
+        subject, name = self.named(which, number)
+        glora.delete(subject.model, name)
+        subject.dropped(name)
+        if not subject.adapters:
+            subject.freed()
+
+    @rule(which=which)
+    def remove(self, which: int) -> None:
+        subject = self.at(which)
+        glora.remove(subject.model)
+        subject.freed()
+
+    @rule(which=which)
+    def merge(self, which: int) -> None:
+        subject = self.at(which)
+        if subject.is_large():
+            return
+        kept = {
+            (layer, tensor): getattr(getattr(subject.model, layer), tensor).detach().clone()
+            for layer in SIZES
+            for tensor in ("weight", "bias")
+            if subject.acts(layer, tensor)
+        }
+        with quiet():
+            glora.merge(subject.model)
+        for (layer, tensor), value in kept.items():
+            subject.taken_off(layer, tensor, value)
+        subject.freed()
+
+    @adapted
+    @rule(which=which, number=st.integers(0, 5), bake=st.booleans())
+    def torchs_own_removal(self, which: int, number: int, bake: bool) -> None:
+        subject, _ = self.named(which, 0)
+        there = [(layer, tensor) for layer in SIZES for tensor in ("weight", "bias") if subject.has(layer, tensor)]
+        layer, tensor = there[number % len(there)]
+        bake = bake and not subject.is_large()
+        module = getattr(subject.model, layer)
+        value = getattr(module, tensor).detach().clone()
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=bake)
+        subject.taken_off(layer, tensor, value if bake else None)
+
+    # Copies, conversions, tensors.
+
+    @rule(which=which)
+    def deepcopy(self, which: int) -> None:
+        self.subjects = [self.at(which), copy.deepcopy(self.at(which))]
+
+    @rule(which=which, to=st.sampled_from(["half", "float", "double"]), inside=st.booleans())
+    def convert(self, which: int, to: str, inside: bool) -> None:
+        subject = self.at(which)
+        if inside:
+            with glora.merged(subject.model):
+                getattr(subject.model, to)()
+        else:
+            getattr(subject.model, to)()
+        dtype = {"half": torch.float16, "float": torch.float32, "double": torch.float64}[to]
+        if not inside or dtype != subject.dtype:  # a conversion to what the layers are already is not seen from inside
+            subject.converted(dtype)
+
+    @adapted
+    @rule(which=which, call=st.sampled_from(["save", "delete", "activate", "load_state_dict", "route"]))
+    def unknown(self, which: int, call: str) -> None:
+        subject, _ = self.named(which, 0)
+        model = subject.model
+        calls: dict[str, Callable[[], object]] = {
+            "save": lambda: glora.save(model, "nowhere", "z"),
+            "delete": lambda: glora.delete(model, "z"),
+            "activate": lambda: glora.activate(model, {"z": 1.0}),
+            "load_state_dict": lambda: glora.load_state_dict(model, {}, "z"),
+            "route": lambda: glora.route(model, ["z"]).__enter__(),
+        }
+        self.refused(subject, KeyError, calls[call])
+
+    @adapted
+    @rule(which=which, number=number, seed=st.integers(0, 99), strict=st.booleans())
+    def load_state_dict(self, which: int, number: int, seed: int, strict: bool) -> None:
+        subject, name = self.named(which, number)
+        adapter = subject.adapters[name]
+        torch.manual_seed(seed)
+        given = {
+            key: 0.3 * torch.randn(tensor.shape)
+            for key, tensor in adapter.tensors.items()
+            if len(subject.acting) < 2 or key.count(".") == 2  # heads that act together stay equal
+        }
+        if strict and (given.keys() != adapter.tensors.keys() or seed < 20):
+            given.pop(next(iter(given)), None)
+            self.refused(subject, ValueError, lambda: glora.load_state_dict(subject.model, given, name))
+            return
+        glora.load_state_dict(subject.model, given, name, strict)
+        for key, tensor in given.items():
+            adapter.tensors[key] = tensor.to(adapter.tensors[key].dtype)
+
+    @rule(which=which, seed=st.integers(0, 99), assign=st.booleans())
+    def load_a_plain_checkpoint(self, which: int, seed: int, assign: bool) -> None:
+        subject = self.at(which)
+        torch.manual_seed(seed)
+        given = {key: 0.5 * torch.randn_like(tensor) for key, tensor in subject.base.items()}
+        assert subject.model.load_state_dict({k: t.clone() for k, t in given.items()}, assign=assign) == ([], [])
+        for layer, state in subject.layers.items():
+            state.prompted = None if state.prompted is None else given[f"{layer}.weight"]
+            state.weight = given[f"{layer}.weight"]
+            if state.has_own_bias:
+                state.bias = given[f"{layer}.bias"]
+
+    @adapted
+    @rule(which=which)
+    def train(self, which: int) -> None:
+        subject, _ = self.named(which, 0)
+        x = X[3].to(subject.dtype)
+        y = subject.model(x)
+        wanted = [
+            (name, key)
+            for name in subject.adapters
+            for key, parameter in glora.named_parameters(subject.model, name)
+            if parameter.requires_grad
+        ]
+        if not y.requires_grad:
+            assert not wanted
+            return
+        y.float().square().sum().backward()
+        for parameter in subject.model.parameters():
+            assert parameter.requires_grad or parameter.grad is None
+            parameter.grad = None
+
+
+TestLifecycle = Lifecycle.TestCase
+TestLifecycle.settings = settings(
+    max_examples=max(200, 2 * settings().max_examples), stateful_step_count=30 if settings().max_examples < 1000 else 60
+)
