@@ -138,7 +138,8 @@ class Subject:
         return any(key.count(".") == 2 and key.startswith("head.") for a in self.adapters.values() for key in a.tensors)
 
     def trains_the_head(self) -> bool:
-        return any("head.weight" in adapter.tensors for adapter in self.adapters.values())
+        """Whether adapters have copies of the head; torch's removal may have left them one of its tensors."""
+        return any(key.count(".") == 1 for adapter in self.adapters.values() for key in adapter.tensors)
 
     def weight(self, name: str, acting: Mapping[str, float]) -> Value:
         """`W0 + sum_i w_i (W0 * A_i + B_i)`, or the copy of the adapter that acts."""

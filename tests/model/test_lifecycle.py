@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from tests.helpers.lifecycle import SIZES, X, Adapter, Net, Subject, paths_for, 
 from tests.helpers.state import unchanged
 
 NAMES = ["a", "b", "c"]
+HEAD = ("head.weight", "head.bias")
 WEIGHTS = [1.0, 0.5, -0.5, 2.0, 0.0]
 CONFIGS = st.builds(
     GLoRAConfig,
@@ -34,9 +36,14 @@ CONFIGS = st.builds(
     create_bias=st.booleans(),
     init=st.just("random"),
 )
-names = st.sampled_from(NAMES)
 which = st.integers(0, 1)
 number = st.integers(0, 2)
+ATTACHED: dict[str, Any] = {
+    "which": which,
+    "configs": st.dictionaries(st.sampled_from(list(SIZES)), CONFIGS, min_size=1),
+    "head": st.booleans(),
+    "seed": st.integers(0, 99),
+}
 adapted: Any = precondition(lambda machine: any(subject.adapters for subject in machine.subjects))
 
 
@@ -57,13 +64,14 @@ class Lifecycle(RuleBasedStateMachine):
         self.saved: list[Saved] = []
         self.subjects: list[Subject] = []
 
-    @initialize(seed=st.integers(0, 99), flags=st.lists(st.booleans(), min_size=5, max_size=5))
-    def start(self, seed: int, flags: list[bool]) -> None:
+    @initialize(flags=st.lists(st.booleans(), min_size=5, max_size=5), **ATTACHED)
+    def start(self, which: int, flags: list[bool], configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
         torch.manual_seed(seed)
         model = Net()
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
         self.subjects = [Subject.of(model)]
+        self.apply(which, 1, configs, head, seed)
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -77,6 +85,11 @@ class Lifecycle(RuleBasedStateMachine):
         subject = there[which % len(there)]
         return subject, list(subject.adapters)[number % len(subject.adapters)]
 
+    def new_name(self, subject: Subject, taken: int) -> str:
+        """A name that no adapter of the model has, as long as there is one; now and then one that is taken."""
+        free = [name for name in NAMES if name not in subject.adapters]
+        return free[0] if free and taken else NAMES[0]
+
     @invariant()
     def holds_and_computes_what_it_must(self) -> None:
         for subject in self.subjects:
@@ -88,15 +101,16 @@ class Lifecycle(RuleBasedStateMachine):
 
     # Attaching.
 
-    @rule(
-        which=which,
-        name=names,
-        configs=st.dictionaries(st.sampled_from(list(SIZES)), CONFIGS, min_size=1),
-        head=st.booleans(),
-        seed=st.integers(0, 99),
-    )
-    def apply(self, which: int, name: str, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+    @rule(taken=st.integers(0, 9), **ATTACHED)
+    def apply(self, which: int, taken: int, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
         subject = self.at(which)
+        self.attach(subject, self.new_name(subject, taken), configs, head, seed)
+
+    @rule(**ATTACHED)
+    def apply_another(self, which: int, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+        self.apply(which, 1, configs, head, seed)  # once more: put on about as often as taken off
+
+    def attach(self, subject: Subject, name: str, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
         head = head and "head" not in configs
 
         def call() -> None:
@@ -124,9 +138,10 @@ class Lifecycle(RuleBasedStateMachine):
         return not (("head" in targets and subject.trains_the_head()) or (head and subject.forms_the_head()))
 
     @precondition(lambda self: bool(self.saved))
-    @rule(which=which, name=names, index=st.integers(0, 3), trainable=st.booleans())
-    def load(self, which: int, name: str, index: int, trainable: bool) -> None:
+    @rule(which=which, taken=st.integers(0, 9), index=st.integers(0, 3), trainable=st.booleans())
+    def load(self, which: int, taken: int, index: int, trainable: bool) -> None:
         subject, saved = self.at(which), self.saved[index % len(self.saved)]
+        name = self.new_name(subject, taken)
 
         def call() -> object:
             return glora.load(subject.model, saved.folder, name, trainable=trainable)
@@ -154,6 +169,8 @@ class Lifecycle(RuleBasedStateMachine):
         subject, name = self.named(which, number)
         folder = Path(self.folder.name) / str(len(self.saved))
         adapter = subject.adapters[name]
+        if len({key for key in adapter.tensors if key in HEAD}) == 1:
+            return  # test_a_half_removed_head_is_saved_and_loaded
         prompts = {key.split(".")[0] for key in adapter.tensors if ".C." in key}
         if any(subject.layers[layer].prompted is not None for layer in prompts):
             self.refused(subject, RuntimeError, lambda: glora.save(subject.model, folder, name))
@@ -180,7 +197,7 @@ class Lifecycle(RuleBasedStateMachine):
         chosen = [there[i] for i in order if i < len(there)]
         given = dict(zip(chosen, weights, strict=False)) if weights != [0.5] else chosen[0]
         acting = {given: 1.0} if isinstance(given, str) else {name: w for name, w in given.items() if w}
-        for key in ("head.weight", "head.bias"):
+        for key in HEAD:
             copies = [subject.adapters[name].tensors.get(key, subject.base[key]) for name in acting]
             if subject.trains_the_head() and any(not torch.equal(copies[0], other) for other in copies):
                 self.refused(subject, ValueError, lambda: glora.activate(subject.model, given))
@@ -250,15 +267,20 @@ class Lifecycle(RuleBasedStateMachine):
         if not subject.adapters:
             subject.freed()
 
-    @rule(which=which)
-    def remove(self, which: int) -> None:
-        subject = self.at(which)
+    @adapted
+    @rule(which=which, twice=st.booleans())
+    def remove(self, which: int, twice: bool) -> None:
+        subject, _ = self.named(which, 0)
         glora.remove(subject.model)
         subject.freed()
+        if twice:
+            with unchanged(subject.model):
+                glora.merge(glora.remove(subject.model))
 
+    @adapted
     @rule(which=which)
     def merge(self, which: int) -> None:
-        subject = self.at(which)
+        subject, _ = self.named(which, 0)
         if subject.is_large():
             return
         kept = {
@@ -287,13 +309,16 @@ class Lifecycle(RuleBasedStateMachine):
 
     # Copies, conversions, tensors.
 
+    @adapted
     @rule(which=which)
     def deepcopy(self, which: int) -> None:
-        self.subjects = [self.at(which), copy.deepcopy(self.at(which))]
+        subject, _ = self.named(which, 0)
+        self.subjects = [subject, copy.deepcopy(subject)]
 
+    @adapted
     @rule(which=which, to=st.sampled_from(["half", "float", "double"]), inside=st.booleans())
     def convert(self, which: int, to: str, inside: bool) -> None:
-        subject = self.at(which)
+        subject = self.named(which, 0)[0]
         if inside:
             with glora.merged(subject.model):
                 getattr(subject.model, to)()
@@ -336,9 +361,10 @@ class Lifecycle(RuleBasedStateMachine):
         for key, tensor in given.items():
             adapter.tensors[key] = tensor.to(adapter.tensors[key].dtype)
 
+    @adapted
     @rule(which=which, seed=st.integers(0, 99), assign=st.booleans())
     def load_a_plain_checkpoint(self, which: int, seed: int, assign: bool) -> None:
-        subject = self.at(which)
+        subject = self.named(which, 0)[0]
         torch.manual_seed(seed)
         given = {key: 0.5 * torch.randn_like(tensor) for key, tensor in subject.base.items()}
         assert subject.model.load_state_dict({k: t.clone() for k, t in given.items()}, assign=assign) == ([], [])
@@ -369,7 +395,23 @@ class Lifecycle(RuleBasedStateMachine):
             parameter.grad = None
 
 
+EXAMPLES, STEPS = {"long": (2000, 60), "mutation": (15, 20)}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (200, 30))
 TestLifecycle = Lifecycle.TestCase
-TestLifecycle.settings = settings(
-    max_examples=max(200, 2 * settings().max_examples), stateful_step_count=30 if settings().max_examples < 1000 else 60
-)
+TestLifecycle.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
+
+
+@pytest.mark.xfail(strict=True, reason="adapters() goes by the layers: those of earlier layers come first")
+def test_adapters_are_listed_in_the_order_of_attaching() -> None:
+    model = Net()
+    for name, layer in (("a", "second"), ("b", "first")):
+        glora.apply(model, [layer], GLoRAConfig.lora(rank=1), name=name)
+    assert list(glora.adapters(model)) == ["a", "b"]
+
+
+@pytest.mark.xfail(strict=True, reason="load demands every tensor of a head, save writes those that are left")
+def test_a_half_removed_head_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = glora.apply(Net(), ["first"], GLoRAConfig.lora(rank=1), trainable=["head"])
+    parametrize.remove_parametrizations(model.head, "weight")
+    glora.save(model, tmp_path)
+    loaded = glora.load(Net(), tmp_path)
+    same(glora.state_dict(loaded), glora.state_dict(model))
