@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -80,10 +80,13 @@ class GLoRAConfig:
             _one_of(path, getattr(self, path), allowed)
         _one_of("product", self.product, ("hadamard", "matmul"))
         _one_of("init", self.init, ("identity", "random"))
-        if type(self.rank) is not int or self.rank < 1:
+        if type(self.rank) is not int or not 1 <= self.rank < 2**63:
             raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
-            raise ValueError(f"alpha must be a positive number, or None for alpha = rank; found {self.alpha!r}.")
+        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
+            raise ValueError(
+                f"alpha must be a positive number that a float can hold, or None for alpha = rank; found "
+                f"{self.alpha!r:.40}."
+            )
         if not (_is_number(self.rank_dropout) and 0 <= self.rank_dropout < 1):
             raise ValueError(f"rank_dropout must be a probability in [0, 1); found {self.rank_dropout!r}.")
         if type(self.create_bias) is not bool:
@@ -181,4 +184,6 @@ def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a finite number, no larger than a float can be."""
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest

@@ -1,8 +1,10 @@
 """Every test starts from the same seed, and hypothesis draws the same examples at every run."""
 
+import os
+
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "pinned",
@@ -12,7 +14,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("long", settings.get_profile("pinned"), max_examples=1000)
-settings.load_profile("pinned")
+# Under `mutmut run` (pyproject.toml) the first failing example is enough: none is made smaller.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("pinned"),
+    max_examples=15,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pinned"))
 
 
 # The matrices are small: more threads are slower.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import glora
 from glora.__main__ import main
-from tests.helpers.files import saved_half_precision
+from tests.helpers.files import damages, is_reordered, saved_half_precision
+
+PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 
 def test_inspect_prints_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +52,77 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         glora.remove(model)
 
 
+def test_rs_lora_is_an_option_of_every_command_that_reads_or_writes_lycoris(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8))
+    base, file, out = (str(tmp_path / f"{name}.safetensors") for name in ("base", "lycoris", "out"))
+    save_file(model.state_dict(), base)
+    config = glora.GLoRAConfig.lora(init="random", rank=4, alpha=3)
+    glora.save(glora.apply(model, config=config), tmp_path / "a")
+    assert main(["convert", str(tmp_path / "a"), file, "--to", "lycoris", "--rs-lora"]) == 0
+    assert load_file(file)["lycoris_0.alpha"].item() == pytest.approx(3 / 4 * 2)  # alpha / sqrt(rank) is 3 / 4
+    assert main(["merge", base, file, out, "--rs-lora"]) == 0
+    torch.testing.assert_close(load_file(out)["0.weight"], model[0].weight)
+
+
 def test_the_command_exists() -> None:
     run = subprocess.run([sys.executable, "-m", "glora", "--help"], capture_output=True, text=True, check=True)
     assert "merge" in run.stdout
+    assert f'[project.scripts]\nglora = "{main.__module__}:{main.__name__}"\n' in PROJECT
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.safetensors", "nowhere.pt"])
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_path_that_is_not_there_is_named(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = [str(tmp_path / "out"), "--to", "peft"] if command == "convert" else []
+    assert main([command, str(tmp_path / name), *rest]) == 1
+    assert f"there is none at {str(tmp_path / name)!r}" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([command, str(tmp_path / "empty"), *rest]) == 1
+    assert "adapter_model.safetensors; there is none at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("tqdm", "cli"), ("safetensors", "files")])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    module: str, extra: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_half_precision(tmp_path / "a", create_bias=True)
+    with mock.patch.dict(sys.modules, {module: None, f"{module}.torch": None}):
+        assert main(["merge", "base.safetensors", str(tmp_path / "a"), "out.safetensors"]) == 1
+    error = capsys.readouterr().err
+    assert f"'{module}'" in error
+    assert f"glora[{extra}]" in error
+    assert re.search(rf'^{extra} = \[.*"{module}>=', PROJECT, re.MULTILINE)
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from(["glora", "peft", "lycoris", "base"]))
+def test_a_damaged_file_is_an_error_and_no_traceback(tmp_path_factory: Any, rng: random.Random, which: str) -> None:
+    folder = tmp_path_factory.mktemp("damage")
+    forms: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}
+    model = nn.Sequential(nn.Linear(3, 2))
+    save_file(model.state_dict(), folder / "base.safetensors")
+    product = "matmul" if which == "lycoris" else "hadamard"
+    glora.apply(model, config=glora.GLoRAConfig(init="random", rank=2, product=product, **forms))
+    glora.save(model, folder / "base")
+    adapter = folder / {"lycoris": "lycoris.safetensors", "base": "base"}.get(which, which)
+    if which != "base":
+        assert main(["convert", str(folder / "base"), str(adapter), "--to", which]) == 0
+    files = [file for file in (adapter, *adapter.glob("*.*")) if file.is_file() and file.name != "glora_config.json"]
+    damaged = folder / "base.safetensors" if which == "base" else rng.choice(sorted(files))
+    good = damaged.read_bytes()
+    bad = damages(good, good[::-1], b"{", rng)
+    damaged.write_bytes(bad)
+    base = ["--base", str(folder / "base.safetensors")]
+    for arguments in (
+        ["inspect", str(adapter), *base],
+        ["convert", str(adapter), str(folder / "converted"), "--to", "glora", *base],
+        ["merge", base[1], str(adapter), str(folder / "out.safetensors")],
+    ):
+        code = main(arguments)  # an error is returned, not raised
+        assert code in (0, 1)
+        if which == "glora" and not is_reordered(bad, good):
+            assert code == 1
+    if len(bad) < len(good) and damaged.suffix == ".safetensors":
+        assert not (folder / "out.safetensors").exists()

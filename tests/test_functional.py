@@ -125,6 +125,38 @@ def test_an_update_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None
     assert functional.weight(W0, B=more_than_half) > W0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paths_in_half_precision_are_summed_in_single_precision(dtype: torch.dtype) -> None:
+    # 3 * 0.34 takes more digits than half precision has; what is left of them decides how W0 + W0 A + B rounds.
+    W0, b0 = torch.randn(64, 64).to(dtype), torch.randn(64).to(dtype)
+    A, B, D, E = (torch.randn(*shape).to(dtype) for shape in ((64, 1), (64, 64), (64,), (64,)))
+    wide = W0.float() + (W0.float() * A.float() + B.float())
+    assert torch.equal(functional.weight(W0, A, B), wide.to(dtype))
+    b = functional.bias(W0, b0, D=D, E=E)
+    assert b is not None
+    assert torch.equal(b, (b0.float() + (b0.float() * D.float() + E.float())).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_in_half_precision_are_scaled_in_single_precision(dtype: torch.dtype) -> None:
+    value, right, scale = torch.randn(64, 1).to(dtype), torch.randn(1, 4).to(dtype), torch.tensor(0.3)
+    one = functional.Factors(value, scale).scaled()
+    left, _ = functional.Factors((value, right), scale).scaled()
+    assert torch.equal(one, value.float() * 0.3)
+    assert torch.equal(left, value.float() * 0.3)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_product_is_computed_in_the_wider_of_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    left, right = torch.randn(3, 5, dtype=dtypes[0]), torch.randn(5, 4, dtype=dtypes[1])
+    assert torch.equal(functional.multiply(left, right), left.double() @ right.double())
+
+
+def test_a_layer_is_elementwise_where_no_product_is_named() -> None:
+    x, W0, A = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4, 3)
+    torch.testing.assert_close(functional.linear(x, W0, A=A), x @ (W0 + W0 * A).T)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     W0, b0 = torch.randn(8, 6).to(dtype), torch.randn(8).to(dtype)
@@ -229,6 +261,13 @@ def test_vmap_over_inputs_and_over_factors(product: Any) -> None:
         ({"B": torch.ones(())}, "Path B"),
         ({"B": torch.ones(1, 1)}, "Path B"),
         ({"A": torch.ones(1, 1)}, "Path A"),
+        ({"B": (torch.ones(4, 2), torch.ones(3))}, "Path B .* pair"),
+        ({"B": (torch.ones(4), torch.ones(2, 3))}, "Path B .* pair"),
+        (
+            {"B": (torch.ones(4, 2), torch.ones(1, 3))},
+            r"^Path B must have the shape \(4, 1\) or \(1,\) or \(4, 3\), or a pair of \(4, r\) and \(r, 3\); "
+            r"found the pair \(\(4, 2\), \(1, 3\)\)\.$",
+        ),
         ({"product": "tensor"}, "product must be one of 'hadamard', 'matmul'; found 'tensor'"),
     ],
 )
@@ -249,7 +288,7 @@ def test_weight_refuses_what_would_broadcast_wrongly(arguments: dict[str, Any], 
         ({"D": torch.ones(3)}, "Path D"),
         ({"D": (torch.ones(4, 1), torch.ones(1, 1))}, "Path D .* pair"),
         ({"E": torch.ones(4, 1)}, "Path E"),
-        ({"D": torch.ones(4), "b0": None}, "D scales the bias; found b0=None"),
+        ({"D": torch.ones(4), "b0": None}, r"^D scales the bias; found b0=None\. .* zeros\.$"),
     ],
 )
 def test_bias_refuses_what_would_broadcast_wrongly(arguments: dict[str, Any], words: str) -> None:

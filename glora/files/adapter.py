@@ -18,12 +18,13 @@ from glora.config import FORMS, GLoRAConfig
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    PEFT_CONFIG_FILE,
     adapter_file,
     parse_json,
     plain_tensors,
     read_safetensors,
-    replace_file,
-    write_safetensors,
+    replace_files,
+    serialize,
 )
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
@@ -41,16 +42,17 @@ FORMAT_VERSION = 1
 # bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
 # its layers account for every tensor with the right shape; only then is a model looked at.
 
-_MOST_TEXT = 90_000_000  # bytes of description: safetensors reads no header above 100 MB
-
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
-    """Write one adapter into a folder: `adapter_model.safetensors`, and `adapter_config.json` for readers.
+    """Write one adapter into a folder: `adapter_model.safetensors`, and `glora_config.json` for readers.
 
-    The file holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
+    The first holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
     each layer's forms, rank, alpha, product and base shape, the format's version and a SHA-256 sum of it all. It is
     written beside, flushed to the disk and put in place in one step: killed at any moment, the folder has the old
-    adapter or the new one.
+    adapter or the new one. `glora_config.json` is a copy of the description, for people; nothing depends on it.
+
+    An `adapter_config.json` in the folder, PEFT's or an earlier glora's, describes the adapter that is replaced, and is
+    removed. PEFT and transformers then say that there is no adapter of theirs; `glora.interop.save_peft` writes one.
 
     Args:
         model: the model, or a wrapper of it.
@@ -59,7 +61,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter; tensors on the meta device.
+        ValueError: None, and not exactly one adapter; tensors on the meta device; more layers than a file describes.
         ImportError: safetensors is not installed (the extra `glora[files]`).
 
     Example:
@@ -84,7 +86,7 @@ def load(model: Model, directory: str | os.PathLike[str], name: str = "default",
     Args:
         model: the model. Tensors go to each layer's device; on the meta device, whose layers have no memory yet, they
             stay on the CPU until the model is moved.
-        directory: the folder, or the file in it.
+        directory: the folder, or its `adapter_model.safetensors`.
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients; False for one that only serves.
 
@@ -98,7 +100,7 @@ def load(model: Model, directory: str | os.PathLike[str], name: str = "default",
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Warns:
-        UserWarning: `adapter_config.json` does not say what the file says, which counts.
+        UserWarning: `glora_config.json` does not say what `adapter_model.safetensors` says, which counts.
     """
     file = adapter_file(directory)
     return attach_spec(model, read(file), file, name=name, trainable=trainable)
@@ -109,14 +111,11 @@ def write(directory: Path, adapter: AdapterSpec) -> None:
     meta = [key for key, tensor in adapter.tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"Only tensors with memory can be saved; {meta[0]!r} is on the meta device.")
-    fields = _to_json(adapter)
+    fields, tensors = _to_json(adapter), plain_tensors(adapter.tensors)
     text, copy = json.dumps(fields, sort_keys=True), json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"One file describes about 350,000 layers at most; this adapter has {len(adapter.layers):,}.")
-    tensors = plain_tensors(adapter.tensors)
-    # The copy last: between the two a reader is warned of the old copy, and has the whole new adapter.
-    write_safetensors(directory / ADAPTER_FILE, tensors, {"glora": text, "sha256": digest(text, tensors)})
-    replace_file(directory / CONFIG_FILE, lambda file: file.write(copy.encode()))
+    data = serialize(tensors, {"glora": text, "sha256": digest(text, tensors)})
+    contents = {directory / ADAPTER_FILE: data, directory / CONFIG_FILE: copy.encode()}
+    replace_files(contents, obsolete=[directory / PEFT_CONFIG_FILE])
 
 
 def read(file: Path) -> AdapterSpec:
@@ -125,7 +124,7 @@ def read(file: Path) -> AdapterSpec:
     Raises:
         AdapterFileError: it is damaged or foreign.
     """
-    tensors, metadata = read_safetensors(file)
+    tensors, metadata, header = read_safetensors(file)
     if "glora" not in metadata:
         raise AdapterFileError(
             f"An adapter of glora has its description in the file's metadata; {file} has none. If another library "
@@ -134,8 +133,6 @@ def read(file: Path) -> AdapterSpec:
     text = metadata["glora"]
     if set(metadata) != {"format", "glora", "sha256"} or metadata["format"] != "pt":
         raise AdapterFileError(f"The metadata of {file} are not what glora writes; the file is damaged.")
-    with file.open("rb") as opened:
-        header = opened.read(int.from_bytes(opened.read(8), "little"))
     # Padding is spaces: other white space there means nothing to a parser, and is damage that the sum does not cover.
     if any(byte in header for byte in b"\t\n\r"):
         raise AdapterFileError(f"The header of {file} has white space that safetensors never writes; it is damaged.")
@@ -145,7 +142,7 @@ def read(file: Path) -> AdapterSpec:
             f"again from where it came from."
         )
     adapter = _parse(file, parse_json(text, file), tensors)
-    _compare_copy(file.with_name(CONFIG_FILE), text)
+    _compare_copy(file, text)
     return adapter
 
 
@@ -201,10 +198,8 @@ def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
     fields = dict(fields)
     shape = fields.pop("out_features"), fields.pop("in_features")
     bias = fields.pop("bias")
-    if not all(size is None or (type(size) is int and size > 0) for size in shape) or type(bias) not in (
-        bool,
-        type(None),
-    ):
+    known = [size for size in shape if size is not None]
+    if not all(type(size) is int and size > 0 for size in known) or not (bias is None or type(bias) is bool):
         raise ValueError(f"sizes {shape} and bias {bias!r}")
     forms = {name: fields["forms"].get(name, "none") for name in FORMS}
     if not set(fields.pop("forms")) <= set(FORMS):
@@ -213,15 +208,16 @@ def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
 
 
 def _compare_copy(file: Path, text: str) -> None:
-    """Warn where the readers' copy says something else than the file; nothing depends on it."""
+    """Warn where the readers' copy, under today's name or the earlier one, says something else than the file."""
+    copy = next((copy for name in (CONFIG_FILE, PEFT_CONFIG_FILE) if (copy := file.with_name(name)).exists()), None)
     try:
-        same = not file.exists() or parse_json(file.read_bytes(), file) == json.loads(text)
+        same = copy is None or parse_json(copy.read_bytes(), copy) == json.loads(text)
     except (AdapterFileError, OSError):
         same = False
     if not same:
         warnings.warn(
-            f"{file} does not say what {ADAPTER_FILE} beside it says, which is what counts. It may have been edited, "
-            f"or belong to another adapter; saving again renews it.",
+            f"{copy} does not say what {file.name} beside it says, which is what counts. It may have been edited, or "
+            f"belong to another adapter; saving again renews it.",
             UserWarning,
             stacklevel=4,
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -14,36 +14,56 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS
-from glora.files.container import import_optional, parse_json, replace_file
+from glora.files.container import parse_json, plain_tensors, read_header, replace_files
 from glora.model.attach import attach_spec
 from glora.model.merged import merge
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
-from glora.text import format_names
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
+from glora.text import format_names, format_problems
 
 # Note [One tensor at a time]
 # safetensors writes a file from tensors that are all in memory. A checkpoint may be larger than memory, so the file is
 # written here: its header first (eight bytes of length, JSON, padding to eight), which the base's headers and the
 # adapter's description determine, then each tensor as it is computed. A layer is merged as a model of that layer by
 # `attach_spec` and `merge`, so that every bit is what they make of it: for its weight with A and B alone, for its
-# bias with C, D and E alone (C needs W0, which is then read once more).
+# bias with C, D and E alone (C needs W0, which is then read once more). What no adapter touches is copied as bytes,
+# so that it may be of any dtype, of those that torch does not know too.
 
 _INDEX = ".index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGER = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES = _FLOATING | _INTEGER | {"BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the base: its file, dtype as safetensors names it, shape."""
+    """A tensor of the base, or of the output.
+
+    Attributes:
+        file: the file that it is in; of a created bias, the file that its layer's weight is in.
+        dtype: as safetensors names it.
+        start: where its bytes begin in the file.
+        bytes: how many there are.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
     bytes: int
+
+    def read(self) -> bytearray:
+        data = bytearray(self.bytes)
+        with self.file.open("rb") as opened:
+            opened.seek(self.start)
+            if opened.readinto(data) != self.bytes:
+                raise AdapterFileError(f"{self.file} ends before the tensors that its header names; it is damaged.")
+        return data
+
+    def tensor(self) -> Tensor:
+        return torch.frombuffer(self.read(), dtype=_DTYPES[self.dtype]).reshape(self.shape)
+
+    def without_data(self) -> Tensor:
+        return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
 
 
 def merge_checkpoint(
@@ -56,16 +76,17 @@ def merge_checkpoint(
         adapter: the adapter; its layers are the checkpoint's keys without `.weight`.
         source: the adapter's file, for messages.
         out: the `.safetensors` file to write; for a sharded base an `.index.json`, whose shards (of the base's names)
-            go beside it, or one `.safetensors` file for all. Put in place when whole, the index last.
+            go beside it, or one `.safetensors` file for all. Put in place when all of it is whole, the index last.
         progress: called with the bytes written, and those of the whole, after each tensor.
 
     Raises:
         AdapterFileError: a damaged base or index; an adapter that does not fit it.
         ValueError: a W' that is not finite; out in place of the base.
+        FileNotFoundError: no base.
     """
-    entries, metadata = _entries(base)
+    entries, metadata, of_index = _read_base(base)
     plan = _plan(entries, adapter, source)
-    files = {entry.file for entry in entries.values()}
+    files = sorted({entry.file for entry in entries.values()})
     sharded = out.name.endswith(_INDEX)
     if sharded and not base.name.endswith(_INDEX):
         raise ValueError(f"The base is one file, and so is what is written; found {out} for it, an index.")
@@ -76,62 +97,62 @@ def merge_checkpoint(
             f"The base stays as it is; {format_names(map(str, taken))} would be written over. Choose another."
         )
     total, done = sum(entry.bytes for entry in plan.values()), 0
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(_open(file)) for file in files}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for target in sorted(set(targets.values())):
-            # As safetensors orders them: the widest dtype first, so that all are aligned, then by name.
-            keys = sorted(
-                (key for key, entry in plan.items() if targets[entry.file] == target),
-                key=lambda key: (-_size(plan[key].dtype), key),
-            )
 
-            def fill(file: BinaryIO, keys: list[str] = keys) -> None:
-                nonlocal done
-                file.write(_header({key: plan[key] for key in keys}, metadata))
-                for key in keys:
-                    file.write(_bytes(_tensor(key, entries, adapter, source, opened)))
-                    done += plan[key].bytes
-                    if progress is not None:
-                        progress(done, total)
+    def fill(target: Path, file: BinaryIO) -> None:
+        nonlocal done
+        shard = {key: entry for key, entry in plan.items() if targets[entry.file] == target}
+        # As safetensors orders them: the widest dtype first, so that all are aligned, then by name.
+        keys = sorted(shard, key=lambda key: (-_bits(shard[key].dtype), key))
+        file.write(_header({key: shard[key] for key in keys}, metadata))
+        for key in keys:
+            file.write(_merged(key, entries, adapter, source))
+            done += shard[key].bytes
+            if progress is not None:
+                progress(done, total)
 
-            replace_file(target, fill)
-        if sharded:
-            weight_map = {key: entry.file.name for key, entry in sorted(plan.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            replace_file(out, lambda file: file.write(json.dumps(index, indent=2).encode()))
+    contents: dict[Path, Any] = {target: partial(fill, target) for target in targets.values()}
+    if sharded:
+        weight_map = {key: entry.file.name for key, entry in sorted(plan.items())}
+        index = {"metadata": {**of_index, "total_size": total}, "weight_map": weight_map}
+        contents[out] = json.dumps(index, indent=2).encode()
+    replace_files(contents)
 
 
 def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
     """Key to shape of every tensor of a checkpoint, sharded or not."""
-    return {key: entry.shape for key, entry in _entries(base)[0].items()}
+    return {key: entry.shape for key, entry in _read_base(base)[0].items()}
 
 
-def _entries(base: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Key to entry of every tensor of the base, and its metadata."""
-    files = [base]
+def _read_base(base: Path) -> tuple[dict[str, _Entry], dict[str, str], dict[str, Any]]:
+    """Key to entry of every tensor of a checkpoint; the metadata of its files, and those of its index."""
+    files, named, of_index = [base], dict[str, str](), dict[str, Any]()
     if base.name.endswith(_INDEX):
-        index = parse_json(base.read_bytes(), base)
-        held = cast("dict[str, Any]", index if isinstance(index, dict) else {}).get("weight_map")
-        names = set(cast("dict[str, Any]", held if isinstance(held, dict) else {}).values())
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raw = parse_json(base.read_bytes(), base)
+        index = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
+        held, said = index.get("weight_map"), index.get("metadata")
+        named = cast("dict[str, str]", held if isinstance(held, dict) else {})
+        of_index = cast("dict[str, Any]", said if isinstance(said, dict) else {})
+        of_index.pop("total_parameters", None)  # a created bias adds to it
+        names = list(named.values())
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):  # pyright: ignore
             raise AdapterFileError(f"{base} must name shards in its own folder; found {format_names(map(str, names))}.")
-        files = [base.parent / name for name in sorted(names)]
-    entries: dict[str, _Entry] = {}
-    metadata: dict[str, str] = {}
+        files = [base.parent / name for name in sorted(set(names))]
+    entries, metadata = dict[str, _Entry](), dict[str, str]()
     for file in files:
-        with _open(file) as opened:
-            metadata |= opened.metadata() or {}
-            for key in opened.keys():  # noqa: SIM118 - it is no mapping
-                part = opened.get_slice(key)
-                shape = tuple(part.get_shape())
-                if key in entries:
-                    raise AdapterFileError(f"{key!r} is in two shards of {base}: {entries[key].file} and {file}.")
-                entries[key] = _Entry(file, part.get_dtype(), shape, _size(part.get_dtype()) * _count(shape))
-    return entries, metadata
+        header, start = read_header(file)
+        metadata |= header.pop("__metadata__", None) or {}
+        for key, field in header.items():
+            if key in entries:
+                raise AdapterFileError(f"{key!r} is in two shards of {base}: {entries[key].file} and {file}.")
+            first, end = field["data_offsets"]
+            entries[key] = _Entry(file, field["dtype"], tuple(field["shape"]), start + first, end - first)
+    astray = [k for k, name in named.items() if k not in entries or entries[k].file.name != name]
+    if astray:
+        raise AdapterFileError(f"{base} names {format_names(astray)} in shards that do not have them; it is damaged.")
+    return entries, metadata, of_index
 
 
-def _plan(entries: dict[str, _Entry], adapter: AdapterSpec, source: object) -> dict[str, _Entry]:
+def _plan(entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> dict[str, _Entry]:
     """Key to entry of every tensor of the merged checkpoint; everything that can be checked without a tensor, is."""
     plan = dict(entries)
     missing = [join(path, "weight") for path in adapter.layers if join(path, "weight") not in entries]
@@ -141,29 +162,44 @@ def _plan(entries: dict[str, _Entry], adapter: AdapterSpec, source: object) -> d
             f"An adapter is merged into the checkpoint of the model that it was attached to; {source} adapts "
             f"{format_names(missing)}, which the base does not have. It has {format_names(entries)}."
         )
+    problems = _misfits_of_heads(entries, adapter)
     for path, layer in adapter.layers.items():
-        weight = entries[join(path, "weight")]
-        if weight.dtype not in _DTYPES or len(weight.shape) != 2:
-            raise AdapterFileError(f"{join(path, 'weight')!r} of the base is {weight.dtype} {weight.shape}, no weight.")
-        _adapted(path, layer, adapter, source, *_skeleton(path, entries))
-        if _creates_bias(path, layer, entries):
-            size = weight.shape[0]
-            plan[join(path, "bias")] = _Entry(weight.file, weight.dtype, (size,), size * _size(weight.dtype))
+        weight, bias = entries[join(path, "weight")], entries.get(join(path, "bias"))
+        if weight.dtype not in _FLOATING or len(weight.shape) != 2:
+            problems.append(f"{join(path, 'weight')!r} of the base is {weight.dtype} {weight.shape}, no weight")
+        elif bias is not None and (bias.dtype not in _FLOATING or bias.shape != weight.shape[:1]):
+            problems.append(f"{join(path, 'bias')!r} of the base is {bias.dtype} {bias.shape}, no bias")
+        else:
+            _attach(path, layer, adapter, source, weight.without_data(), bias and bias.without_data())
+            if bias is None and any(layer.config.forms[name] != "none" for name in "CE"):
+                rows, columns = weight.shape
+                plan[join(path, "bias")] = replace(weight, shape=(rows,), start=0, bytes=weight.bytes // columns)
+    if problems:
+        raise AdapterFileError(
+            f"An adapter must fit the checkpoint that it is merged into; {source} does not, and nothing was written. "
+            f"Found: {format_problems(problems)}. Take the checkpoint of the model that it was trained on."
+        )
     return plan
 
 
-def _skeleton(path: str, entries: dict[str, _Entry]) -> tuple[Tensor, Tensor | None]:
-    weight, bias = entries[join(path, "weight")], entries.get(join(path, "bias"))
-    made = [None if e is None else torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for e in (weight, bias)]
-    return cast("Tensor", made[0]), made[1]
+def _misfits_of_heads(entries: Mapping[str, _Entry], adapter: AdapterSpec) -> list[str]:
+    """Why heads cannot take the place of the base's modules."""
+    problems: list[str] = []
+    owned: dict[str, set[str]] = {}
+    for key in entries:
+        owned.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
+    for path, names in adapter.heads.items():
+        if set(names) != owned[path]:
+            problems.append(f"{path!r}: tensors {sorted(names)} where the base has {sorted(owned[path])}")
+        else:
+            replaced = {join(path, name): entries[join(path, name)] for name in names}
+            unknown = [f"{key!r} of the base is {e.dtype}" for key, e in replaced.items() if e.dtype not in _DTYPES]
+            wanted = {key: TensorSpec(e.shape, e.dtype in _FLOATING) for key, e in replaced.items()}
+            problems += unknown or mismatches(adapter.tensors, wanted, strict=False)
+    return problems
 
 
-def _creates_bias(path: str, layer: LayerSpec, entries: dict[str, _Entry]) -> bool:
-    wants = any(layer.config.forms[name] != "none" for name in "CE")
-    return join(path, "bias") not in entries and wants
-
-
-def _adapted(
+def _attach(
     path: str, layer: LayerSpec, adapter: AdapterSpec, source: object, weight: Tensor, bias: Tensor | None
 ) -> nn.Linear:
     """A layer alone, with its part of the adapter."""
@@ -176,49 +212,31 @@ def _adapted(
     return attach_spec(linear, AdapterSpec({"": layer}, {}, own), f"{source} at {path!r}")
 
 
-def _tensor(
-    key: str,
-    entries: dict[str, _Entry],
-    adapter: AdapterSpec,
-    source: object,
-    opened: dict[Path, Any],
-) -> Tensor:
-    """A tensor of the merged checkpoint."""
-
-    def load(name: str) -> Tensor | None:
-        return None if name not in entries else opened[entries[name].file].get_tensor(name)
-
+def _merged(key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> bytearray | memoryview:
+    """The bytes of a tensor of the merged checkpoint."""
     path, _, name = key.rpartition(".")
     if name in adapter.heads.get(path, ()):
-        return adapter.tensors[key].to(cast("Tensor", load(key)).dtype)
+        return _bytes(adapter.tensors[key].to(_DTYPES[entries[key].dtype]))
     layer = adapter.layers.get(path)
     if layer is None or name not in ("weight", "bias"):
-        return cast("Tensor", load(key))
-    bias = load(join(path, "bias"))
+        return entries[key].read()
     others: dict[str, Any] = dict.fromkeys(BIAS_PATHS if name == "weight" else WEIGHT_PATHS, "none")
-    if bias is None and layer.bias is None:
+    has_bias = join(path, "bias") in entries
+    if not has_bias and layer.bias is None:
         others["D"] = "none"  # it scales a bias that is not there
     own = replace(layer, config=replace(layer.config, **others))
-    if set(own.config.forms.values()) == {"none"}:
-        return cast("Tensor", load(key))
-    merged = merge(_adapted(path, own, adapter, source, cast("Tensor", load(join(path, "weight"))), bias))
-    return merged.weight if name == "weight" else merged.bias
-
-
-@contextmanager
-def _open(file: Path) -> Generator[Any]:
-    safetensors = import_optional("safetensors")
-    if not file.exists():
-        raise FileNotFoundError(f"There is no file {str(file)!r}.")
+    if not own.config.paths:
+        return entries[key].read()
+    bias = entries[join(path, "bias")].tensor() if has_bias else None
+    linear = _attach(path, own, adapter, source, entries[join(path, "weight")].tensor(), bias)
     try:
-        opened = safetensors.safe_open(os.fspath(file), framework="pt")
-    except Exception as error:  # whatever the parser makes of damaged bytes
-        raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
-    with opened as entered:
-        yield entered
+        merged = merge(linear)
+    except ValueError as error:  # which names the layer as a model
+        raise ValueError(f"{key!r} of the base, with {source}: {error}") from error
+    return _bytes(merged.weight if name == "weight" else merged.bias)
 
 
-def _header(entries: dict[str, _Entry], metadata: dict[str, str]) -> bytes:
+def _header(entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for key, entry in entries.items():
@@ -229,16 +247,12 @@ def _header(entries: dict[str, _Entry], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return memoryview(cast("Any", tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+def _bytes(tensor: Tensor) -> memoryview:
+    plain = plain_tensors({"": tensor})[""]
+    return memoryview(cast("Any", plain.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _size(dtype: str) -> int:
-    """Bytes of one number, from the width in safetensors' name of its dtype."""
-    if dtype in ("BOOL", "U8", "I8") or dtype.startswith("F8"):
-        return 1
-    return int("".join(c for c in dtype if c.isdigit())) // 8
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _bits(dtype: str) -> int:
+    """The bits of one number, from safetensors' name of its dtype, as `F8_E4M3`."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8  # BOOL

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import re
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from torch import Tensor
 
 from glora.spec import AdapterFileError
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "glora_config.json"
+PEFT_CONFIG_FILE = "adapter_config.json"  # PEFT's; earlier versions of glora gave their own this name
+
+_MOST_HEADER = 100_000_000  # bytes: safetensors reads no larger header
+# Seconds without a write after which a temporary file belongs to a save that was killed. Not less: the first shard of
+# a large merge waits until the last one is written.
+_STALE = 24 * 3600.0
+
+
+class Contents(NamedTuple):
+    """What a safetensors file holds; `header` is its JSON as it stands in the file, padding included."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    header: bytes
 
 
 def adapter_file(directory: str | os.PathLike[str]) -> Path:
@@ -28,17 +45,29 @@ def adapter_file(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata, from one reading of its bytes."""
+def read_safetensors(file: Path) -> Contents:
+    """All of a safetensors file, from one reading of its bytes."""
     safetensors = import_optional("safetensors.torch")
     data = file.read_bytes()
     try:
         tensors = cast("dict[str, Tensor]", safetensors.load(data))
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = cast("dict[str, str]", header.get("__metadata__", {}))
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        return Contents(tensors, json.loads(header).get("__metadata__") or {}, header)
     except Exception as error:  # whatever a parser makes of damaged bytes
         raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
-    return tensors, metadata
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, without reading them, and at which byte they begin."""
+    safe_open = import_optional("safetensors").safe_open
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {str(file)!r}.")
+    try:
+        with safe_open(os.fspath(file), framework="pt"), file.open("rb") as opened:  # safe_open checks it
+            size = int.from_bytes(opened.read(8), "little")
+            return json.loads(opened.read(size)), 8 + size
+    except Exception as error:  # whatever a parser makes of damaged bytes
+        raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
 
 
 def parse_json(text: str | bytes, file: Path) -> Any:
@@ -49,44 +78,94 @@ def parse_json(text: str | bytes, file: Path) -> Any:
         raise AdapterFileError(f"The JSON of {file} cannot be read ({error}).") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, wherever they lie in memory, into one file, put in place in one step."""
-    data = import_optional("safetensors.torch").save(plain_tensors(tensors), {"format": "pt", **(metadata or {})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write(data))
-
-
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as safetensors takes them: on the CPU, contiguous, no two sharing memory."""
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
-def replace_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path`, flush it to the disk, and put it in place in one step."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file of plain tensors.
+
+    Raises:
+        ValueError: names and metadata that are more than a reader of such files takes.
+    """
+    safetensors = import_optional("safetensors.torch")
     try:
-        with beside.open("xb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        data = safetensors.save(tensors, {"format": "pt", **(metadata or {})})
+    except import_optional("safetensors").SafetensorError as error:
+        raise ValueError(f"{len(tensors):,} tensors cannot be written into one safetensors file ({error}).") from error
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:  # older versions of safetensors write it
+        raise ValueError(
+            f"The header of a safetensors file has at most {_MOST_HEADER:,} bytes; {len(tensors):,} tensors and their "
+            f"description need more. Adapt fewer layers in one adapter."
+        )
+    return data
+
+
+# Note [Replacing files]
+# All files are written beside their places and flushed to the disk before the first is put in place: an error leaves
+# the old ones. Of several files the last one describes the others (an index, a config). It is taken away first and put
+# in place last, so that a kill in between leaves no description, rather than one of other files.
+def replace_files(
+    contents: Mapping[Path, bytes | Callable[[BinaryIO], object]], *, obsolete: Iterable[Path] = ()
+) -> None:
+    """Put files of one folder in place, the last one naming the others (Note [Replacing files]).
+
+    Args:
+        contents: path to its bytes, or to what writes them into the open file.
+        obsolete: files of the same folder to remove, which say something of those that are replaced.
+    """
+    last = list(contents)[-1]
+    folders = [path for path in contents if path.is_dir()]
+    if folders:
+        raise IsADirectoryError(f"A file is to be written, and there is a folder of its name: {folders[0]}.")
+    last.parent.mkdir(parents=True, exist_ok=True)
+    beside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
+    try:
+        for path, content in contents.items():
+            with beside[path].open("xb") as file:
+                file.write(content) if isinstance(content, bytes) else content(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for old in (*obsolete, *([last] if len(contents) > 1 else [])):
+            old.unlink(missing_ok=True)
+        for path, temporary in beside.items():
+            if path == last:
+                _sync(last.parent)  # what goes before reaches the disk before
+            os.replace(temporary, path)
+        _sync(last.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name itself reaches the disk with its folder; Windows cannot open one
-        folder = os.open(path.parent, os.O_RDONLY)
+    _remove_stale(last.parent, {path.name for path in contents})
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    if os.name == "posix":  # Windows cannot open a folder
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
-def import_optional(module: str) -> Any:
+def _remove_stale(folder: Path, names: set[str]) -> None:
+    """Remove the temporary files that killed saves of these files have left."""
+    for file in folder.iterdir():
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", file.name, re.DOTALL)
+        with contextlib.suppress(OSError):  # another save may have removed it
+            if match and match[1] in names and time.time() - file.lstat().st_mtime > _STALE:
+                file.unlink()
+
+
+def import_optional(module: str, extra: str = "files") -> Any:
     """An optional module, or an error that names the extra that brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"Adapter files need {module.partition('.')[0]!r}, which cannot be imported ({error}). Install the extra: "
-            f'pip install "glora[files]".'
+            f"This needs {module.partition('.')[0]!r}, which cannot be imported ({error}). Install the extra that "
+            f'brings it: pip install "glora[{extra}]".'
         ) from error

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.files.container import import_optional, replace_file
+from glora.files.container import plain_tensors, replace_files, serialize
 from glora.functional import working_dtype
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
 from glora.model.modules import Model, named_modules
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
-from glora.text import format_names
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
+from glora.text import format_names, format_problems
 
 # Note [LyCORIS's layouts]
-# W' = W0 + (W0 A + B) alpha / r. Since its version 3 the tensors are A = a1 a2 and B = b1 b2, with a1 (in, r), a2
+# W' = W0 + (W0 A + B) alpha / r, or alpha / sqrt(r) where it was trained with rs_lora, which the file does not say. An
+# alpha of 0 means r. Since its version 3 the tensors are A = a1 a2 and B = b1 b2, with a1 (in, r), a2
 # (r, in), b1 (out, r), b2 (r, in); before, A = a2 a1 and B = b2 b1, with the shapes exchanged. The shapes tell which,
 # beside those of the model's layers, unless in and r are one number and out too; then it is taken as today's.
 #
 # A layer's name is a prefix ("lycoris", "lora_unet", ...) and its path with underscores for dots. Underscores are in
 # paths too, so that only the model's own paths can say which layer is meant.
 
-_TENSORS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+# Our keys within a layer, and LyCORIS's.
+_KEYS = {"A.left": "a1.weight", "A.right": "a2.weight", "B.left": "b1.weight", "B.right": "b2.weight"}
 
 
-def load_lycoris(model: Model, file: str | os.PathLike[str], name: str = "default", *, trainable: bool = True) -> Model:
+def load_lycoris(
+    model: Model,
+    file: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    rs_lora: bool = False,
+) -> Model:
     """Attach a GLoRA that LyCORIS saved: A and B low rank, `product="matmul"`, with its alpha.
 
     Both layouts of its tensors are read, that of version 3 and later and the one before. LyCORIS is not needed.
@@ -41,6 +52,8 @@ def load_lycoris(model: Model, file: str | os.PathLike[str], name: str = "defaul
         file: `.safetensors`, or what `torch.save` wrote (read as tensors alone).
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients.
+        rs_lora: whether it was trained with LyCORIS's `rs_lora`, a scale of `alpha / sqrt(rank)` for `alpha / rank`.
+            The file does not say, and LyCORIS itself reads every file as without.
 
     Returns:
         The model; the adapter is the only active one.
@@ -54,26 +67,31 @@ def load_lycoris(model: Model, file: str | os.PathLike[str], name: str = "defaul
     file = Path(file)
     layers = [f for f in named_modules(model) if isinstance(f.module, nn.Linear)]
     shapes = {f.path: tuple(f.tensors["weight"].shape) for f in layers}
-    return attach_spec(model, read_lycoris(file, shapes), file, name=name, trainable=trainable)
+    return attach_spec(model, read_lycoris(file, shapes, rs_lora=rs_lora), file, name=name, trainable=trainable)
 
 
-def save_lycoris(model: nn.Module, file: str | os.PathLike[str], name: str | None = None) -> None:
+def save_lycoris(
+    model: nn.Module, file: str | os.PathLike[str], name: str | None = None, *, rs_lora: bool = False
+) -> None:
     """Write one adapter as LyCORIS saves its GLoRA, with the prefix `lycoris`.
 
     Args:
         model: the model.
         file: the `.safetensors` file to write.
         name: the adapter; None for the only one.
+        rs_lora: write the alpha for a network that is made with `rs_lora`; the file does not say which it is.
 
     Raises:
         ValueError: what LyCORIS cannot say, named: A or B that is not low rank (none is written as zeros), an
             elementwise A, any C, D or E, a head. Nothing is written then.
         KeyError: no adapter of that name.
+
+    Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
     """
-    write_lycoris(Path(file), describe(model, name))
+    write_lycoris(Path(file), describe(model, name), rs_lora=rs_lora)
 
 
-def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
+def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]], *, rs_lora: bool = False) -> AdapterSpec:
     """The adapter in a file of LyCORIS, for a model with layers at these paths, with weights of these shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(file).items():
@@ -83,35 +101,38 @@ def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSp
     layers: dict[str, LayerSpec] = {}
     tensors: dict[str, Tensor] = {}
     for layer, given in by_name.items():
-        if set(given) != {*_TENSORS, "alpha"} or any(given[part].ndim != 2 for part in _TENSORS):
+        matrices = [given[part] for part in _KEYS.values() if part in given and given[part].ndim == 2]
+        if len(matrices) < 4 or given.keys() != {*_KEYS.values(), "alpha"}:
             raise AdapterFileError(
-                f"A linear layer of LyCORIS's GLoRA has {', '.join(_TENSORS)} (matrices) and alpha; {layer!r} in "
+                f"A linear layer of LyCORIS's GLoRA has {', '.join(_KEYS.values())} (matrices) and alpha; {layer!r} in "
                 f"{file} has {', '.join(f'{part} {tuple(t.shape)}' for part, t in given.items())}."
             )
-        a1, a2, b1, b2 = (given[part] for part in _TENSORS)
         path = resolved[layer]
-        if not _fit(a1, a2, b1, b2, shapes[path]):
-            a1, a2, b1, b2 = a2, a1, b2, b1
-        if not _fit(a1, a2, b1, b2, shapes[path]):
+        a1, a2, b1, b2 = matrices
+        if not _fit(matrices, shapes[path]):
+            matrices = [a2, a1, b2, b1]
+        if not _fit(matrices, shapes[path]):
             raise AdapterFileError(
                 f"The tensors of {layer!r} in {file} are of neither layout of LyCORIS's GLoRA for {path!r} of shape "
                 f"{shapes[path]}."
             )
-        rank = a1.shape[1]
-        alpha = float(given["alpha"]) or rank  # 0 means the rank, there
+        rank = matrices[0].shape[1]
         try:
-            config = GLoRAConfig(**_forms("lora", "lora"), rank=rank, alpha=alpha, product="matmul")
-        except ValueError as error:
+            alpha = (float(given["alpha"]) or rank) * (math.sqrt(rank) if rs_lora else 1)
+            config = GLoRAConfig(A="lora", B="lora", **_REST, rank=rank, alpha=alpha, product="matmul")
+        except (ValueError, RuntimeError) as error:
             raise AdapterFileError(f"{layer!r} in {file}: {error}") from error
-        layers[path] = LayerSpec(config, b1.shape[0], b2.shape[1])
-        found = {"A.left": a1, "A.right": a2, "B.left": b1, "B.right": b2}
-        tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in found.items()}
+        layers[path] = LayerSpec(config, shapes[path][0], shapes[path][1])
+        tensors |= {join(path, key): tensor for key, tensor in zip(_KEYS, matrices, strict=True)}
     return AdapterSpec(layers, {}, tensors)
 
 
-def write_lycoris(file: Path, adapter: AdapterSpec) -> None:
-    """Write a described adapter as LyCORIS's GLoRA."""
-    safetensors = import_optional("safetensors.torch")
+def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) -> None:
+    """Write a described adapter as LyCORIS's GLoRA.
+
+    Raises:
+        ValueError: LyCORIS's GLoRA cannot say it; nothing is written.
+    """
     problems = [f"{path!r} is a head" for path in adapter.heads]
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
@@ -120,45 +141,36 @@ def write_lycoris(file: Path, adapter: AdapterSpec) -> None:
         problems += [f"{path!r} has {n}={config.forms[n]}" for n in "CDE" if config.forms[n] != "none"]
         if config.A == "lora" and config.product != "matmul":
             problems.append(f"{path!r} has product={config.product!r}")
+        if not path or layer.out_features is None or layer.in_features is None:
+            problems.append(f"{path!r} has a shape that is not known" if path else "it is on the model itself")
+            continue
+        name = f"lycoris_{path}".replace(".", "_")
+        if f"{name}.alpha" in tensors:
+            problems.append(f"two layers have the one name {name!r} there")
+        own = {key: adapter.tensors[join(path, key)] for key in _KEYS if join(path, key) in adapter.tensors}
+        dtype = working_dtype(next(iter(own.values()), torch.empty(0)))
+        whole = replace(layer, config=replace(config, A="lora", B="lora", **_REST, product="matmul"))
+        for key, spec in whole.tensors().items():  # zeros where there is no path
+            empty = torch.zeros(cast("tuple[int, ...]", spec.shape), dtype=dtype)
+            tensors[f"{name}.{_KEYS[key]}"] = own.get(key, empty)
+        factor = math.sqrt(config.rank) if rs_lora else config.rank
+        tensors[f"{name}.alpha"] = torch.tensor(config.scaling * factor, dtype=dtype)
     if problems:
         raise ValueError(
             f"LyCORIS's GLoRA has A and B low rank, of a matrix product, and nothing else; this adapter cannot be "
-            f"written for it, and nothing was. Found: {format_names(problems)}. Keep it with glora.save."
+            f"written for it, and nothing was. Found: {format_problems(problems)}. Keep it with glora.save."
         )
-    for path, layer in adapter.layers.items():
-        name, rank = f"lycoris_{path}".replace(".", "_"), layer.config.rank
-        if f"{name}.alpha" in tensors:
-            raise ValueError(f"Two layers have one name in LyCORIS's files, {name!r}; nothing was written.")
-        given = {key: adapter.tensors.get(f"{path}.{key}" if path else key) for key in _FACTORS}
-        known = next(tensor for tensor in given.values() if tensor is not None)
-        in_features, out_features = layer.in_features, layer.out_features
-        if in_features is None or out_features is None:
-            raise ValueError(f"The shape of {path!r} is not known, and LyCORIS's files need it.")
-        empty = {
-            "A.left": (in_features, rank),
-            "A.right": (rank, in_features),
-            "B.left": (out_features, rank),
-            "B.right": (rank, in_features),
-        }
-        for (key, tensor), part in zip(given.items(), _TENSORS, strict=True):
-            tensors[f"{name}.{part}"] = known.new_zeros(empty[key]) if tensor is None else tensor
-        tensors[f"{name}.alpha"] = torch.tensor(layer.config.scaling * rank, dtype=working_dtype(known))
-    data = safetensors.save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, {"format": "pt"})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda opened: opened.write(data))
+    replace_files({file: serialize(plain_tensors(tensors))})
 
 
-_FACTORS = ("A.left", "A.right", "B.left", "B.right")
+_REST: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}
 
 
-def _forms(A: str, B: str) -> dict[str, Any]:
-    return {"A": A, "B": B, "C": "none", "D": "none", "E": "none"}
-
-
-def _fit(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, shape: tuple[int, ...]) -> bool:
-    rank = a1.shape[1]
+def _fit(matrices: list[Tensor], shape: tuple[int, ...]) -> bool:
+    """Whether a1, a2, b1 and b2 are of today's layout for a weight of this shape."""
+    rank = matrices[0].shape[1]
     o, i = shape if len(shape) == 2 else (-1, -1)
-    return [t.shape for t in (a1, a2, b1, b2)] == [(i, rank), (rank, i), (o, rank), (rank, i)]
+    return [tuple(t.shape) for t in matrices] == [(i, rank), (rank, i), (o, rank), (rank, i)]
 
 
 def _resolve(names: list[str], paths: list[str], file: Path) -> Mapping[str, str]:

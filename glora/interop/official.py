@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from glora.config import GLoRAConfig
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
 from glora.model.modules import Model, named_modules
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names
 
 # Note [The authors' supernet]
@@ -22,7 +22,7 @@ from glora.text import format_names
 # vector the first column of Xd, a constant its first entry; D and E likewise. The file does not say which forms were
 # chosen: the search does, a dict such as {"A": "LoRA_4", "B": "vector", ...} for each layer, in the model's order.
 
-_NAMES = ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")
+_DIMENSIONS = {"Ad": 2, "Au": 2, "Bd": 2, "Bu": 2, "Cd": 2, "Cu": 2, "D": 1, "E": 1}
 
 
 def load_official(
@@ -67,18 +67,21 @@ def read_official(
     tensors: dict[str, Tensor] = {}
     for key, tensor in read_tensors(file).items():
         path, _, last = key.rpartition(".")
-        if last in _NAMES:
+        if last in _DIMENSIONS:
             given.setdefault(path, {})[last] = tensor
         else:
             heads[path] = (*heads.get(path, ()), last)
             tensors[key] = tensor
-    broken = [path for path, parts in given.items() if set(parts) != set(_NAMES)]
+    broken = [path for path, parts in given.items() if {n: t.ndim for n, t in parts.items()} != _DIMENSIONS]
     if broken or not given:
         raise AdapterFileError(
-            f"Each layer of the authors' files has {', '.join(_NAMES)}; {file}: {format_names(broken)}."
+            f"Each layer of the authors' files has {', '.join(_DIMENSIONS)}, D and E vectors and the rest "
+            f"matrices; those of {file} that have not: {format_names(broken) or 'all'}."
         )
     layers: dict[str, LayerSpec] = {}
-    for path, config in _configs(forms, sorted(given, key=_position(order))).items():
+    positions = {path: number for number, path in enumerate(order)}
+    in_order = sorted(given, key=lambda path: (positions.get(path, len(order)), path))
+    for path, config in _configs(forms, in_order).items():
         parts = given[path]
         rank = parts["Ad"].shape[1]
         if config.rank > rank and "lora" in config.forms.values():
@@ -86,7 +89,7 @@ def read_official(
         if config.product != "hadamard" or config.scaling != 1:
             raise ValueError(f"The authors' A is elementwise and has no alpha; found {config!r} for {path!r}.")
         layers[path] = LayerSpec(config, parts["Ad"].shape[0], parts["Au"].shape[1])
-        tensors |= {f"{path}.{key}" if path else key: tensor for key, tensor in _cut(config, parts).items()}
+        tensors |= {join(path, key): tensor for key, tensor in _cut(config, parts).items()}
     return AdapterSpec(layers, heads, tensors)
 
 
@@ -103,28 +106,18 @@ def _cut(config: GLoRAConfig, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _position(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
-    positions = {path: number for number, path in enumerate(order)}
-
-    def position(path: str) -> tuple[int, str]:
-        return positions.get(path, len(order)), path
-
-    return position
-
-
 def _configs(
     forms: GLoRAConfig | Mapping[str, GLoRAConfig] | Sequence[Mapping[str, str]], paths: Sequence[str]
 ) -> dict[str, GLoRAConfig]:
     if isinstance(forms, GLoRAConfig):
         return dict.fromkeys(paths, forms)
     if isinstance(forms, Mapping):
-        by_path = forms
-        if set(by_path) != set(paths):
+        if set(forms) != set(paths):
             raise ValueError(
                 f"forms must name each layer of the file; it has {format_names(paths)}, and forms names "
-                f"{format_names(by_path)}."
+                f"{format_names(forms)}."
             )
-        return dict(by_path)
+        return dict(forms)
     if len(forms) != len(paths):
         raise ValueError(
             f"forms must have one entry a layer, in the model's order; found {len(forms)} for {len(paths)}."
@@ -133,8 +126,10 @@ def _configs(
 
 
 def _authors_config(choice: Mapping[str, str]) -> GLoRAConfig:
-    ranks = {int(form.partition("_")[2]) for form in choice.values() if form.startswith("LoRA_")}
-    if set(choice) != set("ABCDE") or len(ranks) > 1:
+    """One layer's forms, as the authors' search writes them."""
+    ranks = {form.removeprefix("LoRA_") for form in choice.values() if form.startswith("LoRA_")}
+    rank = ranks.pop() if ranks else "8"
+    if set(choice) != set("ABCDE") or ranks or not rank.isdecimal():
         raise ValueError(f"A layer's forms must be A to E, with one rank; found {dict(choice)!r}.")
     ours: dict[str, Any] = {path: "lora" if form.startswith("LoRA_") else form for path, form in choice.items()}
-    return GLoRAConfig(**ours, rank=max(ranks, default=8), create_bias=False)
+    return GLoRAConfig(**ours, rank=int(rank))

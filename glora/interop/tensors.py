@@ -22,7 +22,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise FileNotFoundError(f"There is no file {str(file)!r}.")
     if file.suffix == ".safetensors":
-        return read_safetensors(file)[0]
+        return read_safetensors(file).tensors
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader makes of damaged bytes

@@ -160,7 +160,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return routed.call(self, own, args, kwargs) if routed.is_open else own(self, *args, **kwargs)
+        return routed.call(self, own, args, kwargs) if routed.open_covers else own(self, *args, **kwargs)
 
     Parametrized.forward = forward
     Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
@@ -187,7 +187,7 @@ def _scales(module: nn.Module, stacks: Stacks) -> Scales:
         first = stack._modules["0"]
         if isinstance(first, Adapters):
             active = first.acting.scales
-            return routed.scales_of(module, active) if routed.is_open else active
+            return routed.scales_of(module, active) if routed.open_covers else active
     return {}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer.adapted import read
-from glora.layer.parametrization import Bias, Stacks, adapters_of, live_stacks, stashed
+from glora.layer.parametrization import Bias, Stacks, Stash, adapters_of, live_stacks, stashed
 
 # Note [Never torn]
 # A forward pass may be under way in another thread while a module is swapped. It takes what parametrizes the module
@@ -35,10 +35,10 @@ def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
 def swap_in(module: nn.Module, values: dict[str, Tensor | None]) -> None:
     """Make an adapted module plain, with these tensors, until `restore`; takes no memory."""
     stacks = live_stacks(module)
+    lists = cast("nn.ModuleDict", module._modules["parametrizations"])
+    stashed[module] = Stash(lists, type(module))  # first: from here on `restore` undoes it
     for name, value in values.items():
         _place(module, name, stacks)[name] = value
-    lists = stashed[module] = cast("nn.ModuleDict", module._modules["parametrizations"])
-    vars(lists)["adapted_class"] = type(module)  # the registry holds it weakly
     module.__class__ = type(module).__bases__[0]
     del module._modules["parametrizations"]
 
@@ -48,24 +48,25 @@ def restore(module: nn.Module) -> None:
 
     Called again after an interrupt, it goes on where it was.
     """
-    lists = stashed.get(module)
-    if lists is None:
+    stash = stashed.get(module)
+    if stash is None:
         return
+    lists = stash.lists
     stacks = cast("Stacks", lists._modules)
-    somewhere = next(
-        (t for tensors in (module._parameters, module._buffers) for t in tensors.values() if t is not None), None
-    )
-    likes = {name: _place(module, name, stacks).get(name) for name in stacks}
-    module._modules["parametrizations"] = lists
-    module.__class__ = vars(lists).pop("adapted_class", type(module))
+    if "parametrizations" not in module._modules:  # while the plain tensors, which may have been moved, are all there
+        own = (*module._parameters.values(), *module._buffers.values())
+        somewhere = next((t for t in own if t is not None and t.is_floating_point()), None)
+        for name, stack in stacks.items():
+            like = _place(module, name, stacks).get(name)
+            like = somewhere if like is None else like
+            if like is not None and _placed(like) != _placed(stack.original):
+                stack.to(*_placed(like))
+        lists.train(module.training)
+        module._modules["parametrizations"] = lists
+    module.__class__ = stash.adapted_class
     for name in stacks:
         _place(module, name, stacks)[name] = None
-    lists.train(module.training)
     del stashed[module]
-    for name, stack in stacks.items():
-        like = somewhere if likes[name] is None else likes[name]
-        if like is not None and _placed(like) != _placed(stack.original):
-            stack.to(*_placed(like))
 
 
 def _place(module: nn.Module, name: str, stacks: Stacks) -> dict[str, Tensor | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,13 @@ class Adapters(nn.Module):
         """Freeze the parts that may not train; the others get back the flags that they had when they last did."""
         for name, part in self.parts().items():
             if self.may_train(name):
-                flags = self._saved_requires_grad.pop(name, {})
+                flags = self._saved_requires_grad.get(name, {})
                 for key, parameter in part.named_parameters() if flags else ():
                     parameter.requires_grad_(flags[key])
-            elif name not in self._saved_requires_grad:
+                self._saved_requires_grad.pop(name, None)  # last: cut off before, it is done again
+            else:
                 parameters = dict(part.named_parameters())
-                self._saved_requires_grad[name] = {key: p.requires_grad for key, p in parameters.items()}
+                self._saved_requires_grad.setdefault(name, {key: p.requires_grad for key, p in parameters.items()})
                 for parameter in parameters.values():
                     parameter.requires_grad_(False)
 
@@ -206,7 +207,15 @@ def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 # Inside `glora.merged` a module is plain: its class, its keys and its tensors are those of a merged one, and what
 # parametrized it is held here. It is no attribute of the module, so that a deep copy made inside is a plain merged
 # model for good, and not one that waits for the end of a block that it is not in.
-stashed: weakref.WeakKeyDictionary[nn.Module, nn.ModuleDict] = weakref.WeakKeyDictionary()
+stashed: weakref.WeakKeyDictionary[nn.Module, Stash] = weakref.WeakKeyDictionary()
+
+
+class Stash(NamedTuple):
+    """What a module that is plain for a while was: torch's lists of parametrizations, and its class."""
+
+    lists: nn.ModuleDict
+    adapted_class: type[nn.Module]  # the registry holds it weakly
+
 
 Stacks: TypeAlias = dict[str, parametrize.ParametrizationList]
 
@@ -219,8 +228,8 @@ def live_stacks(module: nn.Module) -> Stacks:
 
 def stacks_of(module: nn.Module) -> Stacks:
     """Tensor name to what parametrizes it, stashed or not (Note [Merged for a while])."""
-    lists = stashed.get(module) if stashed else None
-    return live_stacks(module) if lists is None else cast("Stacks", lists._modules)
+    stash = stashed.get(module) if stashed else None
+    return live_stacks(module) if stash is None else cast("Stacks", stash.lists._modules)
 
 
 def adapters_of(module: nn.Module) -> dict[str, Adapters]:

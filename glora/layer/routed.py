@@ -42,9 +42,9 @@ class Cover:
     scales: Scales | None
 
 
-# Whether any thread is inside a route: one look that a plain call pays, and that a compiled one guards on.
-is_open = False
-_count = 0
+# The covers that any thread is under. Whether there is one is all that a plain call looks at, and a compiled one guards
+# on; each step on a list is whole, whichever thread comes between.
+open_covers: list[object] = []
 _covers: ContextVar[tuple[Cover, ...]] = ContextVar("glora_covers", default=())
 _ONE = torch.ones((), dtype=torch.float64, device="cpu")
 
@@ -65,16 +65,22 @@ def is_routed(module: nn.Module) -> bool:
 @contextmanager
 def covered(cover: Cover) -> Generator[None]:
     """Inside the `with` block, in this thread or task, what `cover` says."""
-    global is_open, _count
-    _count += 1
-    is_open = True
-    token = _covers.set((*_covers.get(), cover))
+    outer, entry = _covers.get(), object()
     try:
-        yield
-    finally:
-        _covers.reset(token)
-        _count -= 1
-        is_open = _count > 0
+        try:
+            open_covers.append(entry)
+            _covers.set((*outer, cover))
+            yield
+        finally:
+            _leave(outer, entry)
+    finally:  # again: cut off in its midst (Ctrl-C), the first has left something
+        _leave(outer, entry)
+
+
+def _leave(outer: tuple[Cover, ...], entry: object) -> None:
+    _covers.set(outer)
+    if entry in open_covers:
+        open_covers.remove(entry)
 
 
 def scales_of(module: nn.Module, active: Scales) -> Scales:

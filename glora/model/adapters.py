@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy
-from glora.layer.parametrization import Paths
+from glora.layer.parametrization import Acting, Paths, Scales
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
 from glora.model.modules import Model, adapted_modules, all_or_nothing
 from glora.spec import join
@@ -142,19 +142,26 @@ def disabled(model: Model) -> Generator[Model]:
     # Inside of a route, too, each sample goes through the base.
     cover = routed.Cover({id(named.module): named.path for named in carriers}, None, {})
     try:
-        for acting in before:
-            acting.scales = {}
-        with routed.covered(cover) if routed.is_open else nullcontext():
-            yield model
-    finally:
-        for acting, scales in before.items():
-            acting.scales = scales
-        # The model is walked again: adapters may have come and gone inside.
-        for named in adapted_modules(model):
-            was = before.get(named.acting, {})
-            named.acting.scales = {name: scale for name, scale in was.items() if name in named.adapter_names}
-            for store in named.adapters.values():
-                store.match_flags()
+        try:
+            for acting in before:
+                acting.scales = {}
+            with routed.covered(cover) if routed.open_covers else nullcontext():
+                yield model
+        finally:
+            _act_again(model, before)
+    finally:  # again: cut off in its midst (Ctrl-C), the first has left something
+        _act_again(model, before)
+
+
+def _act_again(model: nn.Module, before: Mapping[Acting, Scales]) -> None:
+    for acting, scales in before.items():
+        acting.scales = scales
+    # The model is walked again: adapters may have come and gone inside.
+    for named in adapted_modules(model):
+        was = before.get(named.acting, {})
+        named.acting.scales = {name: scale for name, scale in was.items() if name in named.adapter_names}
+        for store in named.adapters.values():
+            store.match_flags()
 
 
 def resolve_name(model: nn.Module, name: str | None) -> str:

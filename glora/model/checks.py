@@ -131,7 +131,7 @@ def refuse_while_merged(model: nn.Module) -> None:
 def refuse_while_swapped(model: nn.Module) -> None:
     """Raise RuntimeError inside `glora.merged` and, in the thread or task that entered it, inside `glora.route`."""
     refuse_while_merged(model)
-    for named in named_modules(model) if routed.is_open else ():
+    for named in named_modules(model) if routed.open_covers else ():
         if routed.is_routed(named.module):
             raise RuntimeError(
                 f"Inside glora.route each sample has its adapter, and none can be changed (found {named.path!r} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -97,23 +97,24 @@ def merged(model: Model) -> Generator[Model]:
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     modules = _mergeable_modules(model)
-    with ExitStack() as restored:
-        with torch.inference_mode(False), torch.no_grad():
-            # All memory is taken before the first module is swapped.
-            carriers = [named.module for named in modules if named.adapters and named.module not in stashed]
-            values = [merged_tensors(module) for module in carriers]
-            for module, tensors in zip(carriers, values, strict=True):
-                restored.callback(_restore, module)
-                swap_in(module, tensors)
-        yield model
-
-
-def _restore(module: nn.Module) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        # All memory is taken before the first module is swapped.
+        carriers = [named.module for named in modules if named.adapters and named.module not in stashed]
+        values = [merged_tensors(module) for module in carriers]
     try:
+        try:
+            for module, tensors in zip(carriers, values, strict=True):
+                swap_in(module, tensors)
+            yield model
+        finally:
+            _restore(carriers)
+    finally:  # again: cut off in its midst (Ctrl-C), the first has left something
+        _restore(carriers)
+
+
+def _restore(carriers: list[nn.Module]) -> None:
+    for module in carriers:
         restore(module)
-    except BaseException:  # cut off in its midst (Ctrl-C): the rest of it
-        restore(module)
-        raise
 
 
 def _mergeable_modules(model: nn.Module) -> list[NamedModule]:

@@ -15,27 +15,15 @@ from torch import nn
 import glora
 from glora.__main__ import main
 from tests.helpers import internals
-from tests.helpers.files import half_precision_model, saved_half_precision
+from tests.helpers.files import half_precision_model, saved_half_precision, sharded
 from tests.helpers.strategies import Case, cases
-
-
-def sharded(folder: Path) -> Path:
-    tensors = half_precision_model().state_dict()
-    folder.mkdir()
-    weight_map: dict[str, str] = {}
-    for number, keys in enumerate((list(tensors)[:1], list(tensors)[1:])):
-        save_file({key: tensors[key] for key in keys}, folder / f"model-{number}.safetensors")
-        weight_map |= dict.fromkeys(keys, f"model-{number}.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return index
 
 
 @pytest.mark.parametrize("shape", ["one file", "sharded", "sharded into one"])
 def test_merge_gives_the_bits_of_glora_merge(shape: str, tmp_path: Path) -> None:
     model = saved_half_precision(tmp_path / "adapter", create_bias=True)
     save_file(half_precision_model().state_dict(), tmp_path / "base.safetensors")
-    base = tmp_path / "base.safetensors" if shape == "one file" else sharded(tmp_path / "base")
+    base = tmp_path / "base.safetensors" if shape == "one file" else sharded(tmp_path / "base", half_precision_model())
     before = {file: file.read_bytes() for file in base.parent.glob("*.safetensors")}
     out = tmp_path / "out" / ("model.safetensors.index.json" if shape == "sharded" else "model.safetensors")
     assert main(["merge", str(base), str(tmp_path / "adapter"), str(out)]) == 0
@@ -73,7 +61,7 @@ def test_what_merge_refuses_leaves_no_file(tmp_path: Path, capsys: pytest.Captur
     saved_half_precision(tmp_path / "adapter", create_bias=True)
     save_file(half_precision_model().state_dict(), tmp_path / "base.safetensors")
     save_file(nn.Linear(6, 8).state_dict(), tmp_path / "other.safetensors")
-    index = sharded(tmp_path / "base")
+    index = sharded(tmp_path / "base", half_precision_model())
     climbing = tmp_path / "climbing.safetensors.index.json"
     climbing.write_text(index.read_text().replace("model-0", "../model-0"))
     huge = load_file(tmp_path / "base.safetensors")

@@ -14,45 +14,8 @@ from torch import nn
 
 import glora
 from tests.helpers import internals
-from tests.helpers.files import saved, small_model
+from tests.helpers.files import damages, is_reordered, saved, small_model
 from tests.helpers.state import clones, same
-
-
-def damages(good: bytes, other: bytes, text: bytes, rng: random.Random) -> bytes:
-    """One of many ways in which a file may be damaged."""
-    kind = rng.randrange(7)
-    at = rng.randrange(len(good))
-    header = int.from_bytes(good[:8], "little")
-    if kind == 0:
-        return good[:at]
-    if kind == 1:
-        return good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]
-    if kind == 2:
-        at = rng.randrange(8 + header)
-        return good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]
-    if kind == 3:  # another's body under this one's header, and the reverse
-        return good[: 8 + header] + other[8 + header :] if rng.random() < 0.5 else other[:at] + good[at:]
-    if kind == 4:
-        return rng.choice([text, b"", rng.randbytes(at), good + rng.randbytes(1 + at)])
-    if kind == 5:
-        bomb = b"[" * (1000 + at) if rng.random() < 0.5 else b'{"a":' * (1000 + at)
-        return rng.choice([len(bomb).to_bytes(8, "little") + bomb, (2**62 + at).to_bytes(8, "little") + good[8:]])
-    end = min(len(good), at + 1 + rng.randrange(64))
-    return good[:at] + rng.randbytes(end - at) + good[end:]
-
-
-def parsed(data: bytes) -> tuple[object, bytes] | None:
-    """The header's JSON and the body; None where there is no such thing."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    try:
-        return json.loads(data[8:end]), data[end:]
-    except (ValueError, RecursionError):
-        return None
-
-
-def is_reordered(damaged: bytes, good: bytes) -> bool:
-    """Whether the same is said in another order: safetensors orders its metadata at random."""
-    return sorted(damaged) == sorted(good) and parsed(damaged) == parsed(good)
 
 
 def test_a_thousand_damages_are_all_found_and_change_nothing(tmp_path: Path) -> None:
@@ -60,7 +23,7 @@ def test_a_thousand_damages_are_all_found_and_change_nothing(tmp_path: Path) -> 
     saved(tmp_path / "other", seed=1)
     file = tmp_path / "adapter_model.safetensors"
     good, other = file.read_bytes(), (tmp_path / "other" / file.name).read_bytes()
-    text = (tmp_path / "adapter_config.json").read_bytes()
+    text = (tmp_path / "glora_config.json").read_bytes()
     target, rng, found = small_model(), random.Random(0), 0
     before = clones(target.state_dict())
     while found < 1000:

@@ -81,8 +81,8 @@ def everything(model: nn.Module, x: Tensor, held: list[object] | None = None) ->
 
     def frozen(value: object) -> object:
         if isinstance(value, dict):
-            # What is kept for a moment only, and nothing is computed from.
-            return {key: frozen(entry) for key, entry in value.items() if key not in ("last_read", "adapted_class")}
+            # `last_read` remembers for a moment who read the weight; nothing is computed from it.
+            return {key: frozen(entry) for key, entry in value.items() if key != "last_read"}
         if isinstance(value, Tensor):
             held_id = None if held is None else id(value)
             return held_id, value.dtype, value.requires_grad, contents(value), type(value)
@@ -96,9 +96,7 @@ def everything(model: nn.Module, x: Tensor, held: list[object] | None = None) ->
     with torch.no_grad():
         return {
             "modules": {path: (type(module), frozen(vars(module))) for path, module in modules.items()},
-            "order": [
-                (path, [key for key in vars(module) if key != "adapted_class"]) for path, module in modules.items()
-            ],
+            "order": [(path, list(vars(module))) for path, module in modules.items()],
             "keys": list(model.state_dict()),
             "adapters": glora.adapters(model),
             "output": contents(model(x)),

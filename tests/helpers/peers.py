@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
@@ -38,3 +41,29 @@ def adapted(**options: Any) -> nn.Module:
         for parameter in glora.parameters(model):
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Two linear layers, `block.0` and `block.1`, and a head; `model` makes them, the same each time."""
+
+    sizes: tuple[int, int, int]
+    biases: tuple[bool, bool]
+    seed: int
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        (i, hidden, o), (first, second) = self.sizes, self.biases
+        block = nn.Sequential(nn.Linear(i, hidden, bias=first), nn.Linear(hidden, o, bias=second))
+        return nn.Sequential(OrderedDict(block=block, head=nn.Linear(o, 2))).eval()
+
+    def input(self) -> Tensor:
+        return torch.randn(3, self.sizes[0], generator=torch.Generator().manual_seed(self.seed))
+
+    def with_biases(self) -> Layers:
+        return replace(self, biases=(True, True))
+
+
+def layers() -> st.SearchStrategy[Layers]:
+    size = st.integers(1, 6)
+    return st.builds(Layers, st.tuples(size, size, size), st.tuples(st.booleans(), st.booleans()), st.integers(0, 99))

@@ -46,7 +46,8 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
         bias = reference.bias(layer.weight.detach(), layer.bias.detach(), [(1.0, paths["C"], paths["D"], paths["E"])])
         y = reference.linear(y, weight, bias).float()
     y = y @ tensors["2.weight"].T + tensors["2.bias"]
-    torch.save(tensors, tmp_path / "caltech101.pt")
+    # The forms are in the model's order, whatever the file's.
+    torch.save(dict(sorted(tensors.items(), reverse=True)), tmp_path / "caltech101.pt")
     ours = interop.load_official(model, tmp_path / "caltech101.pt", AUTHORS)
     torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
     wrongs = {"one entry a layer": AUTHORS[:1], "rank 5": glora.GLoRAConfig(rank=5), "each layer": {"0": CONFIG}}
@@ -56,6 +57,12 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     torch.save({"0.Ad": torch.zeros(8, 4)}, tmp_path / "part.pt")
     with pytest.raises(glora.AdapterFileError, match="Each layer"):
         interop.load_official(model, tmp_path / "part.pt", AUTHORS, name="b")
+    torch.save({**tensors, "0.Ad": torch.zeros(8)}, tmp_path / "flat.pt")
+    with pytest.raises(glora.AdapterFileError, match="matrices; those of .*flat.pt that have not: 0"):
+        interop.load_official(model, tmp_path / "flat.pt", AUTHORS, name="b")
+    for odd in ({**AUTHORS[0], "B": "LoRA_x"}, {**AUTHORS[0], "B": "LoRA_2"}, {"A": "none"}):
+        with pytest.raises(ValueError, match="with one rank"):
+            interop.load_official(model, tmp_path / "caltech101.pt", [odd, AUTHORS[1]], name="b")
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")
     with pytest.raises(glora.AdapterFileError, match="tensors alone"):
         interop.load_official(model, tmp_path / "pickle.pt", AUTHORS, name="b")

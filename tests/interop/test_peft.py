@@ -37,6 +37,9 @@ CONFIGS: list[Any] = [
     peft.LoraConfig(r=2, target_modules=["q", "k"], rank_pattern={"k": 3}, alpha_pattern={"block.q": 7}),
     peft.LoraConfig(r=4, lora_alpha=3, target_modules=["q", "k"], use_rslora=True, modules_to_save=["head"]),
     peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q", "k"], lora_bias=True),
+    # The scale is of the layer's own rank; patterns are regexes, behind a dot or at the start.
+    peft.LoraConfig(r=2, target_modules=["q", "k"], rank_pattern={"k": 3}, use_rslora=True),
+    peft.LoraConfig(r=2, target_modules=["q", "k"], alpha_pattern={r"bl.*\.q": 7, "lock.k": 50}),
     peft.HiraConfig(r=2, target_modules=["q", "k"], rank_pattern={"k": 3}),
     peft.IA3Config(target_modules=["q", "k"], feedforward_modules=["k"]),
     peft.IA3Config(target_modules=["q", "k"], feedforward_modules=[]),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,13 @@ from tests.helpers.interrupts import READING, Interrupt, everything
 CREATE = glora.GLoRAConfig(rank=1, init="random", create_bias=True)
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 POINTS = 250
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Generator[None]:
+    """An exception as a `with torch.no_grad()` block ends is before its exit, which then never runs."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 def plain() -> nn.Module:
@@ -48,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def points(lines: list[tuple[str, int]]) -> list[int]:
-    """The lines to raise before: every one, or as many as there is time for, the first and last times of each among them.
+    """The lines to raise before: every one, or as many as there is time for, with the first and last times of each.
 
     Lines that only look and decide count once.
     """
@@ -68,7 +75,7 @@ def cut_off_everywhere(
     error: type[BaseException] = KeyboardInterrupt,
     setup: Callable[[nn.Module], object] = lambda model: model,
 ) -> None:
-    """Cut off `call(setup(model))` at line after line: the model is as before the setup, or wholly as after the call."""
+    """Cut off `call(setup(model))` at line after line: the model is as before the setup, or as after the call."""
 
     def attempt(at: int | None) -> Interrupt:
         given = setup(model)
@@ -99,7 +106,8 @@ def cut_off_everywhere(
         if everything(model, X) == done:
             completed.append(at)
         else:
-            wrong.append(f"{interrupt.place}: {[key for key in after if after[key] != before[key]]} half done")
+            changed = [key for key in after if after[key] != cast("dict[str, Any]", before)[key]]
+            wrong.append(f"{interrupt.place}: {changed} half done")
         model = None
     assert not wrong, "\n".join(dict.fromkeys(wrong))
     # Behind the last change there is little more than a return.

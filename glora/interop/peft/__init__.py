@@ -1,0 +1,74 @@
+"""Hugging Face PEFT: its GLoRA both ways; LoRA, IA3 and HiRA into glora."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from glora.files.container import adapter_file
+from glora.interop.peft.read import read_peft
+from glora.interop.peft.write import write_peft
+from glora.model.attach import attach_spec
+from glora.model.describe import describe
+from glora.model.modules import Model
+
+
+def load_peft(
+    model: Model, directory: str | os.PathLike[str], name: str = "default", *, trainable: bool = True
+) -> Model:
+    r"""Attach an adapter that PEFT's `save_pretrained` wrote: GLoRA, LoRA, IA3 or HiRA.
+
+    It computes what PEFT's does, with
+
+    | PEFT | glora |
+    |---|---|
+    | GLORA | A to E, elementwise |
+    | LORA | B (`alpha / r` or, with rslora, `alpha / sqrt(r)`; rank and alpha patterns); its lora_bias is E |
+    | HIRA | A, elementwise |
+    | IA3 | A and D vectors (outputs), or an A vector of the matrix product (inputs) |
+    | modules_to_save | heads, as by `trainable=` |
+
+    PEFT itself is not needed. Dropout of the input (lora_dropout), which acts in training alone, is not taken over.
+
+    Args:
+        model: the base model that PEFT wrapped.
+        directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: the adapter's name in the model.
+        trainable: whether its tensors ask for gradients.
+
+    Returns:
+        The model; the adapter is the only active one.
+
+    Raises:
+        glora.AdapterFileError: files that are damaged, of another method, or with something that glora does not do
+            (DoRA, trained base biases, starts that change the base weights), named; or that do not fit the model.
+        FileNotFoundError: no such files.
+
+    Source: Hugging Face PEFT 0.21.
+    """
+    file = adapter_file(directory)
+    return attach_spec(model, read_peft(file.parent), file, name=name, trainable=trainable)
+
+
+def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write one adapter as PEFT's GLoRA does, for `PeftModel.from_pretrained(base_model, directory)`.
+
+    The files are `adapter_model.safetensors` and `adapter_config.json`; a `glora_config.json` in the folder describes
+    an adapter that is replaced, and is removed. `alpha / rank` is multiplied into the left factors, since PEFT's GLoRA
+    has none. Rank dropout is left out.
+
+    Args:
+        model: the model.
+        directory: the folder; made if it is not there.
+        name: the adapter; None for the only one.
+
+    Raises:
+        ValueError: what PEFT's GLoRA cannot say, named: A and B (or D and E) of different forms in one layer, layers
+            that differ in forms or rank, a matrix product, a created bias. Nothing is written then.
+        KeyError: no adapter of that name.
+
+    Source: Hugging Face PEFT 0.21, `peft/tuners/glora`.
+    """
+    write_peft(Path(directory), describe(model, name))
