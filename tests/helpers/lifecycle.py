@@ -192,6 +192,7 @@ class Subject:
         return getattr(self.model, name)(X[SIZES[name][1]].to(self.dtype))
 
     def close(self, found: Tensor, wanted: Value | None) -> None:
+        assert wanted is not None
         value, bound = wanted
         assert found.dtype == self.dtype
         assert found.shape == value.shape
@@ -265,7 +266,9 @@ class Subject:
         """Adapters are off a tensor, for good; `value`: what is baked in, None for what was there before."""
         state = self.layers[layer]
         if tensor == "weight":
-            prompts = any(key.startswith(f"{layer}.C.") for adapter in self.adapters.values() for key in adapter.tensors)
+            prompts = any(
+                key.startswith(f"{layer}.C.") for adapter in self.adapters.values() for key in adapter.tensors
+            )
             if value is not None and prompts and self.acts(layer, "weight"):
                 state.prompted = state.weight
             state.weight = state.weight if value is None else value

@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import FORMS, quiet
-from tests.helpers.lifecycle import SIZES, X, Adapter, Net, Subject, paths_for, same
+from tests.helpers.lifecycle import SIZES, Adapter, Net, Subject, X, paths_for, same
 from tests.helpers.state import unchanged
 
 NAMES = ["a", "b", "c"]
@@ -45,6 +45,16 @@ ATTACHED: dict[str, Any] = {
     "seed": st.integers(0, 99),
 }
 adapted: Any = precondition(lambda machine: any(subject.adapters for subject in machine.subjects))
+
+
+REFUSED_INSIDE_MERGED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("apply", "remove", "merge", "disabled", "delete", "reset_parameters"), ()),
+    **{"activate": ({},), "load_state_dict": ({},), "route": ([None],)},
+}
+
+
+def enter(context: AbstractContextManager[object]) -> None:
+    context.__enter__()
 
 
 class Saved(NamedTuple):
@@ -235,11 +245,12 @@ class Lifecycle(RuleBasedStateMachine):
                     subject.close(subject.run(layer), subject.output(layer, {}))
 
     @adapted
-    @rule(which=which, refuse=st.sampled_from(["apply", "activate", "remove", "merge", "delete", "disabled"]))
+    @rule(which=which, refuse=st.sampled_from(sorted(REFUSED_INSIDE_MERGED)))
     def merged(self, which: int, refuse: str) -> None:
         subject, name = self.named(which, 0)
         values = [getattr(subject.model, layer).weight.detach().clone() for layer in SIZES]
-        arguments: tuple[Any, ...] = {"activate": ({},), "delete": (name,)}.get(refuse, ())
+        arguments: tuple[Any, ...] = REFUSED_INSIDE_MERGED[refuse]
+        arguments = (name,) if refuse in ("delete", "reset_parameters") else arguments
         with unchanged(subject.model):
             with glora.merged(subject.model):
                 for layer, value in zip(SIZES, values, strict=True):
@@ -248,9 +259,8 @@ class Lifecycle(RuleBasedStateMachine):
                     assert torch.equal(module.weight, value)
                     subject.close(subject.run(layer), subject.output(layer, subject.acting))
                 same(glora.base_state_dict(subject.model), subject.base)
-                with pytest.raises(RuntimeError, match="Inside glora.merged"), ExitStack() as entered:
-                    done = getattr(glora, refuse)(subject.model, *arguments)
-                    entered.enter_context(done)
+                with pytest.raises(RuntimeError, match="Inside glora.merged"):
+                    enter(getattr(glora, refuse)(subject.model, *arguments))
                 replica = copy.deepcopy(subject.model)
             glora.remove(replica)  # does nothing: it is merged for good
             for layer, value in zip(SIZES, values, strict=True):
