@@ -26,7 +26,7 @@ from tests.helpers.state import unchanged
 
 NAMES = ["a", "b", "c"]
 HEAD = ("head.weight", "head.bias")
-WEIGHTS = [1.0, 0.5, -0.5, 2.0, 0.0]
+WEIGHTS = [(1.0, 1.0, 1.0), (0.5, -0.5), (1.0, 2.0), (1.0, 0.0, 0.5), (-0.5,), (1.0,), ()]
 CONFIGS = st.builds(
     GLoRAConfig,
     **{path: st.sampled_from(forms) for path, forms in FORMS.items()},
@@ -40,7 +40,7 @@ which = st.integers(0, 1)
 number = st.integers(0, 2)
 ATTACHED: dict[str, Any] = {
     "which": which,
-    "configs": st.dictionaries(st.sampled_from(list(SIZES)), CONFIGS, min_size=1),
+    "configs": st.dictionaries(st.sampled_from(["first", "second", "first", "second", "head"]), CONFIGS, min_size=1),
     "head": st.booleans(),
     "seed": st.integers(0, 99),
 }
@@ -49,7 +49,9 @@ adapted: Any = precondition(lambda machine: any(subject.adapters for subject in 
 
 REFUSED_INSIDE_MERGED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("apply", "remove", "merge", "disabled", "delete", "reset_parameters"), ()),
-    **{"activate": ({},), "load_state_dict": ({},), "route": ([None],)},
+    "activate": ({},),
+    "load_state_dict": ({},),
+    "route": ([None],),
 }
 
 
@@ -74,14 +76,15 @@ class Lifecycle(RuleBasedStateMachine):
         self.saved: list[Saved] = []
         self.subjects: list[Subject] = []
 
-    @initialize(flags=st.lists(st.booleans(), min_size=5, max_size=5), **ATTACHED)
-    def start(self, which: int, flags: list[bool], configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
-        torch.manual_seed(seed)
+    @initialize(flags=st.lists(st.booleans(), min_size=5, max_size=5), more=st.booleans(), **ATTACHED)
+    def start(self, flags: list[bool], more: bool, configs: dict[str, GLoRAConfig], **drawn: Any) -> None:
+        torch.manual_seed(drawn["seed"])
         model = Net()
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
         self.subjects = [Subject.of(model)]
-        self.apply(which, 1, configs, head, seed)
+        for _ in range(1 + more):
+            self.apply(taken=1, configs=configs, **drawn)
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -200,12 +203,12 @@ class Lifecycle(RuleBasedStateMachine):
     # Which act.
 
     @adapted
-    @rule(which=which, order=st.permutations(range(3)), weights=st.lists(st.sampled_from(WEIGHTS), max_size=3))
-    def activate(self, which: int, order: list[int], weights: list[float]) -> None:
+    @rule(which=which, order=st.permutations(range(3)), weights=st.sampled_from(WEIGHTS))
+    def activate(self, which: int, order: list[int], weights: tuple[float, ...]) -> None:
         subject, _ = self.named(which, 0)
         there = list(subject.adapters)
         chosen = [there[i] for i in order if i < len(there)]
-        given = dict(zip(chosen, weights, strict=False)) if weights != [0.5] else chosen[0]
+        given = dict(zip(chosen, weights, strict=False)) if weights != (1.0,) else chosen[0]
         acting = {given: 1.0} if isinstance(given, str) else {name: w for name, w in given.items() if w}
         for key in HEAD:
             copies = [subject.adapters[name].tensors.get(key, subject.base[key]) for name in acting]
@@ -278,35 +281,28 @@ class Lifecycle(RuleBasedStateMachine):
             subject.freed()
 
     @adapted
-    @rule(which=which, twice=st.booleans())
-    def remove(self, which: int, twice: bool) -> None:
+    @rule(which=which, merge=st.booleans(), twice=st.booleans())
+    def finish(self, which: int, merge: bool, twice: bool) -> None:
         subject, _ = self.named(which, 0)
-        glora.remove(subject.model)
+        if merge and subject.is_large():
+            return
+        kept = {
+            (layer, tensor): getattr(getattr(subject.model, layer), tensor).detach().clone()
+            for layer in SIZES
+            for tensor in ("weight", "bias")
+            if merge and subject.acts(layer, tensor)
+        }
+        with quiet():
+            (glora.merge if merge else glora.remove)(subject.model)
+        for (layer, tensor), value in kept.items():
+            subject.taken_off(layer, tensor, value)
         subject.freed()
         if twice:
             with unchanged(subject.model):
                 glora.merge(glora.remove(subject.model))
 
     @adapted
-    @rule(which=which)
-    def merge(self, which: int) -> None:
-        subject, _ = self.named(which, 0)
-        if subject.is_large():
-            return
-        kept = {
-            (layer, tensor): getattr(getattr(subject.model, layer), tensor).detach().clone()
-            for layer in SIZES
-            for tensor in ("weight", "bias")
-            if subject.acts(layer, tensor)
-        }
-        with quiet():
-            glora.merge(subject.model)
-        for (layer, tensor), value in kept.items():
-            subject.taken_off(layer, tensor, value)
-        subject.freed()
-
-    @adapted
-    @rule(which=which, number=st.integers(0, 5), bake=st.booleans())
+    @rule(which=which, number=st.integers(0, 5), bake=st.sampled_from([True, True, False]))
     def torchs_own_removal(self, which: int, number: int, bake: bool) -> None:
         subject, _ = self.named(which, 0)
         there = [(layer, tensor) for layer in SIZES for tensor in ("weight", "bias") if subject.has(layer, tensor)]
