@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import glora
 from glora import GLoRAConfig
+from tests.helpers.calls import FORMS
 
 SIZES = {"first": (4, 3), "second": (3, 4), "head": (2, 3)}
 ON = {"weight": "AB", "bias": "CDE"}
 X = {n: torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (3, 4)}
+
+CONFIGS = st.builds(
+    GLoRAConfig,
+    **{path: st.sampled_from(forms) for path, forms in FORMS.items()},
+    rank=st.integers(1, 2),
+    alpha=st.sampled_from([None, 1.0, 3.0]),
+    product=st.sampled_from(["hadamard", "matmul"]),
+    create_bias=st.booleans(),
+    init=st.just("random"),
+)
 
 
 class Net(nn.Module):
@@ -66,6 +80,14 @@ class Adapter:
             return left @ right * (1.0 if config.alpha is None else config.alpha / config.rank)
         value = tensors.get(f"{layer}.{path}.value")
         return None if value is None else value.double()
+
+
+class Saved(NamedTuple):
+    """An adapter in a folder, and which of the layers had a bias of their own."""
+
+    folder: Path
+    adapter: Adapter
+    biases: dict[str, bool]
 
 
 def is_on(key: str, layer: str, tensor: str) -> bool:
