@@ -1,160 +1,343 @@
-"""What a small adapted model must compute, held apart from the library in plain float64 tensors."""
+"""What a small model must hold and compute all its life long, known apart from the library."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import glora
-from glora.config import FORMS
+from glora import GLoRAConfig
+from tests.helpers.calls import FORMS
 
-Numbers = dict[str, Tensor | None]
-"""Path (A to E) to the dense tensor that it stands for, alpha / rank included; None where it is none."""
+SIZES = {"first": (4, 3), "second": (3, 4), "head": (2, 3)}
+ON = {"weight": "AB", "bias": "CDE"}
+X = {n: torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (3, 4)}
+
+CONFIGS = st.builds(
+    GLoRAConfig,
+    **{path: st.sampled_from(forms) for path, forms in FORMS.items()},
+    rank=st.integers(1, 2),
+    alpha=st.sampled_from([None, 1.0, 3.0]),
+    product=st.sampled_from(["hadamard", "matmul"]),
+    create_bias=st.booleans(),
+    init=st.just("random"),
+)
 
 
-def model_of(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Two layers to adapt, the second without a bias, and one that serves as a head."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)).to(dtype)
+class Net(nn.Module):
+    def __init__(self, without_bias: tuple[str, ...] = ("second",), dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for name, (o, i) in SIZES.items():
+            self.add_module(name, nn.Linear(i, o, bias=name not in without_bias, dtype=dtype))
 
-
-def numbers_of(tensors: Mapping[str, Tensor], prefix: str, config: glora.GLoRAConfig) -> Numbers:
-    """One layer's paths from an adapter's state dict."""
-    found: Numbers = {}
-    for path in FORMS:
-        left, right = (tensors.get(f"{prefix}.{path}.{factor}") for factor in ("left", "right"))
-        if left is not None and right is not None:
-            found[path] = config.scaling * left.double() @ right.double()
-        else:
-            value = tensors.get(f"{prefix}.{path}.value")
-            found[path] = None if value is None else value.double().clone()
-    return found
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 @dataclass
 class Layer:
-    """One layer: the base's tensors, and each adapter's paths on either.
+    """The frozen tensors of a layer, bit by bit.
 
     Attributes:
-        prompted: the weight that paths C go by; None for the base's.
-        created: the bias was created, for the paths alone.
-        product: an adapter's product.
+        created: the bias is there for an adapter alone.
+        prompted: the weight that C goes by, where torch's removal has baked another one in.
     """
 
     weight: Tensor
     bias: Tensor | None
-    prompted: Tensor | None = None
     created: bool = False
-    on_weight: dict[str, Numbers] = field(default_factory=dict)
-    on_bias: dict[str, Numbers] = field(default_factory=dict)
-    product: dict[str, str] = field(default_factory=dict)
-    heads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    prompted: Tensor | None = None
 
-    def adapted_weight(self, scales: Mapping[str, float]) -> Tensor:
-        for name in scales:
-            if name in self.heads:
-                return self.heads[name][0]
-        total = self.weight.clone()
-        for name, scale in scales.items():
-            numbers = self.on_weight.get(name)
-            if numbers is None:
-                continue
-            A, B = numbers["A"], numbers["B"]
-            if A is not None:
-                diagonal = A.ndim == 2 and A.shape[0] == 1  # of a matrix product, kept as its diagonal
-                is_matrix = self.product[name] == "matmul" and A.ndim == 2 and not diagonal
-                total = total + scale * (self.weight @ A if is_matrix else self.weight * A)
-            if B is not None:
-                total = total + scale * B
-        return total
-
-    def adapted_bias(self, scales: Mapping[str, float]) -> Tensor | None:
-        for name in scales:
-            if name in self.heads:
-                return self.heads[name][1]
-        if self.bias is None:
-            return None
-        total = self.bias.clone()
-        for name, scale in scales.items():
-            numbers = self.on_bias.get(name)
-            if numbers is None:
-                continue
-            C, D, E = numbers["C"], numbers["D"], numbers["E"]
-            if C is not None:
-                W0 = self.weight if self.prompted is None else self.prompted
-                total = total + scale * (W0 @ C).squeeze(1)
-            total = total + scale * (0 if D is None else self.bias * D) + scale * (0 if E is None else E)
-        return total
-
-    def names(self) -> set[str]:
-        return {*self.on_weight, *self.on_bias, *self.heads}
+    @property
+    def has_own_bias(self) -> bool:
+        return self.bias is not None and not self.created
 
 
 @dataclass
-class Expected:
-    """The model: its layers, and the adapters that act with their scales."""
+class Adapter:
+    """An adapter: the config of each layer, its tensors by the keys of `glora.state_dict`."""
 
-    layers: list[Layer]
-    scales: dict[str, float] = field(default_factory=dict)
+    configs: dict[str, GLoRAConfig]
+    tensors: dict[str, Tensor]
+    trainable: bool = True
+
+    def has(self, layer: str, tensor: str) -> bool:
+        return any(is_on(key, layer, tensor) for key in self.tensors)
+
+    def path(self, layer: str, path: str) -> Tensor | None:
+        """A path as the matrix or vector that it stands for, in float64."""
+        tensors = self.tensors
+        if f"{layer}.{path}.left" in tensors:
+            left, right = tensors[f"{layer}.{path}.left"].double(), tensors[f"{layer}.{path}.right"].double()
+            config = self.configs[layer]
+            return left @ right * (1.0 if config.alpha is None else config.alpha / config.rank)
+        value = tensors.get(f"{layer}.{path}.value")
+        return None if value is None else value.double()
+
+
+class Saved(NamedTuple):
+    """An adapter in a folder, and which of the layers had a bias of their own."""
+
+    folder: Path
+    adapter: Adapter
+    biases: dict[str, bool]
+
+
+def is_on(key: str, layer: str, tensor: str) -> bool:
+    """Whether a key of an adapter's state dict belongs to this tensor of the layer."""
+    owner, _, rest = key.partition(".")
+    return owner == layer and (rest == tensor or (len(rest) > 1 and rest[1] == "." and rest[0] in ON[tensor]))
+
+
+def paths_for(layer: Layer, config: GLoRAConfig) -> str:
+    """The paths of a config that this layer takes."""
+    takes = "ABCDE" if layer.has_own_bias else "ABCE" if config.create_bias else "AB"
+    return "".join(path for path in takes if config.forms[path] != "none")
+
+
+Value = tuple[Tensor, Tensor]
+"""A tensor in float64, and a bound of the terms that it is the sum of."""
+
+
+@dataclass
+class Subject:
+    """A model, and what is known of it.
+
+    Attributes:
+        acting: the adapters that act, in the order that they were given in.
+        flags: `requires_grad` of the base's parameters; `before`: as it was before the first adapter.
+    """
+
+    model: Net
+    layers: dict[str, Layer]
+    flags: dict[str, bool]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    acting: dict[str, float] = field(default_factory=dict)
+    before: dict[str, bool] | None = None
+    checks: int = 0
 
     @classmethod
-    def plain(cls, model: nn.Sequential) -> Expected:
-        return cls(
-            [Layer(m.weight.detach().double(), m.bias if m.bias is None else m.bias.detach().double()) for m in model]
-        )
+    def of(cls, model: Net) -> Subject:
+        """A model without adapters."""
+        layers = {name: Layer(*_bits(getattr(model, name))) for name in SIZES}
+        return cls(model, layers, {key: p.requires_grad for key, p in model.named_parameters()})
 
-    def copy(self) -> Expected:
-        return copy.deepcopy(self)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers["first"].weight.dtype
 
-    def names(self) -> set[str]:
-        return set[str]().union(*(layer.names() for layer in self.layers))
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Of an adapter that is attached now."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
-    def run(self, x: Tensor, scales: Mapping[str, float] | None = None) -> Tensor:
-        scales = self.scales if scales is None else scales
-        for layer in self.layers:
-            bias = layer.adapted_bias(scales)
-            x = x @ layer.adapted_weight(scales).T + (0 if bias is None else bias)
-        return x
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """The base model's tensors."""
+        found: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            found[f"{name}.weight"] = layer.weight
+            if layer.bias is not None and not layer.created:
+                found[f"{name}.bias"] = layer.bias
+        return found
 
-    def heads_differ(self, scales: Mapping[str, float]) -> bool:
-        """Whether the adapters that are to act have heads that are not equal."""
-        head = self.layers[2]
-        copies = [head.heads.get(name, (head.weight, head.bias)) for name in scales]
-        return any(not torch.equal(a, b) for one in copies[1:] for a, b in zip(one, copies[0], strict=True))
+    def has(self, layer: str, tensor: str) -> bool:
+        """Whether adapters are on this tensor."""
+        return any(adapter.has(layer, tensor) for adapter in self.adapters.values())
 
-    def take(self, model: nn.Sequential, name: str, config: glora.GLoRAConfig, targets: list[int], head: bool) -> None:
-        """Take in an adapter that was attached, as the only one that acts."""
-        tensors = glora.state_dict(model, name)
-        for index in targets:
-            layer, numbers = self.layers[index], numbers_of(tensors, str(index), config)
-            layer.product[name] = config.product
-            if numbers["A"] is not None or numbers["B"] is not None:
-                layer.on_weight[name] = numbers
-            if any(numbers[path] is not None for path in "CDE"):
-                layer.on_bias[name] = numbers
-                if layer.bias is None:
-                    layer.created, layer.bias = True, torch.zeros(len(layer.weight), dtype=torch.float64)
-        if head:
-            self.layers[2].heads[name] = tensors["2.weight"].double().clone(), tensors["2.bias"].double().clone()
-        self.scales = {name: 1.0}
+    def acts(self, layer: str, tensor: str) -> bool:
+        return any(self.adapters[name].has(layer, tensor) for name in self.acting)
 
-    def forget(self, name: str) -> None:
-        """Drop an adapter."""
-        for layer in self.layers:
-            for held in (layer.on_weight, layer.on_bias, layer.heads):
-                held.pop(name, None)
-            self.settle(layer)
-        self.scales.pop(name, None)
+    def forms_the_head(self) -> bool:
+        """Whether the head is adapted by paths, rather than trained as a whole."""
+        return any(key.count(".") == 2 and key.startswith("head.") for a in self.adapters.values() for key in a.tensors)
 
-    def settle(self, layer: Layer) -> None:
-        """A created bias and a kept weight go with the last path that needs them."""
-        if not layer.on_bias:
-            layer.prompted = None
-            if layer.created:
-                layer.created, layer.bias = False, None
-        present = self.names()
-        self.scales = {name: scale for name, scale in self.scales.items() if name in present}
+    def trains_the_head(self) -> bool:
+        """Whether adapters have copies of the head; torch's removal may have left them one of its tensors."""
+        return any(key.count(".") == 1 for adapter in self.adapters.values() for key in adapter.tensors)
+
+    def weight(self, name: str, acting: Mapping[str, float]) -> Value:
+        """`W0 + sum_i w_i (W0 * A_i + B_i)`, or the copy of the adapter that acts."""
+        layer = self.layers[name]
+        W0 = layer.weight.double()
+        value, bound = W0, W0.abs()
+        for adapter, w in [(self.adapters[other], w) for other, w in acting.items()]:
+            if f"{name}.weight" in adapter.tensors:
+                value = adapter.tensors[f"{name}.weight"].double()
+                return value, value.abs()
+            A, B = adapter.path(name, "A"), adapter.path(name, "B")
+            if A is not None:
+                whole = adapter.configs[name].product == "matmul" and f"{name}.A.left" in adapter.tensors
+                value = value + w * (W0 @ A if whole else W0 * A)
+                bound = bound + abs(w) * (W0.abs() @ A.abs() if whole else W0.abs() * A.abs())
+            if B is not None:
+                value, bound = value + w * B, bound + abs(w) * B.abs()
+        return value, bound
+
+    def bias(self, name: str, acting: Mapping[str, float]) -> Value | None:
+        """`b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)`, or the copy of the adapter that acts."""
+        layer = self.layers[name]
+        if layer.bias is None:
+            return None
+        W0, b0 = (layer.weight if layer.prompted is None else layer.prompted).double(), layer.bias.double()
+        value, bound = b0, b0.abs()
+        for adapter, w in [(self.adapters[other], w) for other, w in acting.items()]:
+            if f"{name}.bias" in adapter.tensors:
+                value = adapter.tensors[f"{name}.bias"].double()
+                return value, value.abs()
+            C, D, E = (adapter.path(name, path) for path in "CDE")
+            for term, size in (
+                (None, None) if C is None else ((W0 @ C).squeeze(1), (W0.abs() @ C.abs()).squeeze(1)),
+                (None, None) if D is None else (b0 * D, (b0 * D).abs()),
+                (E, None if E is None else E.abs()),
+            ):
+                if term is not None and size is not None:
+                    value, bound = value + w * term, bound + abs(w) * size
+        return value, bound
+
+    def output(self, name: str, acting: Mapping[str, float]) -> Value:
+        """Of the layer, for the input of its width."""
+        x = X[SIZES[name][1]].to(self.dtype).double()
+        (W, W_bound), b = self.weight(name, acting), self.bias(name, acting)
+        y, bound = x @ W.T, x.abs() @ W_bound.T
+        return (y, bound) if b is None else (y + b[0], bound + b[1])
+
+    def run(self, name: str) -> Tensor:
+        """What the layer gives for that input."""
+        return getattr(self.model, name)(X[SIZES[name][1]].to(self.dtype))
+
+    def close(self, found: Tensor, wanted: Value | None) -> None:
+        assert wanted is not None
+        value, bound = wanted
+        assert found.dtype == self.dtype
+        assert found.shape == value.shape
+        error = (found.detach().double() - value).abs()
+        assert (error <= 16 * torch.finfo(self.dtype).eps * bound + 1e-7).all(), (error, bound)
+
+    def is_large(self) -> bool:
+        """Whether baking in once more may come near the largest number of half precision."""
+        return any(self.output(name, self.acting)[1].max() > 300 for name in SIZES)
+
+    def check(self) -> None:
+        """The model holds and computes what it must."""
+        model = self.model
+        self.checks += 1
+        assert glora.adapters(model) == {name: self.acting.get(name, 0.0) for name in self.adapters}
+        same(glora.base_state_dict(model), self.base)
+        for name, adapter in self.adapters.items():
+            same(glora.state_dict(model, name), adapter.tensors)
+        with torch.set_grad_enabled(self.checks % 2 == 0):  # other kernels
+            for name in SIZES:
+                self.check_layer(name)
+        self.check_flags()
+        if not self.adapters:
+            assert list(model.state_dict()) == list(self.base)
+
+    def check_layer(self, name: str) -> None:
+        module, parametrized = getattr(self.model, name), {tensor for tensor in ON if self.has(name, tensor)}
+        assert set(getattr(module, "parametrizations", ())) == parametrized
+        assert (type(module) is nn.Linear) is not parametrized
+        self.close(module.weight, self.weight(name, self.acting))
+        if self.layers[name].bias is None:
+            assert module.bias is None
+        else:
+            self.close(module.bias, self.bias(name, self.acting))
+        self.close(self.run(name), self.output(name, self.acting))
+
+    def check_flags(self) -> None:
+        """Factors of adapters that act ask for a gradient, heads where they act alone; the base's as known."""
+        for name, adapter in self.adapters.items():
+            for key, parameter in glora.named_parameters(self.model, name):
+                is_head = key in ("head.weight", "head.bias")
+                rivals = [other for other in self.acting if key in self.adapters[other].tensors] if is_head else [name]
+                assert parameter.requires_grad is (adapter.trainable and name in self.acting and rivals == [name]), key
+        assert {key: p.requires_grad for key, p in self.base_parameters().items()} == self.flags
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers.items():
+            module = getattr(self.model, name)
+            for tensor in ("weight", "bias"):
+                if tensor == "weight" or (layer.bias is not None and not layer.created):
+                    adapted = parametrize.is_parametrized(module, tensor)
+                    found[f"{name}.{tensor}"] = (
+                        module.parametrizations[tensor].original if adapted else getattr(module, tensor)
+                    )
+        return found
+
+    # What is done to the model, once it has been done.
+
+    def attached(self, name: str, adapter: Adapter) -> None:
+        for key in adapter.tensors:
+            layer = self.layers[key.split(".")[0]]
+            if layer.bias is None and is_on(key, key.split(".")[0], "bias"):
+                layer.bias, layer.created = torch.zeros(len(layer.weight), dtype=self.dtype), True
+        self.adapters[name] = adapter
+        self.acting = {name: 1.0}
+        self.before = self.flags if self.before is None else {**self.flags, **self.before}
+        self.flags = dict.fromkeys(self.flags, False)
+
+    def taken_off(self, layer: str, tensor: str, value: Tensor | None = None) -> None:
+        """Adapters are off a tensor, for good; `value`: what is baked in, None for what was there before."""
+        state = self.layers[layer]
+        if tensor == "weight":
+            prompts = any(
+                key.startswith(f"{layer}.C.") for adapter in self.adapters.values() for key in adapter.tensors
+            )
+            if value is not None and prompts and self.acts(layer, "weight"):
+                state.prompted = state.weight
+            state.weight = state.weight if value is None else value
+        else:
+            state.bias = state.bias if value is None else value
+            state.created, state.prompted = False, None
+            self.flags.setdefault(f"{layer}.bias", False)
+        for adapter in self.adapters.values():
+            adapter.tensors = {key: t for key, t in adapter.tensors.items() if not is_on(key, layer, tensor)}
+        self.adapters = {name: adapter for name, adapter in self.adapters.items() if adapter.tensors}
+        self.acting = {name: w for name, w in self.acting.items() if name in self.adapters}
+
+    def dropped(self, name: str) -> None:
+        del self.adapters[name]
+        self.acting.pop(name, None)
+        self._forget_unused()
+
+    def freed(self) -> None:
+        """All adapters are off, and flags are back."""
+        self.adapters, self.acting = {}, {}
+        self._forget_unused()
+        if self.before is not None:
+            self.flags = {key: self.before.get(key, flag) for key, flag in self.flags.items()}
+        self.before = None
+
+    def _forget_unused(self) -> None:
+        for name, layer in self.layers.items():
+            if not self.has(name, "bias"):
+                layer.bias = None if layer.created else layer.bias
+                layer.created, layer.prompted = False, None
+
+    def converted(self, dtype: torch.dtype) -> None:
+        for layer in self.layers.values():
+            layer.weight = layer.weight.to(dtype)
+            layer.bias = None if layer.bias is None else layer.bias.to(dtype)
+            layer.prompted = None if layer.prompted is None else layer.prompted.to(dtype)
+        for adapter in self.adapters.values():
+            adapter.tensors = {key: tensor.to(dtype) for key, tensor in adapter.tensors.items()}
+
+
+def _bits(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+
+
+def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """The same keys, dtypes and bits."""
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == wanted[key].dtype, key
+        assert torch.equal(tensor, wanted[key]), key

@@ -1,244 +1,399 @@
-"""Any order of operations: after each of them the model is what plain tensors say."""
+"""Any sequence of calls: the model computes what plain tensors, held beside it, say."""
 
 from __future__ import annotations
 
 import copy
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
 from torch.nn.utils import parametrize
 
 import glora
-from glora.config import FORMS
+from glora import GLoRAConfig
 from tests.helpers.calls import quiet
-from tests.helpers.lifecycle import Expected, model_of
+from tests.helpers.lifecycle import CONFIGS, SIZES, Adapter, Net, Saved, Subject, X, paths_for, same
+from tests.helpers.state import unchanged
 
-X = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 NAMES = ["a", "b", "c"]
+HEAD = ("head.weight", "head.bias")
+WEIGHTS = [(1.0, 1.0, 1.0), (0.5, -0.5), (1.0, 2.0), (1.0, 0.0, 0.5), (-0.5,), (1.0,), ()]
+which = st.integers(0, 1)
+number = st.integers(0, 2)
+ATTACHED: dict[str, Any] = {
+    "which": which,
+    "configs": st.dictionaries(st.sampled_from(["first", "second", "first", "second", "head"]), CONFIGS, min_size=1),
+    "head": st.booleans(),
+    "seed": st.integers(0, 99),
+}
+adapted: Any = precondition(lambda machine: any(subject.adapters for subject in machine.subjects))
 
 
-@st.composite
-def any_config(draw: st.DrawFn) -> glora.GLoRAConfig:
-    forms: dict[str, Any] = {path: draw(st.sampled_from(allowed)) for path, allowed in FORMS.items()}
-    forms["B"] = forms["B"] if forms["A"] != "none" or forms["B"] != "none" else "lora"
-    return glora.GLoRAConfig(
-        **forms,
-        rank=draw(st.integers(1, 2)),
-        alpha=draw(st.sampled_from([None, 3.0])),
-        product=draw(st.sampled_from(["hadamard", "matmul"])),
-        init="random",
-        create_bias=draw(st.booleans()),
-    )
+REFUSED_INSIDE_MERGED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("apply", "remove", "merge", "disabled", "delete", "reset_parameters"), ()),
+    "activate": ({},),
+    "load_state_dict": ({},),
+    "route": ([None],),
+}
+
+
+def enter(context: AbstractContextManager[object]) -> None:
+    context.__enter__()
 
 
 class Lifecycle(RuleBasedStateMachine):
+    """One model and, once copied, its copy: whatever is done to one leaves the other alone."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.model = model_of()
-        self.expected = Expected.plain(self.model)
-        self.configs: dict[str, glora.GLoRAConfig] = {}
-        self.strangers: list[tuple[Any, Expected]] = []
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: list[Saved] = []
+        self.subjects: list[Subject] = []
 
-    def close(self, found: Tensor, wanted: Tensor) -> None:
-        bound = 1e-9 if found.dtype == torch.float64 else 1e-4
-        torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+    @initialize(flags=st.lists(st.booleans(), min_size=5, max_size=5), more=st.booleans(), **ATTACHED)
+    def start(self, flags: list[bool], more: bool, configs: dict[str, GLoRAConfig], **drawn: Any) -> None:
+        torch.manual_seed(drawn["seed"])
+        model = Net()
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        self.subjects = [Subject.of(model)]
+        for _ in range(1 + more):
+            self.apply(taken=1, configs=configs, **drawn)
 
-    def half_removed(self, index: int) -> bool:
-        return self.expected.layers[index].prompted is not None
+    def teardown(self) -> None:
+        self.folder.cleanup()
 
-    def run(self, model: Any) -> Tensor:
-        return model(X).detach()
+    def at(self, which: int) -> Subject:
+        return self.subjects[which % len(self.subjects)]
 
-    # What changes
+    def named(self, which: int, number: int) -> tuple[Subject, str]:
+        """A model that has adapters, and the name of one."""
+        there = [subject for subject in self.subjects if subject.adapters]
+        subject = there[which % len(there)]
+        return subject, list(subject.adapters)[number % len(subject.adapters)]
 
-    @rule(name=st.sampled_from(NAMES), config=any_config(), both=st.booleans(), head=st.booleans())
-    def apply(self, name: str, config: glora.GLoRAConfig, both: bool, head: bool) -> None:
-        targets = [0, 1] if both else [0]
-        trainable = ["2"] if head else ()
-        call = lambda: glora.apply(self.model, [*map(str, targets)], config, trainable=trainable, name=name)  # noqa: E731
-        if name in self.expected.names() or any(map(self.half_removed, targets)):
-            with pytest.raises(ValueError, match="attached already|not: torch's removal"):
-                call()
-            return
-        with quiet():
-            call()
-        if head:  # trained a little
-            with torch.no_grad():
-                dict(glora.named_parameters(self.model, name))["2.weight"].add_(1.0 + NAMES.index(name))
-        self.configs[name] = config
-        self.expected.take(self.model, name, config, targets, head)
-
-    @precondition(lambda self: self.expected.names())
-    @rule(data=st.data())
-    def activate(self, data: st.DataObject) -> None:
-        names = data.draw(st.lists(st.sampled_from(sorted(self.expected.names())), unique=True))
-        scales = {name: data.draw(st.sampled_from([1.0, 0.5, -2.0])) for name in names}
-        if self.expected.heads_differ(scales):
-            with pytest.raises(ValueError, match="Heads do not add up"):
-                glora.activate(self.model, scales)
-            return
-        glora.activate(self.model, scales)
-        self.expected.scales = scales
-
-    @precondition(lambda self: self.expected.names())
-    @rule(data=st.data())
-    def delete(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.expected.names())))
-        glora.delete(self.model, name)
-        self.expected.forget(name)
-
-    @rule()
-    def convert(self) -> None:
-        self.model.float().double()  # the numbers of float32, exactly
-        self.reread()
-
-    def reread(self) -> None:
-        """Take the numbers anew, after they were rounded."""
-        base = glora.base_state_dict(self.model)
-        for index, layer in enumerate(self.expected.layers):
-            layer.weight = base[f"{index}.weight"].double().clone()
-            if f"{index}.bias" in base:
-                layer.bias = base[f"{index}.bias"].double().clone()
-            layer.prompted = None if layer.prompted is None else layer.prompted.float().double()
-        scales = dict(self.expected.scales)
-        for name in sorted(self.expected.names()):
-            on = [i for i in (0, 1) if name in self.expected.layers[i].names()]
-            before = [(set(layer.on_weight), set(layer.on_bias)) for layer in self.expected.layers]
-            self.expected.take(self.model, name, self.configs[name], on, name in self.expected.layers[2].heads)
-            for layer, (weights, biases) in zip(self.expected.layers, before, strict=True):
-                layer.on_weight = {n: v for n, v in layer.on_weight.items() if n in weights}
-                layer.on_bias = {n: v for n, v in layer.on_bias.items() if n in biases}
-        self.expected.scales = scales
-
-    @precondition(lambda self: self.expected.names())
-    @rule(index=st.sampled_from([0, 1]), tensor=st.sampled_from(["weight", "bias"]), bake=st.booleans())
-    def remove_with_torch(self, index: int, tensor: str, bake: bool) -> None:
-        layer, module = self.expected.layers[index], self.model[index]
-        assume(parametrize.is_parametrized(module, tensor) and not layer.created)
-        scales = self.expected.scales
-        weight, bias = layer.adapted_weight(scales), layer.adapted_bias(scales)
-        prompts = any(numbers["C"] is not None for numbers in layer.on_bias.values())
-        changed = any(name in layer.on_weight for name in scales)
-        parametrize.remove_parametrizations(module, tensor, leave_parametrized=bake)
-        if tensor == "weight":
-            if bake and changed and prompts and layer.prompted is None:
-                layer.prompted = layer.weight
-            layer.weight, layer.on_weight = (weight if bake else layer.weight), {}
-        else:
-            layer.bias, layer.on_bias = (bias if bake else layer.bias), {}
-        self.expected.settle(layer)
-
-    @rule(merge=st.booleans())
-    def finish(self, merge: bool) -> None:
-        scales = dict(self.expected.scales)
-        with quiet():
-            (glora.merge if merge else glora.remove)(self.model)
-        for layer in self.expected.layers:
-            if merge:
-                weight, bias = layer.adapted_weight(scales), layer.adapted_bias(scales)
-                if layer.created and not any(name in layer.on_bias for name in scales):
-                    bias = None
-                layer.weight, layer.bias, layer.created = weight, bias, False
-            for held in (layer.on_weight, layer.on_bias, layer.heads):
-                held.clear()
-            self.expected.settle(layer)
-        self.expected.scales = {}
-        assert [type(module) for module in self.model] == [type(module) for module in model_of()]
-
-    @rule(seed=st.integers(0, 3))
-    def load_a_plain_checkpoint(self, seed: int) -> None:
-        base = {key: torch.randn_like(value) for key, value in glora.base_state_dict(self.model).items()}
-        del seed
-        self.model.load_state_dict(base, strict=True)
-        for index, layer in enumerate(self.expected.layers):
-            layer.weight = base[f"{index}.weight"].double().clone()
-            if f"{index}.bias" in base:
-                layer.bias = base[f"{index}.bias"].double().clone()
-            layer.prompted = None if layer.prompted is None else layer.weight.clone()
-
-    @rule()
-    def copy(self) -> None:
-        self.strangers = [(self.model, self.expected.copy())]
-        self.model = copy.deepcopy(self.model)
-
-    # What only looks
-
-    @rule()
-    def run_disabled(self) -> None:
-        with glora.disabled(self.model):
-            self.close(self.run(self.model), self.expected.run(X, {}))
-
-    @rule()
-    def run_merged(self) -> None:
-        with glora.merged(self.model):
-            assert not any(parametrize.is_parametrized(module) for module in self.model)
-            layer = self.expected.layers[1]
-            stays = layer.bias is not None and (
-                not layer.created or any(n in layer.on_bias for n in self.expected.scales)
-            )
-            assert ("1.bias" in self.model.state_dict()) == stays
-            self.close(self.run(self.model), self.expected.run(X))
-
-    @precondition(lambda self: self.expected.names())
-    @rule(data=st.data())
-    def run_routed(self, data: st.DataObject) -> None:
-        names = data.draw(st.lists(st.sampled_from([*sorted(self.expected.names()), None]), min_size=3, max_size=3))
-        with glora.route(self.model, names):
-            y = self.run(self.model)
-        for row, name in enumerate(names):
-            self.close(y[row], self.expected.run(X, {} if name is None else {name: 1.0})[row])
-
-    @precondition(lambda self: self.expected.names() and not any(map(self.half_removed, [0, 1])))
-    @rule(data=st.data())
-    def save_and_load(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.expected.names())))
-        plain = model_of(next(iter(glora.base_state_dict(self.model).values())).dtype)
-        layer = self.expected.layers[1]
-        assume(layer.bias is None or layer.created)  # else a merge has left a created bias for good
-        plain.load_state_dict(glora.base_state_dict(self.model))
-        with tempfile.TemporaryDirectory() as folder:
-            glora.save(self.model, folder, name)
-            glora.load(plain, folder, name)
-        self.close(self.run(plain), self.expected.run(X, {name: 1.0}))
-        values = {key: torch.zeros_like(value) for key, value in glora.state_dict(plain).items()}
-        glora.load_state_dict(plain, values)
-        glora.load_state_dict(plain, glora.state_dict(self.model, name))
-        self.close(self.run(plain), self.expected.run(X, {name: 1.0}))
-
-    # What always holds
+    def new_name(self, subject: Subject, taken: int) -> str:
+        """A name that no adapter of the model has, as long as there is one; now and then one that is taken."""
+        free = [name for name in NAMES if name not in subject.adapters]
+        return free[0] if free and taken else NAMES[0]
 
     @invariant()
-    def all_is_as_expected(self) -> None:
-        for model, expected in [(self.model, self.expected), *self.strangers]:
-            self.close(self.run(model), expected.run(X))
-            for index, layer in enumerate(expected.layers):
-                self.close(model[index].weight.detach(), layer.adapted_weight(expected.scales))
-                bias = layer.adapted_bias(expected.scales)
-                assert (model[index].bias is None) == (bias is None)
-                if bias is not None:
-                    self.close(model[index].bias.detach(), bias)
-            base = glora.base_state_dict(model)
-            for index, layer in enumerate(expected.layers):
-                self.close(base[f"{index}.weight"], layer.weight)
-                assert (f"{index}.bias" in base) == (layer.bias is not None and not layer.created)
-            assert glora.adapters(model) == {n: expected.scales.get(n, 0.0) for n in glora.adapters(model)}
-            assert set(glora.adapters(model)) == expected.names()
-            for name in expected.names():
-                acts = name in expected.scales and len(expected.scales) == 1
-                for key, parameter in glora.named_parameters(model, name):
-                    if not key.startswith("2."):
-                        assert parameter.requires_grad == (name in expected.scales)
-                    elif acts:
-                        assert parameter.requires_grad
+    def holds_and_computes_what_it_must(self) -> None:
+        for subject in self.subjects:
+            subject.check()
+
+    def refused(self, subject: Subject, error: type[Exception], call: Callable[[], object]) -> None:
+        with unchanged(subject.model), pytest.raises(error):
+            call()
+
+    # Attaching.
+
+    @rule(taken=st.integers(0, 9), **ATTACHED)
+    def apply(self, which: int, taken: int, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+        subject = self.at(which)
+        self.attach(subject, self.new_name(subject, taken), configs, head, seed)
+
+    @rule(**ATTACHED)
+    def apply_another(self, which: int, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+        self.apply(which, 1, configs, head, seed)  # once more: put on about as often as taken off
+
+    def attach(self, subject: Subject, name: str, configs: dict[str, GLoRAConfig], head: bool, seed: int) -> None:
+        head = head and "head" not in configs
+
+        def call() -> None:
+            torch.manual_seed(seed)
+            with quiet():
+                glora.apply(subject.model, configs, trainable=["head"] if head else (), name=name)
+
+        paths = {layer: paths_for(subject.layers[layer], config) for layer, config in configs.items()}
+        if name in subject.adapters or not any(paths.values()) or not self.fits(subject, list(configs), head):
+            self.refused(subject, ValueError, call)
+            return
+        call()
+        found = {key: tensor.clone() for key, tensor in glora.state_dict(subject.model, name).items()}
+        forms = {key: tensor for key, tensor in found.items() if key.count(".") == 2}
+        assert {key[: key.rindex(".")] for key in forms} == {f"{layer}.{p}" for layer in paths for p in paths[layer]}
+        assert all(tensor.dtype == subject.factor_dtype for tensor in forms.values())
+        heads = {key: tensor for key, tensor in found.items() if key not in forms}
+        same(heads, {key: tensor for key, tensor in subject.base.items() if head and key.startswith("head.")})
+        subject.attached(name, Adapter(configs, found))
+
+    def fits(self, subject: Subject, targets: list[str], head: bool) -> bool:
+        """Whether an adapter of these layers, and of the head as a whole, can be attached."""
+        if any(subject.layers[layer].prompted is not None for layer in targets):
+            return False
+        return not (("head" in targets and subject.trains_the_head()) or (head and subject.forms_the_head()))
+
+    @precondition(lambda self: bool(self.saved))
+    @rule(which=which, taken=st.integers(0, 9), index=st.integers(0, 3), trainable=st.booleans())
+    def load(self, which: int, taken: int, index: int, trainable: bool) -> None:
+        subject, saved = self.at(which), self.saved[index % len(self.saved)]
+        name = self.new_name(subject, taken)
+
+        def call() -> object:
+            return glora.load(subject.model, saved.folder, name, trainable=trainable)
+
+        targets = list({key.split(".")[0] for key in saved.adapter.tensors if key.count(".") == 2})
+        same_biases = all(subject.layers[layer].has_own_bias is saved.biases[layer] for layer in targets)
+        head = "head.weight" in saved.adapter.tensors
+        if name in subject.adapters or not same_biases or not self.fits(subject, targets, head):
+            self.refused(subject, ValueError, call)
+            return
+        call()
+        subject.attached(name, self.as_loaded(subject, saved.adapter, trainable))
+
+    def as_loaded(self, subject: Subject, adapter: Adapter, trainable: bool = True) -> Adapter:
+        """The adapter as it is in a model of this dtype."""
+        tensors = {
+            key: tensor.to(subject.factor_dtype if key.count(".") == 2 else subject.dtype)
+            for key, tensor in adapter.tensors.items()
+        }
+        return Adapter(dict(adapter.configs), tensors, trainable)
+
+    @adapted
+    @rule(which=which, number=number)
+    def save(self, which: int, number: int) -> None:
+        subject, name = self.named(which, number)
+        folder = Path(self.folder.name) / str(len(self.saved))
+        adapter = subject.adapters[name]
+        if len({key for key in adapter.tensors if key in HEAD}) == 1:
+            return  # test_a_half_removed_head_is_not_saved
+        prompts = {key.split(".")[0] for key in adapter.tensors if ".C." in key}
+        if any(subject.layers[layer].prompted is not None for layer in prompts):
+            self.refused(subject, RuntimeError, lambda: glora.save(subject.model, folder, name))
+            return
+        with unchanged(subject.model):
+            glora.save(subject.model, folder, name)
+        biases = {layer: state.has_own_bias for layer, state in subject.layers.items()}
+        self.saved.append(Saved(folder, copy.deepcopy(adapter), biases))
+        # A fresh model with the same base computes the same.
+        fresh = Net(tuple(layer for layer, own in biases.items() if not own), subject.dtype)
+        fresh.load_state_dict(subject.base)
+        known = Subject.of(fresh)
+        glora.load(fresh, folder, name)
+        known.attached(name, self.as_loaded(known, adapter))
+        known.check()
+
+    # Which act.
+
+    @adapted
+    @rule(which=which, order=st.permutations(range(3)), weights=st.sampled_from(WEIGHTS))
+    def activate(self, which: int, order: list[int], weights: tuple[float, ...]) -> None:
+        subject, _ = self.named(which, 0)
+        there = list(subject.adapters)
+        chosen = [there[i] for i in order if i < len(there)]
+        given = dict(zip(chosen, weights, strict=False)) if weights != (1.0,) else chosen[0]
+        acting = {given: 1.0} if isinstance(given, str) else {name: w for name, w in given.items() if w}
+        for key in HEAD:
+            copies = [subject.adapters[name].tensors.get(key, subject.base[key]) for name in acting]
+            if subject.trains_the_head() and any(not torch.equal(copies[0], other) for other in copies):
+                self.refused(subject, ValueError, lambda: glora.activate(subject.model, given))
+                return
+        glora.activate(subject.model, given)
+        subject.acting = acting
+
+    @adapted
+    @rule(which=which, numbers=st.lists(st.integers(-1, 2), min_size=3, max_size=3))
+    def route(self, which: int, numbers: list[int]) -> None:
+        subject, _ = self.named(which, 0)
+        there = list(subject.adapters)
+        choice = [None if number < 0 else there[number % len(there)] for number in numbers]
+        with unchanged(subject.model), glora.route(subject.model, choice):
+            for layer in SIZES:
+                y = subject.run(layer)
+                for row, name in enumerate(choice):
+                    value, bound = subject.output(layer, {} if name is None else {name: 1.0})
+                    subject.close(y[row], (value[row], bound[row]))
+            with pytest.raises(RuntimeError, match="Inside glora.route"):
+                glora.activate(subject.model, {})
+
+    @adapted
+    @rule(which=which)
+    def disabled(self, which: int) -> None:
+        subject, _ = self.named(which, 0)
+        with unchanged(subject.model), glora.disabled(subject.model):
+            for layer, state in subject.layers.items():
+                bias = torch.zeros(len(state.weight), dtype=subject.dtype) if state.bias is None else state.bias
+                x = X[SIZES[layer][1]].to(subject.dtype)
+                assert torch.equal(getattr(subject.model, layer).weight, state.weight)
+                if state.has_own_bias:
+                    assert torch.equal(subject.run(layer), nn.functional.linear(x, state.weight, bias))
+                else:
+                    subject.close(subject.run(layer), subject.output(layer, {}))
+
+    @adapted
+    @rule(which=which, refuse=st.sampled_from(sorted(REFUSED_INSIDE_MERGED)))
+    def merged(self, which: int, refuse: str) -> None:
+        subject, name = self.named(which, 0)
+        values = [getattr(subject.model, layer).weight.detach().clone() for layer in SIZES]
+        arguments: tuple[Any, ...] = REFUSED_INSIDE_MERGED[refuse]
+        arguments = (name,) if refuse in ("delete", "reset_parameters") else arguments
+        with unchanged(subject.model):
+            with glora.merged(subject.model):
+                for layer, value in zip(SIZES, values, strict=True):
+                    module = getattr(subject.model, layer)
+                    assert type(module) is nn.Linear
+                    assert torch.equal(module.weight, value)
+                    subject.close(subject.run(layer), subject.output(layer, subject.acting))
+                same(glora.base_state_dict(subject.model), subject.base)
+                with pytest.raises(RuntimeError, match="Inside glora.merged"):
+                    enter(getattr(glora, refuse)(subject.model, *arguments))
+                replica = copy.deepcopy(subject.model)
+            glora.remove(replica)  # does nothing: it is merged for good
+            for layer, value in zip(SIZES, values, strict=True):
+                assert torch.equal(getattr(replica, layer).weight, value)
+
+    # Taking off.
+
+    @adapted
+    @rule(which=which, number=number)
+    def delete(self, which: int, number: int) -> None:
+        subject, name = self.named(which, number)
+        glora.delete(subject.model, name)
+        subject.dropped(name)
+        if not subject.adapters:
+            subject.freed()
+
+    @adapted
+    @rule(which=which, merge=st.booleans(), twice=st.booleans())
+    def finish(self, which: int, merge: bool, twice: bool) -> None:
+        subject, _ = self.named(which, 0)
+        if merge and subject.is_large():
+            return
+        kept = {
+            (layer, tensor): getattr(getattr(subject.model, layer), tensor).detach().clone()
+            for layer in SIZES
+            for tensor in ("weight", "bias")
+            if merge and subject.acts(layer, tensor)
+        }
+        with quiet():
+            (glora.merge if merge else glora.remove)(subject.model)
+        for (layer, tensor), value in kept.items():
+            subject.taken_off(layer, tensor, value)
+        subject.freed()
+        if twice:
+            with unchanged(subject.model):
+                glora.merge(glora.remove(subject.model))
+
+    @adapted
+    @rule(which=which, number=st.integers(0, 5), bake=st.sampled_from([True, True, False]))
+    def torchs_own_removal(self, which: int, number: int, bake: bool) -> None:
+        subject, _ = self.named(which, 0)
+        there = [(layer, tensor) for layer in SIZES for tensor in ("weight", "bias") if subject.has(layer, tensor)]
+        layer, tensor = there[number % len(there)]
+        bake = bake and not subject.is_large()
+        module = getattr(subject.model, layer)
+        value = getattr(module, tensor).detach().clone()
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=bake)
+        subject.taken_off(layer, tensor, value if bake else None)
+
+    # Copies, conversions, tensors.
+
+    @adapted
+    @rule(which=which)
+    def deepcopy(self, which: int) -> None:
+        subject, _ = self.named(which, 0)
+        self.subjects = [subject, copy.deepcopy(subject)]
+
+    @adapted
+    @rule(which=which, to=st.sampled_from(["half", "float", "double"]), inside=st.booleans())
+    def convert(self, which: int, to: str, inside: bool) -> None:
+        subject = self.named(which, 0)[0]
+        if inside:
+            with glora.merged(subject.model):
+                getattr(subject.model, to)()
+        else:
+            getattr(subject.model, to)()
+        dtype = {"half": torch.float16, "float": torch.float32, "double": torch.float64}[to]
+        if not inside or dtype != subject.dtype:  # a conversion to what the layers are already is not seen from inside
+            subject.converted(dtype)
+
+    @adapted
+    @rule(which=which, number=number, seed=st.integers(0, 99), strict=st.booleans())
+    def load_state_dict(self, which: int, number: int, seed: int, strict: bool) -> None:
+        subject, name = self.named(which, number)
+        adapter = subject.adapters[name]
+        torch.manual_seed(seed)
+        given = {
+            key: 0.3 * torch.randn(tensor.shape)
+            for key, tensor in adapter.tensors.items()
+            if len(subject.acting) < 2 or key.count(".") == 2  # heads that act together stay equal
+        }
+        if strict and (given.keys() != adapter.tensors.keys() or seed < 20):
+            given.pop(next(iter(given)), None)
+            self.refused(subject, ValueError, lambda: glora.load_state_dict(subject.model, given, name))
+            return
+        glora.load_state_dict(subject.model, given, name, strict)
+        for key, tensor in given.items():
+            adapter.tensors[key] = tensor.to(adapter.tensors[key].dtype)
+
+    @adapted
+    @rule(which=which, seed=st.integers(0, 99), assign=st.booleans())
+    def load_a_plain_checkpoint(self, which: int, seed: int, assign: bool) -> None:
+        subject = self.named(which, 0)[0]
+        torch.manual_seed(seed)
+        given = {key: 0.5 * torch.randn_like(tensor) for key, tensor in subject.base.items()}
+        assert subject.model.load_state_dict({k: t.clone() for k, t in given.items()}, assign=assign) == ([], [])
+        for layer, state in subject.layers.items():
+            state.prompted = None if state.prompted is None else given[f"{layer}.weight"]
+            state.weight = given[f"{layer}.weight"]
+            if state.has_own_bias:
+                state.bias = given[f"{layer}.bias"]
+
+    @adapted
+    @rule(which=which)
+    def train(self, which: int) -> None:
+        subject, _ = self.named(which, 0)
+        x = X[3].to(subject.dtype)
+        y = subject.model(x)
+        wanted = [
+            (name, key)
+            for name in subject.adapters
+            for key, parameter in glora.named_parameters(subject.model, name)
+            if parameter.requires_grad
+        ]
+        if not y.requires_grad:
+            assert not wanted
+            return
+        y.float().square().sum().backward()
+        for parameter in subject.model.parameters():
+            assert parameter.requires_grad or parameter.grad is None
+            parameter.grad = None
 
 
 EXAMPLES, STEPS = {"long": (2000, 60), "mutation": (15, 20)}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (200, 30))
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
+
+
+@pytest.mark.xfail(strict=True, reason="adapters() goes by the layers: those of earlier layers come first")
+def test_adapters_are_listed_in_the_order_of_attaching() -> None:
+    model = Net()
+    for name, layer in (("a", "second"), ("b", "first")):
+        glora.apply(model, [layer], GLoRAConfig.lora(rank=1), name=name)
+    assert list(glora.adapters(model)) == ["a", "b"]
+
+
+@pytest.mark.xfail(strict=True, reason="save writes what is left of a head, and load demands all of it")
+def test_a_half_removed_head_is_not_saved(tmp_path: Path) -> None:
+    model = glora.apply(Net(), ["first"], GLoRAConfig.lora(rank=1), trainable=["head"])
+    parametrize.remove_parametrizations(model.head, "weight")
+    with pytest.raises(RuntimeError, match="head"):
+        glora.save(model, tmp_path)
+
+
+def test_of_two_heads_that_act_together_the_one_that_is_left_trains_again() -> None:
+    machine, config = Lifecycle(), GLoRAConfig(rank=1, init="random")
+    machine.start([True] * 5, more=True, configs={"first": config}, which=0, head=True, seed=0)
+    for step in (lambda: machine.activate(0, [0, 1, 2], (1.0, 1.0)), lambda: machine.delete(0, 0), machine.teardown):
+        step()
+        machine.holds_and_computes_what_it_must()
