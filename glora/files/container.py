@@ -53,6 +53,8 @@ def read_safetensors(file: Path) -> Contents:
         tensors = cast("dict[str, Tensor]", safetensors.load(data))
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         return Contents(tensors, json.loads(header).get("__metadata__") or {}, header)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a parser makes of damaged bytes
         raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
 
@@ -66,6 +68,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         with safe_open(os.fspath(file), framework="pt"), file.open("rb") as opened:  # safe_open checks it
             size = int.from_bytes(opened.read(8), "little")
             return json.loads(opened.read(size)), 8 + size
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a parser makes of damaged bytes
         raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
 

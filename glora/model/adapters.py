@@ -19,7 +19,7 @@ from glora.text import quote_names
 
 
 def adapters(model: nn.Module) -> dict[str, float]:
-    """The model's adapters with their weights, in the order of attaching; 0.0 for one that is not active.
+    """The model's adapters with their weights, in the order of the layers that they are on; 0.0 for an inactive one.
 
     Example:
         >>> import torch, glora

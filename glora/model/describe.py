@@ -44,6 +44,11 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             out_features, in_features = named.tensors["weight"].shape
             layers[named.path] = LayerSpec(config, out_features, in_features, has_own_bias(named))
         copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
+        if copies and set(copies) != set(named.tensors):
+            raise RuntimeError(
+                f"torch's removal has taken the adapters off a part of the head {named.path!r}, which a file holds "
+                f"as a whole. Remove them from all of its tensors, or merge before saving."
+            )
         if copies:
             heads[named.path] = copies
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(model, name).items()}

@@ -165,10 +165,9 @@ class Lifecycle(RuleBasedStateMachine):
         subject, name = self.named(which, number)
         folder = Path(self.folder.name) / str(len(self.saved))
         adapter = subject.adapters[name]
-        if len({key for key in adapter.tensors if key in HEAD}) == 1:
-            return  # test_a_half_removed_head_is_not_saved
+        half_a_head = len({key for key in adapter.tensors if key in HEAD}) == 1
         prompts = {key.split(".")[0] for key in adapter.tensors if ".C." in key}
-        if any(subject.layers[layer].prompted is not None for layer in prompts):
+        if half_a_head or any(subject.layers[layer].prompted is not None for layer in prompts):
             self.refused(subject, RuntimeError, lambda: glora.save(subject.model, folder, name))
             return
         with unchanged(subject.model):
@@ -375,15 +374,6 @@ TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
 
 
-@pytest.mark.xfail(strict=True, reason="adapters() goes by the layers: those of earlier layers come first")
-def test_adapters_are_listed_in_the_order_of_attaching() -> None:
-    model = Net()
-    for name, layer in (("a", "second"), ("b", "first")):
-        glora.apply(model, [layer], GLoRAConfig.lora(rank=1), name=name)
-    assert list(glora.adapters(model)) == ["a", "b"]
-
-
-@pytest.mark.xfail(strict=True, reason="save writes what is left of a head, and load demands all of it")
 def test_a_half_removed_head_is_not_saved(tmp_path: Path) -> None:
     model = glora.apply(Net(), ["first"], GLoRAConfig.lora(rank=1), trainable=["head"])
     parametrize.remove_parametrizations(model.head, "weight")
