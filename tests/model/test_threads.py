@@ -152,11 +152,12 @@ def run_at_line(call: Callable[[], object], number: int, other: Callable[[], obj
                 other()
         return trace
 
+    before = sys.gettrace()  # a coverage tool's
     sys.settrace(trace)
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return left <= 0
 
 
