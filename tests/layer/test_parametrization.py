@@ -128,3 +128,25 @@ def test_another_parametrization_beside_ours_is_computed_by_its_own_rule() -> No
     parametrize.remove_parametrizations(layer, "bias")
     glora.merge(layer)
     assert torch.equal(layer.bias, 2 * bias)
+
+
+def test_a_printed_layer_shows_each_factors_shape_and_scale_and_which_adapters_act() -> None:
+    layer: nn.Module = nn.Linear(4, 3)
+    for name in ("a", "b"):
+        glora.apply(layer, config=glora.GLoRAConfig(A="vector", rank=2, alpha=3.0), name=name)
+    glora.activate(layer, {"a": 0.5, "b": -2.0})
+    text = str(layer)
+    assert "(A): Vector(value=(3, 1))" in text
+    assert "(B): LowRank(left=(3, 2), right=(2, 4), scale=1.5)" in text
+    assert "a=0.5, b=-2\n" in text
+    glora.activate(layer, {})
+    assert str(layer).count("none acts\n") == 2
+
+
+def test_a_plain_bias_alone_is_taken_by_a_load_that_is_not_strict() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.bitfit(init="random"))
+    glora.apply(layer, config=glora.GLoRAConfig(init="random"), name="b")
+    before = {key: value.clone() for key, value in glora.state_dict(layer, "b").items()}
+    layer.load_state_dict({"bias": torch.ones(3)}, strict=False)
+    assert torch.equal(glora.base_state_dict(layer)["bias"], torch.ones(3))
+    assert all(torch.equal(value, before[key]) for key, value in glora.state_dict(layer, "b").items())
