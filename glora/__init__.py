@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glora import functional
 from glora.config import GLoRAConfig
 from glora.files.adapter import load, save
+from glora.matrices import register_matrix
 from glora.model.adapters import activate, adapters, disabled, named_parameters, parameters, reset_parameters
 from glora.model.attach import apply
 from glora.model.detach import delete, remove
@@ -47,6 +48,7 @@ __all__ = [
     "named_parameters",
     "parameters",
     "plan",
+    "register_matrix",
     "remove",
     "reset_parameters",
     "route",

@@ -108,11 +108,11 @@ class GLoRAConfig:
         return tuple([path for path in FORMS if getattr(self, path) != "none"])
 
     def shapes(
-        self, out_features: int, in_features: int, paths: Iterable[str] | None = None
+        self, out_features: int, in_features: int, paths: Iterable[str] | None = None, batch: tuple[int, ...] = ()
     ) -> dict[str, tuple[int, ...]]:
         """Key to shape of each tensor of these paths, or of all, on a layer of this size.
 
-        This is the one place that says which tensors a form has.
+        This is the one place that says which tensors a form has. With a `batch` (experts), each matrix has its own.
 
         Example:
             >>> import glora
@@ -127,11 +127,11 @@ class GLoRAConfig:
                 rows, columns = (i, 1) if path == "C" else (i, i) if scales_inputs else (o, i)
                 found[f"{path}.left"], found[f"{path}.right"] = (rows, r), (r, columns)
             elif form == "constant":
-                found[f"{path}.value"] = (1,)
+                found[f"{path}.value"] = (1, 1) if batch and path in "AB" else (1,)
             elif form == "vector":
                 channels = (o,) if path in "DE" else (i, 1) if path == "C" else (1, i) if scales_inputs else (o, 1)
                 found[f"{path}.value"] = channels
-        return found
+        return {key: (*batch, *shape) for key, shape in found.items()}
 
     @classmethod
     def lora(cls, **options: Any) -> GLoRAConfig:

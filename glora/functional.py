@@ -18,6 +18,9 @@ A *path* (A to E) is `None`, a tensor that broadcasts, or a pair `(left, right)`
 | D, E             | -                          | `(out,)`     | `(1,)`   | -           |
 
 Scaling (`alpha / rank`, an adapter's weight) is the caller's: scale `left`, or the tensor.
+
+Inside the library W0 may also be a batch of matrices, `(batch, out, in)`, with paths for each of them: every shape
+above then has the batch in front, and a constant is `(batch, 1, 1)`, or `(batch, 1)` for D and E.
 """
 
 from __future__ import annotations
@@ -185,11 +188,16 @@ def weight_update(W0: Tensor, A: Path = None, B: Path = None, *, product: Produc
 
 def adapted_weight(W0: Tensor, adapters: Iterable[WeightFactors]) -> Tensor:
     """`W0 + sum_i (W0 * A_i + B_i)` over several adapters, rounded once; W0 itself where there is none."""
+    return add(W0, weight_updates(W0, adapters))
+
+
+def weight_updates(W0: Tensor, adapters: Iterable[WeightFactors]) -> list[Tensor | None]:
+    """What each of several adapters adds to W0, as `weight_update` says."""
     updates: list[Tensor | None] = []
     for A, B, product in adapters:
         paths = None if A is None else A.scaled(), None if B is None else B.scaled()
         updates.append(weight_update(W0, *paths, product=product))
-    return add(W0, updates)
+    return updates
 
 
 def bias_update(
@@ -209,7 +217,7 @@ def bias_update(
 
 def prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """What a prompt adds to the output, `W0 C`, `(out,)`, in `working_dtype`."""
-    return multiply(W0, whole(C)).squeeze(1)
+    return multiply(W0, whole(C)).squeeze(-1)
 
 
 def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
@@ -242,7 +250,7 @@ def whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 def _matmul(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if not isinstance(A, Tensor):
         return multiply(multiply(W0, A[0]), A[1])  # two thin products, and no (in, in) matrix
-    if A.shape == (W0.shape[1], W0.shape[1]):
+    if A.shape[-2:] == (W0.shape[-1], W0.shape[-1]):
         return multiply(W0, A)
     return W0 * A  # a diagonal matrix, kept as its diagonal
 

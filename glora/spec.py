@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glora.config import GLoRAConfig
+from glora.matrices import Matrix
 from glora.text import format_names
 
 
@@ -36,7 +37,7 @@ def like(tensor: Tensor) -> TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One adapted layer.
+    """One adapted layer, or rather one adapted matrix of a module.
 
     Attributes:
         config: its forms as they are (`"none"` where there is no path), rank, alpha, product and the rest.
@@ -44,12 +45,22 @@ class LayerSpec:
         in_features: columns of the base weight; None where the source does not say.
         bias: whether the base layer has a bias; None where the source does not say. Then a D without a bias to scale is
             left out, since it scales nothing.
+        matrix: how the module holds it; None where the source does not say.
+        batch: how many matrices the weight is a batch of, `(experts,)`; empty for one; None where the source does not
+            say.
     """
 
     config: GLoRAConfig
     out_features: int | None = None
     in_features: int | None = None
     bias: bool | None = None
+    matrix: Matrix | None = None
+    batch: tuple[int, ...] | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the weight is held as nn.Linear holds its own, as far as the source says."""
+        return not self.batch and (self.matrix is None or self.matrix.is_linear)
 
     def tensors(self, paths: Iterable[str] | None = None) -> dict[str, TensorSpec]:
         """Key within the layer (`A.left`) to what the tensor must be, for these paths or for all.
@@ -60,7 +71,7 @@ class LayerSpec:
             ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
         """
         # Sizes that are not known pass through `shapes` as numbers that no size can be.
-        shapes = self.config.shapes(self.out_features or -1, self.in_features or -2, paths)
+        shapes = self.config.shapes(self.out_features or -1, self.in_features or -2, paths, self.batch or ())
         return {key: TensorSpec(tuple([None if size < 0 else size for size in shape])) for key, shape in shapes.items()}
 
     @property

@@ -26,6 +26,7 @@ from glora.files.container import (
     replace_files,
     serialize,
 )
+from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
 from glora.model.modules import Model
@@ -168,9 +169,16 @@ def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bias": layer.bias,
+            # Said only where it is not as in a linear layer: a reader of before then refuses what it does not know.
+            **({} if layer.is_linear else {"matrix": _matrix_to_json(layer), "batch": list(layer.batch or ())}),
         }
     heads = {path: sorted(names) for path, names in adapter.heads.items()}
     return {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
+
+
+def _matrix_to_json(layer: LayerSpec) -> dict[str, Any]:
+    matrix = cast("Matrix", layer.matrix)
+    return {"weight": matrix.weight, "bias": matrix.bias, "pattern": matrix.pattern}
 
 
 def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
@@ -201,10 +209,14 @@ def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
     known = [size for size in shape if size is not None]
     if not all(type(size) is int and size > 0 for size in known) or not (bias is None or type(bias) is bool):
         raise ValueError(f"sizes {shape} and bias {bias!r}")
+    matrix, batch = fields.pop("matrix", None), fields.pop("batch", [])
+    if not all(type(size) is int and size > 0 for size in batch) or (batch and matrix is None):
+        raise ValueError(f"a batch {batch} of matrices")
+    matrix = None if matrix is None else parse_matrix(**matrix)
     forms = {name: fields["forms"].get(name, "none") for name in FORMS}
     if not set(fields.pop("forms")) <= set(FORMS):
         raise ValueError("paths other than A to E")
-    return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias)
+    return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias, matrix, tuple(batch))
 
 
 def _compare_copy(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS
 from glora.files.container import parse_json, plain_tensors, read_header, replace_files
+from glora.matrices import LINEAR
 from glora.model.attach import attach_spec
 from glora.model.merged import merge
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
@@ -96,6 +98,7 @@ def merge_checkpoint(
         raise ValueError(
             f"The base stays as it is; {format_names(map(str, taken))} would be written over. Choose another."
         )
+    owners = {key: path for path, layer in adapter.layers.items() for key in _keys(path, layer)}
     total, done = sum(entry.bytes for entry in plan.values()), 0
 
     def fill(target: Path, file: BinaryIO) -> None:
@@ -105,7 +108,7 @@ def merge_checkpoint(
         keys = sorted(shard, key=lambda key: (-_bits(shard[key].dtype), key))
         file.write(_header({key: shard[key] for key in keys}, metadata))
         for key in keys:
-            file.write(_merged(key, entries, adapter, source))
+            file.write(_merged(key, entries, adapter, owners, source))
             done += shard[key].bytes
             if progress is not None:
                 progress(done, total)
@@ -155,7 +158,7 @@ def _read_base(base: Path) -> tuple[dict[str, _Entry], dict[str, str], dict[str,
 def _plan(entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> dict[str, _Entry]:
     """Key to entry of every tensor of the merged checkpoint; everything that can be checked without a tensor, is."""
     plan = dict(entries)
-    missing = [join(path, "weight") for path in adapter.layers if join(path, "weight") not in entries]
+    missing = [key for path, layer in adapter.layers.items() if (key := _keys(path, layer)[0]) not in entries]
     missing += [join(path, n) for path, names in adapter.heads.items() for n in names if join(path, n) not in entries]
     if missing:
         raise AdapterFileError(
@@ -164,16 +167,20 @@ def _plan(entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -
         )
     problems = _misfits_of_heads(entries, adapter)
     for path, layer in adapter.layers.items():
-        weight, bias = entries[join(path, "weight")], entries.get(join(path, "bias"))
-        if weight.dtype not in _FLOATING or len(weight.shape) != 2:
-            problems.append(f"{join(path, 'weight')!r} of the base is {weight.dtype} {weight.shape}, no weight")
-        elif bias is not None and (bias.dtype not in _FLOATING or bias.shape != weight.shape[:1]):
-            problems.append(f"{join(path, 'bias')!r} of the base is {bias.dtype} {bias.shape}, no bias")
-        else:
-            _attach(path, layer, adapter, source, weight.without_data(), bias and bias.without_data())
-            if bias is None and any(layer.config.forms[name] != "none" for name in "CE"):
-                rows, columns = weight.shape
-                plan[join(path, "bias")] = replace(weight, shape=(rows,), start=0, bytes=weight.bytes // columns)
+        (weight_key, bias_key), matrix = _keys(path, layer), layer.matrix or LINEAR
+        weight, bias = entries[weight_key], entries.get(bias_key)
+        axes = len(matrix.pattern.split("->")[0].split())
+        if weight.dtype not in _FLOATING or len(weight.shape) != axes:
+            problems.append(f"{weight_key!r} of the base is {weight.dtype} {weight.shape}, no weight")
+            continue
+        outputs = tuple(matrix.read(weight.without_data()).shape[:-1])
+        if bias is not None and (bias.dtype not in _FLOATING or bias.shape != outputs):
+            problems.append(f"{bias_key!r} of the base is {bias.dtype} {bias.shape}, no bias")
+            continue
+        _attach(path, layer, adapter, source, weight.without_data(), bias and bias.without_data())
+        if bias is None and any(layer.config.forms[name] != "none" for name in "CE"):
+            size = math.prod(outputs) * weight.bytes // math.prod(weight.shape)
+            plan[bias_key] = replace(weight, shape=outputs, start=0, bytes=size)
     if problems:
         raise AdapterFileError(
             f"An adapter must fit the checkpoint that it is merged into; {source} does not, and nothing was written. "
@@ -199,41 +206,55 @@ def _misfits_of_heads(entries: Mapping[str, _Entry], adapter: AdapterSpec) -> li
     return problems
 
 
+def _keys(path: str, layer: LayerSpec) -> tuple[str, str]:
+    """The base's keys of a layer's weight and bias; the latter empty where it can have none."""
+    matrix = layer.matrix or LINEAR
+    owner = path.removesuffix(matrix.path("")).removesuffix(".")
+    return join(owner, matrix.weight), join(owner, matrix.bias) if matrix.bias is not None else ""
+
+
 def _attach(
     path: str, layer: LayerSpec, adapter: AdapterSpec, source: object, weight: Tensor, bias: Tensor | None
-) -> nn.Linear:
+) -> nn.Module:
     """A layer alone, with its part of the adapter."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+    matrix = layer.matrix or LINEAR
+    module = nn.Linear(1, 1, device="meta") if matrix.is_linear else nn.Module()
+    module.register_parameter(matrix.weight, nn.Parameter(weight, requires_grad=False))
+    if matrix.bias is not None:
+        held = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        module.register_parameter(matrix.bias, held)
+    alone = matrix.path("")
     keys = [key for key in layer.tensors() if join(path, key) in adapter.tensors]
-    own = {key: adapter.tensors[join(path, key)] for key in keys}
-    return attach_spec(linear, AdapterSpec({"": layer}, {}, own), f"{source} at {path!r}")
+    own = {join(alone, key): adapter.tensors[join(path, key)] for key in keys}
+    return attach_spec(module, AdapterSpec({alone: layer}, {}, own), f"{source} at {path!r}")
 
 
-def _merged(key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> bytearray | memoryview:
-    """The bytes of a tensor of the merged checkpoint."""
-    path, _, name = key.rpartition(".")
-    if name in adapter.heads.get(path, ()):
+def _merged(
+    key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, owners: Mapping[str, str], source: object
+) -> bytearray | memoryview:
+    """The bytes of a tensor of the merged checkpoint; `owners` is key to path, for those of adapted layers."""
+    head, _, name = key.rpartition(".")
+    if name in adapter.heads.get(head, ()):
         return _bytes(adapter.tensors[key].to(_DTYPES[entries[key].dtype]))
-    layer = adapter.layers.get(path)
-    if layer is None or name not in ("weight", "bias"):
+    path = owners.get(key)
+    if path is None:
         return entries[key].read()
-    others: dict[str, Any] = dict.fromkeys(BIAS_PATHS if name == "weight" else WEIGHT_PATHS, "none")
-    has_bias = join(path, "bias") in entries
+    layer = adapter.layers[path]
+    weight_key, bias_key = _keys(path, layer)
+    others: dict[str, Any] = dict.fromkeys(BIAS_PATHS if key == weight_key else WEIGHT_PATHS, "none")
+    has_bias = bias_key in entries
     if not has_bias and layer.bias is None:
         others["D"] = "none"  # it scales a bias that is not there
     own = replace(layer, config=replace(layer.config, **others))
     if not own.config.paths:
         return entries[key].read()
-    bias = entries[join(path, "bias")].tensor() if has_bias else None
-    linear = _attach(path, own, adapter, source, entries[join(path, "weight")].tensor(), bias)
+    bias = entries[bias_key].tensor() if has_bias else None
+    module = _attach(path, own, adapter, source, entries[weight_key].tensor(), bias)
     try:
-        merged = merge(linear)
+        merged = merge(module)
     except ValueError as error:  # which names the layer as a model
         raise ValueError(f"{key!r} of the base, with {source}: {error}") from error
-    return _bytes(merged.weight if name == "weight" else merged.bias)
+    return _bytes(cast("Tensor", merged._parameters[name]))
 
 
 def _header(entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> bytes:

@@ -139,6 +139,7 @@ def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) ->
         config = layer.config
         problems += [f"{path!r} has {n}={config.forms[n]}" for n in "AB" if config.forms[n] not in ("lora", "none")]
         problems += [f"{path!r} has {n}={config.forms[n]}" for n in "CDE" if config.forms[n] != "none"]
+        problems += [] if layer.is_linear else [f"{path!r} is no linear layer"]
         if config.A == "lora" and config.product != "matmul":
             problems.append(f"{path!r} has product={config.product!r}")
         if not path or layer.out_features is None or layer.in_features is None:

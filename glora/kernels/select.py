@@ -61,9 +61,18 @@ def force(kernel: Kernel | None) -> Generator[None]:
         _forced = before
 
 
+# Classes of transformers whose forward is nn.Linear's function in other words.
+_LINEAR_ELSEWHERE = {
+    ("transformers.pytorch_utils", "Conv1D"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+}
+
+
 def has_linear_forward(base: type[nn.Module]) -> bool:
-    """Whether calling a module of this class is nn.Linear's own forward, which `linear` may stand in for."""
-    return vars(next(c for c in base.__mro__ if "forward" in vars(c)))["forward"] is vars(nn.Linear)["forward"]
+    """Whether calling a module of this class is `x W^T + b` by nn.Linear's own forward, or by one known to equal it."""
+    owner = next(c for c in base.__mro__ if "forward" in vars(c))
+    same = vars(owner)["forward"] is vars(nn.Linear)["forward"]
+    return same or (owner.__module__, owner.__name__) in _LINEAR_ELSEWHERE
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors]) -> Tensor:

@@ -24,9 +24,12 @@ from glora.layer.parametrization import (
     Stacks,
     Weight,
     adapters_of,
+    biases_of,
     has_adapted_class,
     live_stacks,
 )
+from glora.layer.reading import once, reading_once
+from glora.matrices import LINEAR, TRANSPOSED, Matrix, is_transposed_linear
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property that knows its module. Two
@@ -86,7 +89,7 @@ def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
     store = adapters_of(module)[name]
     parametrize.remove_parametrizations(module, name, leave_parametrized=keep_value)
     if isinstance(store, Bias) and store.created and not keep_value:
-        module.register_parameter("bias", None)
+        module.register_parameter(name, None)
 
 
 def read(module: nn.Module, name: str) -> Tensor:
@@ -108,16 +111,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             lists = vars(self).get("_modules", {}).get("parametrizations")
             if lists is None or name not in lists._modules:
                 return super().__getattr__(name)
-            stacks = cast("Stacks", lists._modules)
-            value = _tensor(self, stacks, name, _scales(self, stacks), False)
-            if (
-                value is not None
-                and name == "weight"
-                and not torch.is_grad_enabled()
-                and not torch.compiler.is_compiling()
-            ):
-                _remember_frozen(self, stacks, value)
-            return value
+            return _attribute(self, cast("Stacks", lists._modules), name)
 
         def __setattr__(self, name: str, value: object) -> None:
             lists = vars(self).get("_modules", {}).get("parametrizations")
@@ -135,8 +129,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
             super().register_parameter(name, param)
-            if name == "weight":
-                _keep_frozen(self, param)
+            _keep_frozen(self, name, param)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             adopt_plain_keys(self, state_dict, prefix)
@@ -156,7 +149,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
-    own = cast("Any", _linear_forward) if select.has_linear_forward(base) else cast("Any", base.forward)
+    if select.has_linear_forward(base):
+        own: Any = _linear_forward(TRANSPOSED if is_transposed_linear(base) else LINEAR)
+    else:
+        own = reading_once(base.forward)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -169,16 +165,22 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     return Parametrized
 
 
-def _linear_forward(self: nn.Module, input: Tensor) -> Tensor:
-    lists, dropout = self._modules.get("parametrizations"), self.training
-    stacks = {} if lists is None else cast("Stacks", lists._modules)
-    scales = _scales(self, stacks)
-    bias = _tensor(self, stacks, "bias", scales, dropout)
-    stack, placed = stacks.get("weight"), self._parameters.get("weight")
-    store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
-    if not isinstance(store, Weight):
-        return F.linear(input, cast("Tensor", _tensor(self, stacks, "weight", scales, dropout)), bias)
-    return select.linear(input, cast("Any", stack).original, bias, store.factors(scales, dropout))
+def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
+    """nn.Linear's forward for a class that holds its weight so, by the cheapest kernel."""
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        lists, dropout = self._modules.get("parametrizations"), self.training
+        stacks = {} if lists is None else cast("Stacks", lists._modules)
+        scales = _scales(self, stacks)
+        bias = _tensor(self, stacks, "bias", scales, dropout)
+        stack, placed = stacks.get("weight"), self._parameters.get("weight")
+        store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
+        if not isinstance(store, Weight) or store.matrix.pattern != matrix.pattern:
+            W = cast("Tensor", _tensor(self, stacks, "weight", scales, dropout))
+            return F.linear(input, matrix.read(W), bias)
+        return select.linear(input, matrix.read(cast("Any", stack).original), bias, store.factors(scales, dropout))
+
+    return forward
 
 
 def _scales(module: nn.Module, stacks: Stacks) -> Scales:
@@ -195,6 +197,16 @@ def _tensor(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropou
     """A tensor of an adapted layer: the plain one where one stands in its place, else the computed one."""
     plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
     return plain if plain is not None or name not in stacks else _compute(module, stacks, name, scales, dropout)
+
+
+def _attribute(module: nn.Module, stacks: Stacks, name: str) -> Tensor | None:
+    """A tensor as whoever reads it has it."""
+    if isinstance(stacks[name]._modules["0"], Head):
+        return _tensor(module, stacks, name, _scales(module, stacks), False)
+    value = once(module, name, lambda: _tensor(module, stacks, name, _scales(module, stacks), False))
+    if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _remember_frozen(module, name, value)
+    return value
 
 
 def _compute(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropout: bool) -> Tensor:
@@ -219,11 +231,12 @@ def _compute(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropo
 
 def _frozen_weight(module: nn.Module, stacks: Stacks, bias: Bias) -> Tensor:
     """W0, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
+    name = bias.matrix.weight
     if bias.frozen_weight is not None:
         return bias.frozen_weight
-    if "weight" in stacks and isinstance(stacks["weight"]._modules["0"], Weight):
-        return stacks["weight"].original
-    return read(module, "weight")
+    if name in stacks and isinstance(stacks[name]._modules["0"], Weight):
+        return stacks[name].original
+    return read(module, name)
 
 
 # Note [Removal order]
@@ -232,22 +245,24 @@ def _frozen_weight(module: nn.Module, stacks: Stacks, bias: Bias) -> Tensor:
 # that it returns; both are freed together. `_keep_frozen`, which torch reaches through `register_parameter`, takes the
 # alias from there. With `leave_parametrized=False` what was read, if anything, is not what now stands in the parameter:
 # the parameter itself is W0, and goes on being read. Removal of the bias needs none of this.
-def _remember_frozen(module: nn.Module, stacks: Stacks, value: Tensor | None) -> None:
-    bias = adapters_of(module).get("bias")
-    if value is not None and isinstance(bias, Bias) and bias.has_prompt() and bias.frozen_weight is None:
-        original = stacks["weight"].original
-        if value is not original:
-            vars(value)["glora_frozen"] = original.detach()
-            bias.last_read = weakref.ref(value)
+def _remember_frozen(module: nn.Module, name: str, value: Tensor) -> None:
+    original = live_stacks(module)[name].original
+    for bias in _prompted_biases(module, name) if value is not original else ():
+        vars(value)["glora_frozen"] = original.detach()
+        bias.last_read = weakref.ref(value)
 
 
-def _keep_frozen(module: nn.Module, restored: Tensor | None) -> None:
-    bias = adapters_of(module).get("bias")
-    if restored is None or not isinstance(bias, Bias) or not bias.has_prompt() or bias.frozen_weight is not None:
-        return
-    value = bias.last_read() if bias.last_read is not None else None
-    if value is not None and value.untyped_storage()._cdata == restored.untyped_storage()._cdata:
-        bias.frozen_weight = vars(value)["glora_frozen"]
+def _keep_frozen(module: nn.Module, name: str, restored: Tensor | None) -> None:
+    for bias in _prompted_biases(module, name) if restored is not None else ():
+        value = bias.last_read() if bias.last_read is not None else None
+        if value is not None and value.untyped_storage()._cdata == cast("Tensor", restored).untyped_storage()._cdata:
+            bias.frozen_weight = vars(value)["glora_frozen"]
+
+
+def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
+    """The biases of the module that multiply this weight, and have not kept what it was."""
+    biases = biases_of(module).values()
+    return [b for b in biases if b.matrix.weight == weight and b.has_prompt() and b.frozen_weight is None]
 
 
 def _assign(module: nn.Module, name: str, value: object) -> None:

@@ -19,8 +19,8 @@ class LowRank(nn.Module):
     """`left @ right`, of rank r at most, times `scaling`.
 
     Args:
-        left: (rows, r).
-        right: (r, columns).
+        left: (..., rows, r).
+        right: (..., r, columns).
         config: gives `alpha / rank` and the rate of rank dropout.
     """
 
@@ -36,7 +36,7 @@ class LowRank(nn.Module):
             scale = scale * self.scaling
         if dropout and self.dropout:
             left, kept = self.left, 1 - self.dropout
-            drawn = torch.empty(left.shape[1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)
+            drawn = torch.empty(left.shape[-1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)
             scale = drawn * (scale / kept)  # Note [Rank dropout]
         return Factors((self.left, self.right), scale)
 
@@ -50,9 +50,9 @@ class LowRank(nn.Module):
         """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
         if size is None:
             nn.init.zeros_(self.left)
-            nn.init.kaiming_uniform_(self.right, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.right.flatten(0, -2), a=math.sqrt(5))  # each row goes by its own length
         else:
-            each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[1])))
+            each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[-1])))
             _draw(self.left, each)
             _draw(self.right, each)
 
@@ -90,15 +90,16 @@ def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
 
     A random start moves W' (or b') by about a tenth of W0's norm. With `n = ||W0||` (Frobenius): entries of A of size s
     move W' by `s n` (elementwise) or, when A is a whole random matrix, by `s sqrt(in) n` (matrix product); B by
-    `s sqrt(out in)`; C moves b' by about `s n`, D by `s ||b0||`, E by `s sqrt(out)`.
+    `s sqrt(out in)`; C moves b' by about `s n`, D by `s ||b0||`, E by `s sqrt(out)`. Of a batch of matrices, the same
+    for each, by their root mean square norm.
     """
     if config.init == "identity" or weight.is_meta:
         return None
-    out_features, in_features = weight.shape
+    *batch, out_features, in_features = weight.shape
     if path in "ACD":
         whole = (path, config.A, config.product) == ("A", "lora", "matmul")
         return 0.1 / math.sqrt(in_features) if whole else 0.1
-    norm = weight.detach().to(working_dtype(weight)).square().sum().sqrt().item()
+    norm = weight.detach().to(working_dtype(weight)).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
     # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
     norm = norm if norm > 0 else math.sqrt(out_features)
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))

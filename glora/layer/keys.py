@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from glora.layer.parametrization import Bias, adapters_of, live_stacks
+from glora.layer.parametrization import adapters_of, biases_of, live_stacks
 
 
 def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -14,16 +14,19 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     own = f"{prefix}parametrizations."
     adapters = adapters_of(module)
     plain = [name for name in adapters if f"{prefix}{name}" in state_dict]
-    bias = adapters.get("bias")
-    if any(key.startswith(own) for key in state_dict) or not (plain or f"{prefix}weight" in state_dict):
+    biases = biases_of(module)
+    weights = {name: f"{prefix}{store.matrix.weight}" for name, store in biases.items()}
+    weights = {name: key for name, key in weights.items() if key in state_dict}
+    if any(key.startswith(own) for key in state_dict) or not (plain or weights):
         return
-    if isinstance(bias, Bias) and bias.frozen_weight is not None and f"{prefix}weight" in state_dict:
-        # A clone: with assign=True the layer's weight becomes the given tensor itself, and may be trained.
-        state_dict[f"{own}bias.0.frozen_weight"] = state_dict[f"{prefix}weight"].clone()
+    for name, key in weights.items():
+        if biases[name].frozen_weight is not None:
+            # A clone: with assign=True the layer's weight becomes the given tensor itself, and may be trained.
+            state_dict[f"{own}{name}.0.frozen_weight"] = state_dict[key].clone()
     for name in plain:
         state_dict[f"{own}{name}.original"] = state_dict.pop(f"{prefix}{name}")
-    created = isinstance(bias, Bias) and bias.created
-    demanded = {f"{own}{name}.original" for name in adapters if not (name == "bias" and created)}
+    created = {name for name, store in biases.items() if store.created}
+    demanded = {f"{own}{name}.original" for name in adapters if name not in created}
     for key, tensor in (
         cast("nn.ModuleDict", module._modules["parametrizations"]).state_dict(prefix=own, keep_vars=True).items()
     ):

@@ -19,6 +19,7 @@ from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors, working_dtype
 from glora.kernels.matvec import wide_matvec
 from glora.layer.factors import LowRank, Vector, init_size
+from glora.matrices import LINEAR, Matrix
 
 Scales: TypeAlias = Mapping[str, Tensor]
 """Adapter name to scale: the adapters that act."""
@@ -100,14 +101,15 @@ class Paths(nn.Module):
     Args:
         config: the adapter's config for this layer.
         names: the paths to build.
-        weight: the layer's frozen weight, `(out, in)`; gives shapes, device and dtype (float32 at least).
+        weight: the frozen weight as a matrix, `(out, in)`, or a batch of them; gives shapes, device and dtype (float32
+            at least).
     """
 
     def __init__(self, config: GLoRAConfig, names: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
         self.config = config
-        out_features, in_features = weight.shape
-        shapes, dtype = config.shapes(out_features, in_features, names), working_dtype(weight)
+        *batch, out_features, in_features = weight.shape
+        shapes, dtype = config.shapes(out_features, in_features, names, tuple(batch)), working_dtype(weight)
         tensors = {key: torch.empty(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
         for name in names:
             if config.forms[name] == "lora":
@@ -125,17 +127,31 @@ class Paths(nn.Module):
         return {name: path.factors(scale, dropout) for name, path in self.paths().items()}
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """Start again, as `config.init` says, for a layer with this frozen weight."""
+        """Start again, as `config.init` says, for a layer with this frozen weight as a matrix."""
         for name, path in self.paths().items():
             path.reset_parameters(init_size(name, self.config, weight))
 
 
 class Weight(Adapters):
-    """On `weight`: `W0 + sum_i w_i (W0 * A_i + B_i)` over the adapters i that act."""
+    """On a weight: `W0 + sum_i w_i (W0 * A_i + B_i)` over the adapters i that act.
+
+    Args:
+        acting: the module's.
+        matrix: how the tensor is one (Note [Matrices]).
+    """
+
+    def __init__(self, acting: Acting | None = None, matrix: Matrix = LINEAR) -> None:
+        super().__init__(acting)
+        self.matrix = matrix
 
     def forward(self, W0: Tensor, scales: Scales | None = None, dropout: bool = False) -> Tensor:
-        """The adapted weight, `(out, in)`, W0's dtype; W0 itself where no adapter acts."""
-        return functional.adapted_weight(W0, self.factors(self.acting.scales if scales is None else scales, dropout))
+        """The adapted weight, of W0's shape and dtype; W0 itself where no adapter acts."""
+        factors, matrix = self.factors(self.acting.scales if scales is None else scales, dropout), self.matrix
+        if matrix.is_plain:
+            return functional.adapted_weight(W0, factors)
+        read = matrix.read(W0)
+        updates = [u.expand_as(read) for u in functional.weight_updates(read, factors) if u is not None]
+        return functional.add(W0, [matrix.write(update, W0) for update in updates])
 
     def factors(self, scales: Scales, dropout: bool = False) -> list[WeightFactors]:
         """What each adapter that acts does to the weight."""
@@ -149,10 +165,11 @@ class Weight(Adapters):
 
 
 class Bias(Adapters):
-    """On `bias`: `b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)` over the adapters i that act.
+    """On a bias: `b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)` over the adapters i that act.
 
     Args:
         acting: the module's.
+        matrix: the weight that it is the bias of.
         created: the layer has no bias of its own; this one is there for the paths alone.
     """
 
@@ -163,16 +180,16 @@ class Bias(Adapters):
     # C then keeps W0 here, as a buffer that moves, copies and saves with the model.
     frozen_weight: Tensor | None
 
-    def __init__(self, acting: Acting | None = None, created: bool = False) -> None:
+    def __init__(self, acting: Acting | None = None, matrix: Matrix = LINEAR, created: bool = False) -> None:
         super().__init__(acting)
-        self.created = created
+        self.matrix, self.created = matrix, created
         self.register_buffer("frozen_weight", None)
         self.last_read: weakref.ref[Tensor] | None = None
 
     def forward(
         self, b0: Tensor, W0: Tensor | None = None, scales: Scales | None = None, dropout: bool = False
     ) -> Tensor:
-        """The adapted bias, `(out,)`, b0's dtype; b0 itself where no adapter acts."""
+        """The adapted bias, of b0's shape and dtype, from W0 as it is held; b0 itself where no adapter acts."""
         if W0 is None:
             raise RuntimeError(
                 "A bias adapted by glora needs its layer's frozen weight, and was computed without it. Read the `bias` "
@@ -184,7 +201,7 @@ class Bias(Adapters):
             if part is not None:
                 factors = part.factors(scale, dropout)
                 C, D, E = factors.get("C"), factors.get("D"), factors.get("E")
-                prompt = None if C is None else _prompted(W0, C.scaled())
+                prompt = None if C is None else _prompted(self.matrix.read(W0), C.scaled())
                 own = None if D is None else D.scaled(), None if E is None else E.scaled()
                 updates.append(functional.bias_update(b0, prompt, *cast("tuple[Tensor | None, Tensor | None]", own)))
         return functional.add(b0, updates)
@@ -201,7 +218,7 @@ class Bias(Adapters):
 
 
 def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    if W0.dtype in (torch.float32, torch.float64):
+    if W0.dtype in (torch.float32, torch.float64) or W0.ndim > 2:
         return functional.prompted(W0, C)
     return wide_matvec(W0, functional.whole(C).squeeze(1))  # Note [No wide copy]
 
@@ -246,6 +263,11 @@ def adapters_of(module: nn.Module) -> dict[str, Adapters]:
         if isinstance(first, Adapters):
             found[name] = first
     return found
+
+
+def biases_of(module: nn.Module) -> dict[str, Bias]:
+    """Tensor name to the adapters on it, for the biases alone."""
+    return {name: store for name, store in adapters_of(module).items() if isinstance(store, Bias)}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

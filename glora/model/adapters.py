@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy
-from glora.layer.parametrization import Acting, Paths, Scales
+from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
 from glora.model.modules import Model, adapted_modules, all_or_nothing
 from glora.spec import join
@@ -178,7 +178,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         for tensor_name, store in named.adapters.items():
             part = store.parts().get(name)
             if isinstance(part, Paths):
-                found |= {join(named.path, key): value for key, value in part.named_parameters()}
+                path = cast("Weight | Bias", store).matrix.path(named.path)
+                found |= {join(path, key): value for key, value in part.named_parameters()}
             elif isinstance(part, HeadCopy):
                 found[join(named.path, tensor_name)] = part.value
     return found
@@ -246,6 +247,9 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         for named in adapted_modules(model):
             for tensor_name, store in named.adapters.items():
                 part = store.parts().get(name)
-                if isinstance(part, (Paths, HeadCopy)):
-                    part.reset_parameters(named.tensors["weight" if isinstance(part, Paths) else tensor_name])
+                if isinstance(part, Paths):
+                    matrix = cast("Weight | Bias", store).matrix
+                    part.reset_parameters(matrix.read(named.tensors[matrix.weight]))
+                elif isinstance(part, HeadCopy):
+                    part.reset_parameters(named.tensors[tensor_name])
     return model

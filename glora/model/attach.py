@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.adapted import adapted_class, register
 from glora.layer.heads import Head, HeadCopy
-from glora.layer.parametrization import Adapters, Bias, Paths, Weight, adapters_of
+from glora.layer.parametrization import Bias, Paths, Weight, adapters_of
+from glora.matrices import Matrix
 from glora.model import freezing
 from glora.model.adapters import set_scales
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
@@ -33,7 +34,7 @@ def apply(
     name: str = "default",
     freeze: bool = True,
 ) -> Model:
-    r"""Attach an adapter to the linear layers of a model, in place, and freeze the rest.
+    r"""Attach an adapter to the layers of a model, in place, and freeze the rest.
 
     Each layer computes `y = x W'^T + b'` from then on, with
 
@@ -43,10 +44,14 @@ def apply(
     `layer.parametrizations.weight.original` and `.bias.original`. Train `glora.parameters(model)`.
 
     Args:
-        model: any module; nn.Linear and its subclasses in it are adapted.
+        model: any module. nn.Linear and its subclasses in it are adapted, transformers' Conv1D, `in_proj_weight` of
+            nn.MultiheadAttention, fused experts (three-dimensional parameters such as `gate_up_proj`: factors for each
+            expert), convolutions, and what `glora.register_matrix` has taught.
         targets: which layers. A regex (it must match a layer's whole path), a list of path suffixes (whole dotted
             components, as `["q_proj", "v_proj"]`), a predicate `(path, module) -> bool`, `"all-linear"` (all but a
-            model's output embeddings), or a mapping from regex to the config of the layers that it is first to match.
+            model's output embeddings, convolutions and what was registered), or a mapping from regex to the config of
+            the layers that it is first to match. A matrix that is not called `weight` has its own path,
+            `experts.gate_up_proj`.
         config: the forms of the paths; `GLoRAConfig()` if None.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.
         trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, or
@@ -64,7 +69,8 @@ def apply(
 
     Warns:
         UserWarning: once for all layers that were swept in by a regex, predicate or "all-linear" and cannot be adapted,
-            and once for all whose C, D and E are left out because they have no bias.
+            and once for all whose C, D and E are left out because they have no bias; "all-linear" without `exclude`
+            that reaches less than half of the model's matrices, with what it leaves out.
 
     Source: GLoRA, arXiv 2306.07967; the names of the arguments are those of the field.
 
@@ -76,7 +82,7 @@ def apply(
         ['0.A.left', '0.A.right', '0.B.left', '0.B.right', '0.C.value', '0.D.value', '0.E.value', '2.weight', '2.bias']
     """
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
-    _warn(planned)
+    _warn(planned, everything=targets == ALL_LINEAR and not exclude)
     return attach(model, planned, freeze=freeze)
 
 
@@ -136,14 +142,14 @@ class _Part:
     """What goes onto the tensor `name` of a module.
 
     Attributes:
-        kind: the adapters that it joins.
+        matrix: that which its paths are on, or are the bias of; None for a head.
         created: zeros for a bias that the layer does not have; None where the tensor is there.
     """
 
     named: NamedModule
     name: str
-    kind: type[Adapters]
     content: Paths | HeadCopy
+    matrix: Matrix | None = None
     created: Tensor | None = None
 
 
@@ -152,27 +158,27 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
     parts: list[_Part] = []
     for layer in planned.layers:
         prefix = join(layer.path, "")
-        weight = layer.named.tensors["weight"]
-        for tensor_name, kind, names in (("weight", Weight, WEIGHT_PATHS), ("bias", Bias, BIAS_PATHS)):
+        weight, matrix = layer.at.weight, layer.at.matrix
+        for tensor_name, names in ((matrix.weight, WEIGHT_PATHS), (matrix.bias, BIAS_PATHS)):
             kept = tuple([path for path in names if path in layer.paths])
-            if not kept:
+            if not kept or tensor_name is None:
                 continue
             paths, created = Paths(layer.config, kept, weight), None
             if values is None:
                 paths.reset_parameters(weight)
             else:
                 _fill(paths, {key: values[prefix + key] for key in paths.state_dict()})
-            if kind is Bias and layer.creates_bias:
+            if layer.creates_bias and tensor_name == matrix.bias:
                 # Allocate on the CPU when loading onto the meta device, beside what is loaded (see _fill).
                 device = "cpu" if weight.is_meta and values is not None else weight.device
-                created = torch.zeros(weight.shape[0], dtype=weight.dtype, device=device)
-            parts.append(_Part(layer.named, tensor_name, kind, paths, created))
+                created = torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device)
+            parts.append(_Part(layer.named, tensor_name, paths, matrix, created))
     for head in planned.heads:
         for tensor_name, original in head.named.tensors.items():
             copy = HeadCopy(original)
             if values is not None:
                 _fill(copy, {"value": values[join(head.path, tensor_name)]})
-            parts.append(_Part(head.named, tensor_name, Head, copy))
+            parts.append(_Part(head.named, tensor_name, copy))
     return parts
 
 
@@ -195,28 +201,38 @@ def _register(part: _Part, name: str) -> None:
     if store is not None:
         store.add_module(name, part.content)
         return
-    store = part.kind(next(iter(stores.values())).acting if stores else None)
-    if isinstance(store, Bias) and part.created is not None:
-        store.created = True
+    acting = next(iter(stores.values())).acting if stores else None
+    if part.matrix is None:
+        store = Head(acting)
+    elif part.name == part.matrix.weight:
+        store = Weight(acting, part.matrix)
+    else:
+        store = Bias(acting, part.matrix, created=part.created is not None)
+    if part.created is not None:
         module._parameters[part.name] = nn.Parameter(part.created, requires_grad=False)
     store.add_module(name, part.content)
     register(module, part.name, store)
 
 
-def _warn(planned: Plan) -> None:
+def _warn(planned: Plan, *, everything: bool) -> None:
+    messages: list[str] = []
     unsupported = [f"{row.path!r}: {row.reason}" for row in planned.skipped if row.unsupported]
     if unsupported:
-        warnings.warn(
+        messages.append(
             f"{len(unsupported)} of the layers that targets= sweeps in cannot be adapted and are left as they are "
-            f"({format_problems(unsupported)}). glora.plan lists all; exclude= silences this.",
-            UserWarning,
-            stacklevel=3,
+            f"({format_problems(unsupported)}). glora.plan lists all; exclude= silences this."
         )
     if planned.without_bias:
-        warnings.warn(
+        messages.append(
             f"{len(planned.without_bias)} layers have no bias, and paths C, D and E are left out there "
             f"({format_names(planned.without_bias)}). create_bias=True in the config would give them one for C and E; "
-            f"C='none', D='none', E='none' silences this.",
-            UserWarning,
-            stacklevel=3,
+            f"C='none', D='none', E='none' silences this."
         )
+    if everything and planned.reach is not None and planned.reach.share < 0.5:
+        reach = (
+            f"The adapter {planned.reach}. Convolutions, and modules of a kind that glora.register_matrix teaches, are "
+            f"reached when targets= names them; any exclude= silences this."
+        )
+        messages[-1:] = [f"{messages[-1]} {reach}" if messages else reach]
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
-from glora.layer.parametrization import Bias, has_adapted_class, stacks_of, stashed
-from glora.model.modules import NamedModule, named_modules
+from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
+from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -24,34 +24,41 @@ Ties: TypeAlias = dict[tuple[int, str], str]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_layer(named: NamedModule, config: GLoRAConfig, ties: Ties) -> str | None:
-    """Why this linear layer cannot take paths, and what to do about it; None if it can."""
-    layer, tensors = named.module, named.tensors
+def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str | None:
+    """Why this matrix cannot take paths, and what to do about it; None if it can."""
+    named, layer, tensors, matrix = at.named, at.module, at.named.tensors, at.matrix
     if _is_foreign(named, Head):
         return "it is parametrized by something else, which adapters would compose with; remove that first."
-    if "weight" not in tensors:
-        return "it has no parameter `weight` (pruning and the older weight_norm replace it); undo that first."
-    if "bias" not in tensors and "bias" not in layer._parameters:
+    if matrix.weight not in tensors:
+        return f"it has no parameter `{matrix.weight}` (pruning and the older weight_norm replace it); undo that first."
+    if isinstance(layer, nn.Linear) and "bias" not in tensors and "bias" not in layer._parameters:
         return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             return f"its {name} is lazy; run one batch through the model first."
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
-        if name in ("weight", "bias") and tensor.dtype not in _DTYPES:
+        if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
         if is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; adapt the layer before it is quantised or sharded."
-    if tensors["weight"].numel() == 0:
-        return f"its weight is empty, {tuple(tensors['weight'].shape)}; exclude it."
-    for name, paths in (("weight", WEIGHT_PATHS), ("bias", BIAS_PATHS)):
+    shape = tuple(tensors[matrix.weight].shape)
+    if tensors[matrix.weight].numel() == 0:
+        return f"its {matrix.weight} is empty, {shape}; exclude it."
+    if len(shape) != len(matrix.pattern.split("->")[0].split()):
+        return f"its {matrix.weight} has the shape {shape}, and {matrix.pattern!r} was registered for it; correct that."
+    if at.has_own_bias and tensors[cast("str", matrix.bias)].shape != at.weight.shape[:-1]:
+        return (
+            f"its {matrix.bias} has the shape {tuple(tensors[cast('str', matrix.bias)].shape)}, where the matrix has "
+            f"{tuple(at.weight.shape)}; register it without a bias."
+        )
+    for name, paths in ((matrix.weight, WEIGHT_PATHS), (matrix.bias or "", BIAS_PATHS)):
         if (id(layer), name) in ties and any(config.forms[path] != "none" for path in paths):
             return (
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    bias = named.adapters.get("bias")
-    if isinstance(bias, Bias) and bias.frozen_weight is not None:
+    if at.bias is not None and at.bias.frozen_weight is not None:
         return (
             "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
             "remove those of the bias too."

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from glora.config import FORMS
+from glora.config import FORMS, GLoRAConfig
 from glora.layer.heads import HeadCopy
-from glora.layer.parametrization import Bias, Paths
+from glora.layer.parametrization import Paths
 from glora.model.adapters import adapter_tensors, resolve_name
-from glora.model.modules import adapted_modules
-from glora.model.plan import has_own_bias
+from glora.model.modules import NamedMatrix, adapted_matrices, adapted_modules
 from glora.spec import AdapterSpec, LayerSpec
 
 
@@ -29,20 +28,11 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     heads: dict[str, tuple[str, ...]] = {}
     for named in adapted_modules(model):
         parts = {tensor: store.parts()[name] for tensor, store in named.adapters.items() if name in store.parts()}
-        paths = {path: part.config for part in parts.values() if isinstance(part, Paths) for path in part.paths()}
-        if paths:
-            bias = named.adapters.get("bias")
-            if isinstance(bias, Bias) and bias.frozen_weight is not None and "C" in paths:
-                raise RuntimeError(
-                    f"torch's removal has baked the weight of {named.path!r} in, and its path C goes by the weight "
-                    f"before, which no checkpoint holds. Remove the bias's adapters too, or merge before saving."
-                )
-            config = next(iter(paths.values()))
-            forms = {path: config.forms[path] if path in paths else "none" for path in FORMS}
-            created = isinstance(bias, Bias) and bias.created and any(path in paths for path in "CE")
-            config = replace(config, **forms, create_bias=created)  # pyright: ignore
-            out_features, in_features = named.tensors["weight"].shape
-            layers[named.path] = LayerSpec(config, out_features, in_features, has_own_bias(named))
+        for at in adapted_matrices(named):
+            own = [parts.get(tensor) for tensor in (at.matrix.weight, at.matrix.bias or "")]
+            paths = {path: part.config for part in own if isinstance(part, Paths) for path in part.paths()}
+            if paths:
+                layers[at.path] = _describe_layer(at, paths)
         copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
         if copies and set(copies) != set(named.tensors):
             raise RuntimeError(
@@ -53,3 +43,18 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             heads[named.path] = copies
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(model, name).items()}
     return AdapterSpec(layers, heads, tensors)
+
+
+def _describe_layer(at: NamedMatrix, paths: dict[str, GLoRAConfig]) -> LayerSpec:
+    """A matrix with these paths of an adapter."""
+    if at.bias is not None and at.bias.frozen_weight is not None and "C" in paths:
+        raise RuntimeError(
+            f"torch's removal has baked the weight of {at.path!r} in, and its path C goes by the weight before, which "
+            f"no checkpoint holds. Remove the bias's adapters too, or merge before saving."
+        )
+    config = next(iter(paths.values()))
+    forms = {path: config.forms[path] if path in paths else "none" for path in FORMS}
+    created = at.bias is not None and at.bias.created and any(path in paths for path in "CE")
+    config = replace(config, **forms, create_bias=created)  # pyright: ignore
+    *batch, out_features, in_features = at.weight.shape
+    return LayerSpec(config, out_features, in_features, at.has_own_bias, at.matrix, tuple(batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Acting, Adapters, Scales, adapters_of, is_adapted, own_tensors
+from glora.layer.parametrization import Acting, Adapters, Bias, Scales, Weight, adapters_of, is_adapted, own_tensors
+from glora.matrices import Matrix, matrices_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,6 +54,64 @@ class NamedModule:
     def adapter_names(self) -> set[str]:
         """The adapters that it has, on any of its tensors."""
         return {name for store in self.adapters.values() for name in store.parts()}
+
+
+@dataclass(frozen=True)
+class NamedMatrix:
+    """A matrix of a model's module, that adapters can go onto (Note [Matrices]).
+
+    Attributes:
+        path: the first path that reaches it.
+        aliases: every path that reaches it.
+        named: its module.
+        matrix: how the module holds it.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    named: NamedModule
+    matrix: Matrix
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds it."""
+        return self.named.module
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What it is told from others by: its module's id and its tensor's name."""
+        return id(self.named.module), self.matrix.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base model's weight as a matrix `(out, in)`, or a batch of them."""
+        return self.matrix.read(self.named.tensors[self.matrix.weight])
+
+    @property
+    def bias(self) -> Bias | None:
+        """The adapters on its bias; None where there are none."""
+        return cast("Bias | None", self.named.adapters.get(self.matrix.bias or ""))
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the base model has a bias for it; one that `create_bias=True` made does not count."""
+        return not self.bias.created if self.bias is not None else self.matrix.bias in self.named.tensors
+
+
+def named_matrices(modules: Iterable[NamedModule]) -> list[NamedMatrix]:
+    """Every matrix that adapters can go onto, of these modules."""
+    return [name_matrix(named, matrix) for named in modules for matrix in matrices_of(named.module, named.tensors)]
+
+
+def adapted_matrices(named: NamedModule) -> list[NamedMatrix]:
+    """The matrices of a module that adapters are on, on the weight or on its bias, as they were attached."""
+    stores = [store for store in named.adapters.values() if isinstance(store, (Weight, Bias))]
+    return [name_matrix(named, matrix) for matrix in dict.fromkeys(store.matrix for store in stores)]
+
+
+def name_matrix(named: NamedModule, matrix: Matrix) -> NamedMatrix:
+    """A matrix under the paths of its module."""
+    return NamedMatrix(matrix.path(named.path), tuple(map(matrix.path, named.aliases)), named, matrix)
 
 
 def named_modules(model: nn.Module) -> list[NamedModule]:

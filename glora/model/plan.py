@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -9,9 +10,10 @@ from torch import nn
 from glora.config import WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight
-from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_layer
-from glora.model.modules import NamedModule, named_modules
+from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_matrix
+from glora.model.modules import NamedMatrix, NamedModule, name_matrix, named_matrices, named_modules
 from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped
+from glora.model.reach import reach
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches
 from glora.text import format_names, format_problems
@@ -52,40 +54,44 @@ def plan(
     modules = _modules_for(model, name)
     ties = find_ties(modules)
     heads = _chosen_heads(modules, trainable, ties)
-    chosen, by_name = choose(modules, targets, config)
-    left_out = dict.fromkeys(output_embeddings(modules), "output embeddings") if targets == ALL_LINEAR else {}
-    left_out |= {id(named.module): "excluded" for named in select(modules, exclude, "exclude", nn.Linear)}
-    left_out |= {id(head.module): "trainable as a whole" for head in heads}
+    matrices = named_matrices(modules)
+    chosen, by_name = choose(matrices, targets, config, modules)
+    outputs, excluded = output_embeddings(modules), {m.key for m in select(matrices, exclude, "exclude", modules)}
+    whole = {id(head.module) for head in heads}
     layers: list[PlannedLayer] = []
     skipped: list[Skipped] = []
     without_bias: list[str] = []
-    for named in modules:
-        spec = chosen.get(id(named.module))
+    for at in matrices:
+        spec = chosen.get(at.key)
         if spec is None:
             continue
-        if id(named.module) in left_out:
-            skipped.append(Skipped(named.path, left_out[id(named.module)]))
+        if id(at.module) in whole or at.key in excluded or (targets == ALL_LINEAR and id(at.module) in outputs):
+            why = "trainable as a whole" if id(at.module) in whole else "excluded" if at.key in excluded else ""
+            skipped.append(Skipped(at.path, why or "output embeddings"))
             continue
-        layer = _plan_layer(named, spec, ties, without_a_bias="D" if spec.config.create_bias else "CDE")
+        layer = _plan_layer(at, spec, ties, without_a_bias="CDE")
         if isinstance(layer, str):
             if by_name:
-                raise ValueError(f"Every layer that targets= names must be adaptable; {named.path!r} is not: {layer}")
-            skipped.append(Skipped(named.path, layer, unsupported=True))
+                raise ValueError(f"Every layer that targets= names must be adaptable; {at.path!r} is not: {layer}")
+            skipped.append(Skipped(at.path, layer, unsupported=True))
             continue
-        lost = not spec.config.create_bias and len(layer.paths) < len(spec.config.paths)
+        # A created bias never has a D, and nobody misses it.
+        lost = set(spec.config.paths) - set(layer.paths) - ({"D"} if spec.config.create_bias else set())
         if lost:
-            without_bias.append(named.path)
+            without_bias.append(at.path)
         if layer.paths:
             layers.append(layer)
         else:
-            skipped.append(Skipped(named.path, "its paths need a bias" if lost else "every path is none"))
+            skipped.append(Skipped(at.path, "its paths need a bias" if lost else "every path is none"))
     if not layers:
         why = "; ".join(f"{row.path!r}: {row.reason}" for row in skipped[:5])
         raise ValueError(
             f"There must be something to train; all {len(skipped)} layers that targets= reaches are left out ({why}). "
             f"Widen targets=, choose other forms, or for layers without a bias pass create_bias=True in the config."
         )
-    return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias))
+    reached = {layer.at.key for layer in layers} | {(id(h.module), tensor) for h in heads for tensor in h.named.tensors}
+    share = reach(modules, reached, outputs)
+    return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias), share)
 
 
 def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) -> Plan:
@@ -106,28 +112,23 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
     modules = _modules_for(model, name)
     ties = find_ties(modules)
     reached = {alias: named for named in modules for alias in named.aliases}
+    known = {alias: at for at in named_matrices(modules) for alias in at.aliases}
     problems: list[str] = []
     layers: list[PlannedLayer] = []
     heads: list[PlannedHead] = []
     wanted: dict[str, TensorSpec] = {}
     optional: set[str] = set()
     for path, layer_spec in spec.layers.items():
-        layer: PlannedLayer | str = "there is no such module"
-        if path in reached:
-            layer = _plan_layer(
-                replace(reached[path], path=path),
-                layer_spec,
-                ties,
-                without_a_bias="D" if layer_spec.bias is None else "",
-            )
+        at = _described(path, layer_spec, known, reached)
+        if not isinstance(at, str):
+            at = _plan_layer(at, layer_spec, ties, without_a_bias="D" if layer_spec.bias is None else "")
+        layer = at
         if isinstance(layer, str):
             problems.append(f"{path!r}: {layer}")
             continue
         layers.append(layer)
-        shape = layer.named.tensors["weight"].shape
-        own = LayerSpec(layer.config, shape[0], shape[1]).tensors(layer.paths)
         prefix = join(path, "")
-        wanted |= {prefix + key: tensor for key, tensor in own.items()}
+        wanted |= {prefix + key: TensorSpec(shape) for key, shape in layer.shapes.items()}
         if layer_spec.bias is None:
             optional.add(prefix + "D.value")
     for path, names in spec.heads.items():
@@ -138,7 +139,8 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
         heads.append(PlannedHead(replace(reached[path], path=path)))
         for tensor_name, tensor in reached[path].tensors.items():
             wanted[join(path, tensor_name)] = like(tensor)
-    if len({id(row.module) for row in (*layers, *heads)}) != len(layers) + len(heads):
+    places = [layer.at.key for layer in layers] + [(id(h.module), name) for h in heads for name in h.named.tensors]
+    if len(set(places)) != len(places):
         problems.append("two of its entries reach the same module, by different paths")
     if not problems:
         problems += mismatches(spec.tensors, wanted, optional=optional, needs_data=False)
@@ -152,45 +154,56 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
     return Plan(name, tuple(layers), tuple(heads))
 
 
-def has_own_bias(layer: NamedModule) -> bool:
-    """Whether the base model's layer has a bias; one that `create_bias=True` made does not count."""
-    bias = layer.adapters.get("bias")
-    return not bias.created if isinstance(bias, Bias) else "bias" in layer.tensors
+def _described(
+    path: str, spec: LayerSpec, known: Mapping[str, NamedMatrix], modules: Mapping[str, NamedModule]
+) -> NamedMatrix | str:
+    """The matrix that a described layer goes to: as the model holds it, or where glora does not know, as described."""
+    if path in known:
+        at = replace(known[path], path=path)
+        if spec.matrix is not None and (spec.matrix.pattern, spec.matrix.bias) != (at.matrix.pattern, at.matrix.bias):
+            return f"it is held as {at.matrix.pattern!r} where {spec.matrix.pattern!r} is adapted"
+        return at
+    if spec.matrix is None or spec.matrix.is_linear:
+        if path not in modules:
+            return "there is no such module"
+        return f"it is a {type(modules[path].module).__name__}, which is no layer that can be adapted"
+    owner = path if spec.matrix.weight == "weight" else path.rpartition(".")[0]
+    if owner not in modules or spec.matrix.path(owner) != path or spec.matrix.weight not in modules[owner].tensors:
+        return "there is no such module"
+    return replace(name_matrix(modules[owner], spec.matrix), path=path)
 
 
-def _plan_layer(named: NamedModule, spec: LayerSpec, ties: Ties, *, without_a_bias: str) -> PlannedLayer | str:
-    """A described layer compared with its module; or why the module does not take it, and what to do about it.
+def _plan_layer(at: NamedMatrix, spec: LayerSpec, ties: Ties, *, without_a_bias: str) -> PlannedLayer | str:
+    """A described layer compared with its matrix; or why the matrix does not take it, and what to do about it.
 
     Args:
         without_a_bias: the paths that are left out where there is no bias, rather than being a reason.
     """
-    if not isinstance(named.module, nn.Linear):
-        return f"it is a {type(named.module).__name__}, no nn.Linear"
-    reason = unsupported_layer(named, spec.config, ties)
+    reason = unsupported_matrix(at, spec.config, ties)
     if reason is not None:
         return reason
-    shape, described = tuple(named.tensors["weight"].shape), (spec.out_features, spec.in_features)
-    if any(size not in (None, own) for size, own in zip(described, shape, strict=True)):
+    *batch, out_features, in_features = at.weight.shape
+    shape = *batch, out_features, in_features
+    described = *(batch if spec.batch is None else spec.batch), spec.out_features, spec.in_features
+    if len(shape) != len(described) or any(s not in (None, own) for s, own in zip(described, shape, strict=True)):
         return f"a weight of {shape} where {described} is adapted"
-    bias = has_own_bias(named)
-    if spec.bias not in (None, bias):
-        return f"{'a' if bias else 'no'} bias where {'a' if spec.bias else 'no'} bias is adapted"
+    if spec.bias not in (None, at.has_own_bias):
+        return f"{'a' if at.has_own_bias else 'no'} bias where {'a' if spec.bias else 'no'} bias is adapted"
     wanted = spec.config.paths
-    if bias:
-        return PlannedLayer(named, spec.config, wanted)
-    # A created bias has no D: it would scale zeros, and never learn.
-    takes = (*WEIGHT_PATHS, *("C", "E")) if spec.config.create_bias else WEIGHT_PATHS
-    kept = tuple([path for path in wanted if path in takes])
-    if not set(wanted) - set(kept) <= set(without_a_bias):
+    if at.has_own_bias:
+        return PlannedLayer(at, spec.config, wanted)
+    # A created bias has no D: it would scale zeros, and never learn. A module that has no place for a bias gets none.
+    creates = spec.config.create_bias and at.matrix.bias in at.module._parameters
+    kept = tuple([path for path in wanted if path in WEIGHT_PATHS or (creates and path != "D")])
+    if not set(wanted) - set(kept) - ({"D"} if creates else set()) <= set(without_a_bias):
         return "it has no bias for the paths C, D and E"
-    creates_bias = any(path not in WEIGHT_PATHS for path in kept)
-    return PlannedLayer(named, spec.config, kept, creates_bias)
+    return PlannedLayer(at, spec.config, kept, creates_bias=any(path not in WEIGHT_PATHS for path in kept))
 
 
 def _chosen_heads(modules: list[NamedModule], trainable: Trainable, ties: Ties) -> list[PlannedHead]:
     by_id = {id(named.module): named for named in modules}
     heads: dict[int, PlannedHead] = {}
-    for reached in select(modules, trainable, "trainable", nn.Module):
+    for reached in select(modules, trainable, "trainable", modules):
         if not any(True for _ in reached.module.parameters()):
             raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
         for inside in named_modules(reached.module):

@@ -8,28 +8,40 @@ from dataclasses import dataclass
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.model.modules import NamedModule
+from glora.model.modules import NamedMatrix, NamedModule
+from glora.model.reach import Reach
 from glora.text import table
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer that an adapter goes to: where, by which paths, whether it is given a bias for them."""
+    """A matrix that an adapter goes to: where, by which paths, whether it is given a bias for them."""
 
-    named: NamedModule
+    at: NamedMatrix
     config: GLoRAConfig
     paths: tuple[str, ...]
     creates_bias: bool = False
 
     @property
     def path(self) -> str:
-        """The module's path."""
-        return self.named.path
+        """The matrix's path: its module's, or its tensor's."""
+        return self.at.path
+
+    @property
+    def named(self) -> NamedModule:
+        """Its module, with its base tensors."""
+        return self.at.named
 
     @property
     def module(self) -> nn.Module:
-        """The module."""
-        return self.named.module
+        """Its module."""
+        return self.at.module
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key within the layer (`A.left`) to shape of each tensor that its paths have."""
+        *batch, out_features, in_features = self.at.weight.shape
+        return self.config.shapes(out_features, in_features, self.paths, tuple(batch))
 
     @property
     def forms(self) -> str:
@@ -44,9 +56,7 @@ class PlannedLayer:
     @property
     def parameters(self) -> int:
         """How many trainable numbers its paths have."""
-        out_features, in_features = self.named.tensors["weight"].shape
-        shapes = self.config.shapes(out_features, in_features, self.paths)
-        return sum(map(math.prod, shapes.values()))
+        return sum(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class PlannedHead:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A linear layer that the targets reach and that is left as it is, and why.
+    """A layer that the targets reach and that is left as it is, and why.
 
     Attributes:
         unsupported: it cannot be adapted (rather than: it was asked to be left out).
@@ -92,8 +102,9 @@ class Plan:
         name: the adapter's name.
         layers: the layers that it goes to.
         heads: the modules that train as a whole: those with tensors of their own at or below `trainable=`.
-        skipped: linear layers that the targets reach and that are left as they are.
+        skipped: layers that the targets reach and that are left as they are.
         without_bias: paths of the layers that lose C, D and E because they have no bias.
+        reach: the share of the model's matrices that is adapted or trains as a whole; None where a file says it all.
     """
 
     name: str
@@ -101,6 +112,7 @@ class Plan:
     heads: tuple[PlannedHead, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     without_bias: tuple[str, ...] = ()
+    reach: Reach | None = None
 
     @property
     def parameters(self) -> int:
@@ -119,4 +131,5 @@ class Plan:
         ]
         rows += [[head.path, "trainable", "-", f"{head.parameters:,}"] for head in self.heads]
         rows += [[skipped.path, f"skipped: {skipped.reason}", "-", "-"] for skipped in self.skipped]
-        return table(title, ["module", "forms", "rank", "parameters"], rows)
+        text = table(title, ["module", "forms", "rank", "parameters"], rows)
+        return text if self.reach is None or not self.reach.rest else f"{text}\n{self.reach}"

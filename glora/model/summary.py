@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from glora.layer.parametrization import Paths
-from glora.model.modules import adapted_modules
+from glora.layer.heads import Head
+from glora.layer.parametrization import Adapters, Paths
+from glora.model.modules import NamedModule, adapted_matrices, named_modules
+from glora.model.reach import Reach, reach
+from glora.model.targets import output_embeddings
 from glora.text import table
 
 
@@ -40,15 +44,17 @@ class Summary:
         rows: one for each adapter on each module.
         trainable: numbers in the whole model that ask for a gradient.
         total: numbers in the whole model.
+        reach: the share of the model's matrices that an adapter is on, or that train as a whole.
     """
 
     rows: tuple[SummaryRow, ...]
     trainable: int
     total: int
+    reach: Reach
 
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
-        return table(
+        text = table(
             f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.2%})",
             ["module", "adapter", "forms", "rank", "trainable / total"],
             [
@@ -56,6 +62,7 @@ class Summary:
                 for row in self.rows
             ],
         )
+        return f"{text}\n{self.reach}" if self.reach.rest and self.rows else text
 
 
 def summary(model: nn.Module) -> Summary:
@@ -71,15 +78,16 @@ def summary(model: nn.Module) -> Summary:
         1       default  trainable  -               18 / 36
     """
     rows: list[SummaryRow] = []
-    for named in adapted_modules(model):
-        base = sum(t.numel() for t in named.tensors.values() if isinstance(t, nn.Parameter))
-        for name in dict.fromkeys(n for store in named.adapters.values() for n in store.parts()):
-            parts = [store.parts()[name] for store in named.adapters.values() if name in store.parts()]
+    modules = named_modules(model)
+    for path, tensors, stores in _places(modules):
+        base = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+        for name in dict.fromkeys(n for store in stores for n in store.parts()):
+            parts = [store.parts()[name] for store in stores if name in store.parts()]
             paths = {path: p.config.forms[path] for p in parts if isinstance(p, Paths) for path in p.paths()}
             parameters = [parameter for part in parts for parameter in part.parameters()]
             rows.append(
                 SummaryRow(
-                    named.path,
+                    path,
                     name,
                     " ".join(f"{key}={form}" for key, form in paths.items()) or "trainable",
                     next((p.config.rank for p in parts if isinstance(p, Paths) and "lora" in paths.values()), None),
@@ -92,4 +100,25 @@ def summary(model: nn.Module) -> Summary:
         tuple(rows),
         sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         sum(parameter.numel() for parameter in everything),
+        reach(modules, {(id(m.module), name) for m in modules for name in _reached(m)}, output_embeddings(modules)),
     )
+
+
+def _places(modules: list[NamedModule]) -> Iterator[tuple[str, list[Tensor], Sequence[Adapters]]]:
+    """Each adapted matrix, and each head as a whole: its path, its base tensors, the adapters on them."""
+    for named in modules:
+        for at in adapted_matrices(named):
+            names = [name for name in (at.matrix.weight, at.matrix.bias) if name is not None]
+            yield (
+                at.path,
+                [named.tensors[name] for name in names if name in named.tensors],
+                [named.adapters[name] for name in names if name in named.adapters],
+            )
+        heads = [store for store in named.adapters.values() if isinstance(store, Head)]
+        if heads:
+            yield named.path, list(named.tensors.values()), heads
+
+
+def _reached(named: NamedModule) -> set[str]:
+    """The tensors of a module that an adapter reaches: a weight also by its bias."""
+    return set(named.adapters) | {at.matrix.weight for at in adapted_matrices(named)}

@@ -1,16 +1,16 @@
-"""The grammar of `targets=`, `exclude=` and `trainable=`: from regexes, suffixes and predicates to modules."""
+"""The grammar of `targets=`, `exclude=` and `trainable=`: from regexes, suffixes and predicates to what they reach."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeVar, cast
 
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.model.modules import NamedModule
-from glora.spec import LayerSpec
+from glora.model.modules import NamedMatrix, NamedModule
+from glora.spec import LayerSpec, join
 from glora.text import format_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
@@ -18,14 +18,18 @@ Selection: TypeAlias = str | Sequence[str] | Predicate
 Targets: TypeAlias = Selection | Mapping[str, GLoRAConfig]
 Trainable: TypeAlias = str | Sequence[str | nn.Module] | Predicate | nn.Module
 
+Place = TypeVar("Place", NamedModule, NamedMatrix)
+
 ALL_LINEAR = "all-linear"
 
 
-def choose(found: list[NamedModule], targets: Targets, config: GLoRAConfig | None) -> tuple[dict[int, LayerSpec], bool]:
-    """The linear layers that `targets=` reaches.
+def choose(
+    matrices: list[NamedMatrix], targets: Targets, config: GLoRAConfig | None, modules: list[NamedModule]
+) -> tuple[dict[tuple[int, str], LayerSpec], bool]:
+    """The matrices that `targets=` reaches.
 
     Returns:
-        Module id to what the layer gets, and whether the targets name their layers (a list or a mapping) or sweep them
+        Key of a matrix to what it gets, and whether the targets name their layers (a list or a mapping) or sweep them
         in.
 
     Raises:
@@ -38,63 +42,64 @@ def choose(found: list[NamedModule], targets: Targets, config: GLoRAConfig | Non
                 "targets= as a mapping gives each pattern its own config, and config= was given beside it. "
                 "Drop config=, or put it in the mapping."
             )
-        return dict(_choose_by_mapping(found, cast("Mapping[str, GLoRAConfig]", targets))), True
+        return dict(_choose_by_mapping(matrices, cast("Mapping[str, GLoRAConfig]", targets), modules)), True
     config = GLoRAConfig() if config is None else config
     if not isinstance(config, GLoRAConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"config= must be a glora.GLoRAConfig or None; found {config!r}.")
-    matched = select(found, targets, "targets", nn.Linear)
+    matched = select(matrices, targets, "targets", modules)
     if not matched:
+        named_only = sorted({type(m.module).__name__ for m in matrices if not m.matrix.swept})
         raise ValueError(
-            f"targets= must reach at least one nn.Linear; found {targets!r}, in a model with "
-            f"{sum(isinstance(f.module, nn.Linear) for f in found)} of them."
+            f"targets= must reach at least one layer; found {targets!r}, in a model with "
+            f"{sum(m.matrix.swept for m in matrices)} of them."
+            + (f" What is reached by name alone: {format_names(named_only)}." if named_only else "")
         )
     layer = LayerSpec(config)
-    return {id(f.module): layer for f in matched}, not (isinstance(targets, str) or callable(targets))
+    return {m.key: layer for m in matched}, not (isinstance(targets, str) or callable(targets))
 
 
-def _choose_by_mapping(found: list[NamedModule], targets: Mapping[str, GLoRAConfig]) -> Iterator[tuple[int, LayerSpec]]:
+def _choose_by_mapping(
+    matrices: list[NamedMatrix], targets: Mapping[str, GLoRAConfig], modules: list[NamedModule]
+) -> Iterator[tuple[tuple[int, str], LayerSpec]]:
     if not targets:
-        raise ValueError("targets= must reach at least one nn.Linear; found an empty mapping.")
-    taken: set[int] = set()
+        raise ValueError("targets= must reach at least one layer; found an empty mapping.")
+    taken: set[tuple[int, str]] = set()
     for pattern, config in targets.items():
         if not isinstance(pattern, str) or not isinstance(config, GLoRAConfig):  # pyright: ignore
             raise ValueError(f"targets= as a mapping goes from regex to GLoRAConfig; found {pattern!r}: {config!r}.")
-        matched = select(found, pattern, "targets", nn.Linear)
-        new = [id(f.module) for f in matched if id(f.module) not in taken]
+        matched = select(matrices, pattern, "targets", modules)
+        new = [m.key for m in matched if m.key not in taken]
         if not new:
             raise ValueError(
                 f"The first pattern of targets= that matches a layer gives its config; every layer that {pattern!r} "
-                f"matches ({format_names(f.path for f in matched)}) is taken by an earlier one. Move it forward, "
+                f"matches ({format_names(m.path for m in matched)}) is taken by an earlier one. Move it forward, "
                 f"or drop it."
             )
         taken.update(new)
         spec = LayerSpec(config)
-        yield from ((layer, spec) for layer in new)
+        yield from ((key, spec) for key in new)
 
 
-def select(
-    found: list[NamedModule], selection: Trainable | Targets, role: str, kind: type[nn.Module]
-) -> list[NamedModule]:
-    """The modules of a kind that a selection reaches; every entry, pattern or predicate must reach at least one.
+def select(places: list[Place], selection: Trainable | Targets, role: str, modules: list[NamedModule]) -> list[Place]:
+    """The modules or matrices that a selection reaches; every entry, pattern or predicate must reach at least one.
 
     Args:
-        found: the model's modules.
+        places: what can be reached: all matrices, or for trainable= all modules.
         selection: a regex that matches a whole path, a list of path suffixes (whole dotted components; for trainable=
             modules too), a predicate `(path, module) -> bool`, or "all-linear".
         role: the argument's name, for messages.
-        kind: nn.Linear, or nn.Module for trainable=.
+        modules: all of the model, for messages.
     """
-    of_kind = [f for f in found if isinstance(f.module, kind)]
     if isinstance(selection, nn.Module):
         selection = [selection]
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
-            return [f for f in found if isinstance(f.module, nn.Linear)]
-        return _match(of_kind, found, selection, role, _regex(selection, role))
+            return [p for p in places if _is_swept(p)]
+        return _match(places, modules, selection, role, _regex(selection, role))
     if callable(selection):
-        matched = [f for f in of_kind if any(selection(path, f.module) for path in f.aliases)]
+        matched = [p for p in places if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
-            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(of_kind)}.")
+            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(places)}.")
         return matched
     if isinstance(selection, Mapping) or not isinstance(selection, Iterable):  # pyright: ignore
         raise ValueError(
@@ -104,43 +109,58 @@ def select(
     reached: set[int] = set()
     for entry in selection:
         if isinstance(entry, nn.Module) and role == "trainable":
-            if not any(f.module is entry for f in found):
+            if not any(p.module is entry for p in places):
                 raise ValueError(
                     f"trainable= must hold modules of the model; found a {type(entry).__name__} outside it."
                 )
-            reached.add(id(entry))
+            reached.update(id(p) for p in places if p.module is entry)
         elif isinstance(entry, str) and entry:
-            reached.update(id(f.module) for f in _match(of_kind, found, entry, role, _suffix(entry)))
+            reached.update(id(p) for p in _match(places, modules, entry, role, _suffix(entry)))
         else:
             raise ValueError(f"{role}= as a list must hold path suffixes; found {entry!r}.")
-    return [f for f in of_kind if id(f.module) in reached]
+    return [p for p in places if id(p) in reached]
+
+
+def _is_swept(place: NamedModule | NamedMatrix) -> bool:
+    return place.matrix.swept if isinstance(place, NamedMatrix) else isinstance(place.module, nn.Linear)
 
 
 def _match(
-    of_kind: list[NamedModule], found: list[NamedModule], text: str, role: str, test: Callable[[str], bool]
-) -> list[NamedModule]:
-    matched = [f for f in of_kind if any(test(path) for path in f.aliases)]
+    places: list[Place], modules: list[NamedModule], text: str, role: str, test: Callable[[str], bool]
+) -> list[Place]:
+    matched = [p for p in places if any(test(path) for path in p.aliases)]
     if matched:
         return matched
     rule = f"{role}= must match at least one module; {text!r} matches"
-    others = [f for f in found if any(test(path) for path in f.aliases)]
+    others = [m for m in modules if any(test(path) for path in m.aliases)]
+    others += [m for m in modules if any(test(join(path, name)) for path in m.aliases for name in m.tensors)]
     if others:
-        inside = [f for f in others if any(isinstance(module, nn.Linear) for module in f.module.modules())]
-        below = re.escape(inside[0].path) + r"\..*" if inside else ""
+        kinds = format_names(dict.fromkeys(type(m.module).__name__ for m in others))
+        below = [m for m in others if any(p.module in set(m.module.modules()) for p in places)]
         raise ValueError(
-            f"{rule} no nn.Linear, only {format_names(dict.fromkeys(type(f.module).__name__ for f in others))} "
-            f"({format_names(f.path for f in others)}). "
-            + (
-                f"Name the linear layers below it, with a regex such as {below!r}."
-                if inside
-                else "Only nn.Linear and its subclasses can be adapted; train others as a whole with trainable=."
-            )
+            f"{rule} none that can be adapted, only {kinds} ({format_names(dict.fromkeys(m.path for m in others))}). "
+            + _remedy(others, below[0].path if below else None)
         )
     is_list = test.__name__ == "suffix"
     hint = "" if is_list else f"A string is a regex for the whole path; for path suffixes pass a list, [{text!r}]. "
     words = re.findall(r"\w{3,}", text)
-    near = [f.path for f in of_kind if any(word in f.path for word in words)]
-    raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (f.path for f in of_kind))}.")
+    near = [p.path for p in places if any(word in p.path for word in words)]
+    raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (p.path for p in places))}.")
+
+
+def _remedy(found: list[NamedModule], below: str | None) -> str:
+    """What to do about a pattern that reaches no matrix, only these modules."""
+    if below is not None:
+        return f"Name the layers below it, with a regex such as {re.escape(below) + chr(92) + '..*'!r}."
+    if any(isinstance(m.module, (nn.Embedding, nn.EmbeddingBag)) for m in found):
+        return (
+            "An embedding looks rows up and multiplies nothing: it has no input for C, and no bias. Train it as a "
+            "whole with trainable=."
+        )
+    return (
+        "Linear layers, Conv1D, convolutions, attention's in_proj and fused experts can be; train another module as a "
+        "whole with trainable=, or say how it holds its matrix with glora.register_matrix."
+    )
 
 
 def _regex(pattern: str, role: str) -> Callable[[str], bool]:

@@ -124,6 +124,6 @@ def test_a_transformer_encoder_adapts_whole() -> None:
     x = torch.randn(2, 5, 8)
     glora.apply(encoder, config=RANDOM)
     y = encoder(x)
-    assert len(glora.plan(encoder, config=RANDOM, name="b").layers) == 6
+    assert len(glora.plan(encoder, config=RANDOM, name="b").layers) == 8
     glora.merge(encoder)
     torch.testing.assert_close(encoder(x), y)

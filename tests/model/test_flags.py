@@ -69,7 +69,7 @@ def test_only_active_factors_ask_for_gradients_and_flags_come_back() -> None:
 def test_freezing_reaches_what_others_parametrize() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(4, 4))
     nn.utils.parametrizations.weight_norm(model[0])
-    glora.apply(model, config=RANDOM)
+    glora.apply(model, ["2"], config=RANDOM)
     assert not any(p.requires_grad for p in model[0].parameters())
     glora.remove(model)
     assert all(p.requires_grad for p in model.parameters())

@@ -73,7 +73,8 @@ def test_a_plan_prints_every_layer_head_and_skipped_layer() -> None:
     planned = glora.plan(model, config=GLoRAConfig(rank=2), exclude=["1.k_proj"], trainable=["0.norm"])
     lines = str(planned).splitlines()
     assert re.search(r"'default'.* 3 layers, ", lines[0])
-    cells = {line.split()[0]: line for line in lines[2:]}
+    assert lines[-1] == "reaches 75% of 64 matrix numbers; not reached: Linear.weight 25%"
+    cells = {line.split()[0]: line for line in lines[2:-1]}
     assert set(cells) == {*ALL_OF_NET, "layers.0.norm"}
     assert re.search(r"A=lora B=lora C=vector D=vector E=vector +2 +\d+$", cells["layers.0.q_proj"])
     assert "skipped: excluded" in cells["layers.1.k_proj"]

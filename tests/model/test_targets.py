@@ -25,7 +25,7 @@ def test_a_regex_matches_the_whole_path() -> None:
 
 def test_a_regex_that_matches_a_part_of_the_path_matches_nothing_and_a_list_is_suggested() -> None:
     refused(Net(), r"'q_proj' matches none.*list, \['q_proj'\]", "q_proj")
-    refused(Net(), r"'layers' matches no nn\.Linear", "layers")
+    refused(Net(), r"'layers' matches none that can be adapted, only ModuleList .* regex such as 'layers", "layers")
 
 
 def test_a_string_that_is_no_regex_is_refused() -> None:
@@ -149,7 +149,7 @@ def test_all_linear_is_the_default_and_reaches_every_linear_layer() -> None:
     model.own = Own(2, 2)
     assert chosen(model) == chosen(model, "all-linear") == [*ALL_OF_NET, "own"]
     assert chosen(nn.Linear(2, 2)) == [""]
-    refused(nn.Sequential(nn.ReLU()), "at least one nn.Linear")
+    refused(nn.Sequential(nn.ReLU()), "at least one layer")
 
 
 class WithOutputs(Net):

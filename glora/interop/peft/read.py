@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from glora.files.container import ADAPTER_FILE, PEFT_CONFIG_FILE, parse_json, read_safetensors
 from glora.interop.peft.methods import METHODS
+from glora.matrices import TRANSPOSED
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names
 
@@ -22,6 +24,7 @@ _HARMLESS = {
     *("peft_version", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("r", "rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora", "lora_bias", "feedforward_modules"),
     *("config_A_B", "config_C", "config_D_E", "init_weights", "init_ia3_weights", "megatron_core", "qalora_group_size"),
+    "fan_in_fan_out",  # the layer's own layout (Conv1D): the factors are those of the matrix either way
     *("lora_dropout", "hira_dropout", "eva_config", "runtime_config"),  # of training, or of the start
 }
 # Starts that change the base model's own weights: their tensors are right beside those changed weights alone.
@@ -81,7 +84,8 @@ def _read(config: Mapping[str, Any], given: Mapping[str, Tensor]) -> AdapterSpec
         else:
             raise ValueError(f"{key!r} belongs to no adapter's layer, and to no module of modules_to_save")
     for path, own in parts.items():
-        layers[path], found = METHODS[config["peft_type"]](config, path, own)
+        layer, found = METHODS[config["peft_type"]](config, path, own)
+        layers[path] = replace(layer, matrix=TRANSPOSED) if config.get("fan_in_fan_out") else layer
         if own:
             raise ValueError(f"{path!r} has {format_names(own)}, which glora has no path for")
         tensors |= {join(path, key): tensor for key, tensor in found.items()}

@@ -60,6 +60,8 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
     problems: list[str] = []
     for path, layer in layers.items():
         forms = layer.config.forms
+        if not layer.is_linear:
+            problems.append(f"{path!r} is no linear layer")
         for one, other in ("AB", "DE"):
             if forms[one] != forms[other]:
                 problems.append(f"{path!r} has {one}={forms[one]} and {other}={forms[other]}, which must be one form")
