@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glora.config import GLoRAConfig
+from glora.fingerprint import Fingerprint
 from glora.text import format_names
 
 
@@ -71,11 +72,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter: module path to layer, module path to the names of a head's tensors, and all tensors by their keys."""
+    """An adapter: module path to layer, module path to the names of a head's tensors, and all tensors by their keys.
+
+    Attributes:
+        base: key to fingerprint of the frozen tensors that it was trained beside; none where the source does not say.
+    """
 
     layers: Mapping[str, LayerSpec]
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    base: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""

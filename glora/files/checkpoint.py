@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glora.config import BIAS_PATHS, WEIGHT_PATHS
 from glora.files.container import parse_json, plain_tensors, read_header, replace_files
 from glora.model.attach import attach_spec
+from glora.model.base import is_other, report_other_base
 from glora.model.merged import merge
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
 from glora.text import format_names, format_problems
@@ -67,7 +68,13 @@ class _Entry:
 
 
 def merge_checkpoint(
-    base: Path, adapter: AdapterSpec, source: object, out: Path, progress: Callable[[int, int], object] | None = None
+    base: Path,
+    adapter: AdapterSpec,
+    source: object,
+    out: Path,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    strict: bool = False,
 ) -> None:
     """Bake an adapter into a checkpoint: the same bits as `glora.merge` on the model, and then saving it.
 
@@ -78,9 +85,10 @@ def merge_checkpoint(
         out: the `.safetensors` file to write; for a sharded base an `.index.json`, whose shards (of the base's names)
             go beside it, or one `.safetensors` file for all. Put in place when all of it is whole, the index last.
         progress: called with the bytes written, and those of the whole, after each tensor.
+        strict: whether another base than the adapter was trained beside is an error, or a warning.
 
     Raises:
-        AdapterFileError: a damaged base or index; an adapter that does not fit it.
+        AdapterFileError: a damaged base or index; an adapter that does not fit it, or of another base (`strict`).
         ValueError: a W' that is not finite; out in place of the base.
         FileNotFoundError: no base.
     """
@@ -97,6 +105,11 @@ def merge_checkpoint(
             f"The base stays as it is; {format_names(map(str, taken))} would be written over. Choose another."
         )
     total, done = sum(entry.bytes for entry in plan.values()), 0
+    others: list[str] = []
+
+    def check(key: str, tensor: Tensor) -> None:
+        if is_other(key, tensor, adapter.base):
+            others.append(key)
 
     def fill(target: Path, file: BinaryIO) -> None:
         nonlocal done
@@ -105,10 +118,12 @@ def merge_checkpoint(
         keys = sorted(shard, key=lambda key: (-_bits(shard[key].dtype), key))
         file.write(_header({key: shard[key] for key in keys}, metadata))
         for key in keys:
-            file.write(_merged(key, entries, adapter, source))
+            file.write(_merged(key, entries, adapter, source, check))
             done += shard[key].bytes
             if progress is not None:
                 progress(done, total)
+        if done == total:  # the last of the files, and none is in its place yet
+            report_other_base(others, source, strict=strict, stacklevel=4)
 
     contents: dict[Path, Any] = {target: partial(fill, target) for target in targets.values()}
     if sharded:
@@ -212,23 +227,33 @@ def _attach(
     return attach_spec(linear, AdapterSpec({"": layer}, {}, own), f"{source} at {path!r}")
 
 
-def _merged(key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -> bytearray | memoryview:
-    """The bytes of a tensor of the merged checkpoint."""
+def _merged(
+    key: str,
+    entries: Mapping[str, _Entry],
+    adapter: AdapterSpec,
+    source: object,
+    check: Callable[[str, Tensor], None],
+) -> bytearray | memoryview:
+    """The bytes of a tensor of the merged checkpoint; `check` sees each frozen tensor of an adapted layer."""
     path, _, name = key.rpartition(".")
     if name in adapter.heads.get(path, ()):
         return _bytes(adapter.tensors[key].to(_DTYPES[entries[key].dtype]))
     layer = adapter.layers.get(path)
     if layer is None or name not in ("weight", "bias"):
         return entries[key].read()
+    held = entries[key].tensor() if key in entries else None  # a created bias is not there
+    if held is not None:
+        check(key, held)
     others: dict[str, Any] = dict.fromkeys(BIAS_PATHS if name == "weight" else WEIGHT_PATHS, "none")
     has_bias = join(path, "bias") in entries
     if not has_bias and layer.bias is None:
         others["D"] = "none"  # it scales a bias that is not there
     own = replace(layer, config=replace(layer.config, **others))
-    if not own.config.paths:
-        return entries[key].read()
-    bias = entries[join(path, "bias")].tensor() if has_bias else None
-    linear = _attach(path, own, adapter, source, entries[join(path, "weight")].tensor(), bias)
+    if held is not None and not own.config.paths:
+        return _bytes(held)
+    weight = held if name == "weight" and held is not None else entries[join(path, "weight")].tensor()
+    bias = held if name == "bias" else entries[join(path, "bias")].tensor() if has_bias else None
+    linear = _attach(path, own, adapter, source, weight, bias)
     try:
         merged = merge(linear)
     except ValueError as error:  # which names the layer as a model

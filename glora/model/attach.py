@@ -15,6 +15,7 @@ from glora.layer.heads import Head, HeadCopy
 from glora.layer.parametrization import Adapters, Bias, Paths, Weight, adapters_of
 from glora.model import freezing
 from glora.model.adapters import set_scales
+from glora.model.base import check_base
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
 from glora.model.planned import Plan
@@ -81,7 +82,13 @@ def apply(
 
 
 def attach_spec(
-    model: Model, spec: AdapterSpec, source: object, *, name: str = "default", trainable: bool = True
+    model: Model,
+    spec: AdapterSpec,
+    source: object,
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    strict: bool = False,
 ) -> Model:
     """Attach a described adapter and fill it with its tensors; see `plan_spec` for what is checked, and raised.
 
@@ -91,11 +98,14 @@ def attach_spec(
         source: the file that it came from, for messages.
         name: its name in the model.
         trainable: whether its tensors, heads included, ask for gradients.
+        strict: whether another base than it was trained beside is an error, or a warning.
 
     Returns:
         The model, with the adapter the only active one and the rest frozen.
     """
-    return attach(model, plan_spec(model, spec, source, name), values=spec.tensors, trainable=trainable)
+    planned = plan_spec(model, spec, source, name)
+    check_base(planned.layers, spec.base, source, strict=strict)
+    return attach(model, planned, values=spec.tensors, trainable=trainable)
 
 
 def attach(

@@ -9,7 +9,9 @@ from torch import nn
 from glora.config import FORMS
 from glora.layer.heads import HeadCopy
 from glora.layer.parametrization import Bias, Paths
+from glora.fingerprint import Fingerprint
 from glora.model.adapters import adapter_tensors, resolve_name
+from glora.model.base import fingerprints
 from glora.model.modules import adapted_modules
 from glora.model.plan import has_own_bias
 from glora.spec import AdapterSpec, LayerSpec
@@ -27,6 +29,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     name = resolve_name(model, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}
+    base: dict[str, Fingerprint] = {}
     for named in adapted_modules(model):
         parts = {tensor: store.parts()[name] for tensor, store in named.adapters.items() if name in store.parts()}
         paths = {path: part.config for part in parts.values() if isinstance(part, Paths) for path in part.paths()}
@@ -43,6 +46,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             config = replace(config, **forms, create_bias=created)  # pyright: ignore
             out_features, in_features = named.tensors["weight"].shape
             layers[named.path] = LayerSpec(config, out_features, in_features, has_own_bias(named))
+            base |= fingerprints(named, created=() if has_own_bias(named) else ("bias",))
         copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
         if copies and set(copies) != set(named.tensors):
             raise RuntimeError(
@@ -52,4 +56,4 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         if copies:
             heads[named.path] = copies
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(model, name).items()}
-    return AdapterSpec(layers, heads, tensors)
+    return AdapterSpec(layers, heads, tensors, base)

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import matvec, select
@@ -27,6 +28,7 @@ __all__ = [
     "kernels_taken",
     "merge_files",
     "sum_of_contents",
+    "tensors_read",
     "wide_matvec",
 ]
 
@@ -92,3 +94,17 @@ def is_unsupported(skipped: Any) -> bool:
 def merge_files(base: Path, adapter: Path, out: Path) -> None:
     """Merge an adapter's file into a checkpoint's, tensor by tensor."""
     merge_checkpoint(base, read(adapter), "it", out)
+
+
+@contextmanager
+def tensors_read() -> Generator[list[object]]:
+    """Collects the tensors of a checkpoint that an offline merge reads."""
+    taken: list[object] = []
+    read_bytes = checkpoint._Entry.read
+
+    def reading(entry: checkpoint._Entry) -> bytearray:
+        taken.append(entry)
+        return read_bytes(entry)
+
+    with mock.patch.object(checkpoint._Entry, "read", reading):
+        yield taken

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from glora.files.base import read_base
 from glora.files.container import ADAPTER_FILE, PEFT_CONFIG_FILE, parse_json, read_safetensors
 from glora.interop.peft.methods import METHODS
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
@@ -56,7 +58,8 @@ def read_peft(directory: Path) -> AdapterSpec:
     if foreign:
         raise AdapterFileError(f"Keys of PEFT begin with {PREFIX!r}; {file} has {format_names(foreign)}.")
     try:
-        return _read(config, {key.removeprefix(PREFIX): tensors[key] for key in sorted(tensors)})
+        adapter = _read(config, {key.removeprefix(PREFIX): tensors[key] for key in sorted(tensors)})
+        return replace(adapter, base=read_base(file))
     except Exception as error:  # whatever values that PEFT would not write lead to
         raise AdapterFileError(f"{file} and {config_file} do not go together: {error}.") from error
 
