@@ -13,12 +13,12 @@ Fingerprint: TypeAlias = tuple[float, ...]
 """The Frobenius norm, and a sum weighted by position for each pair of `_ANGLES`."""
 
 # Note [Fingerprints]
-# A tensor is read as a matrix w, its last dimension the columns: n = ||w||, and s_ab = sum_ij cos(a i) cos(b j) w_ij for
-# three pairs of angles a, b. No two rows and no two columns have the same weights, and rows others than columns: a
-# permuted or transposed matrix has other sums. In units of n, two independent draws of one distribution differ by 0.7
-# (standard deviation) in each sum, and all three come within the tolerance of 2^-6 in a few of a million cases. Rounding
-# to bfloat16 moves each number by 2^-8 of it at most, which moves a sum by less than 2^-8 n (standard deviation): the
-# tolerance is four times that, at the least. Float16 rounds what is below its smallest number to nothing: 2^-25 a number.
+# A tensor is read as a matrix w, its last dimension the columns: n = ||w||, and sum_ij cos(a i) cos(b j) w_ij for three
+# pairs of angles a, b. No two rows have the same weights, nor two columns, nor a row and a column: a permuted or
+# transposed matrix has other sums. In units of n, two draws of one distribution differ by 0.7 (standard deviation) in
+# each sum, and come within the tolerance of 2^-6 in all three in a few of a million cases. Rounding to bfloat16 moves
+# each number by 2^-8 of it at most, and so a sum by less than 2^-8 n (standard deviation), a quarter of the tolerance.
+# Float16 also rounds what is below its smallest number: 2^-25 a number at most.
 _ANGLES = ((1.0, 2.0), (2.0, 4.0), (4.0, 1.0))
 _TOLERANCE, _SMALLEST = 2.0**-6, 2.0**-24
 _CHUNK = 2**20  # numbers that stand in memory as float64
@@ -61,7 +61,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
 
 
 def agrees(tensor: Tensor, known: Sequence[float]) -> bool:
-    """Whether a tensor has this fingerprint, up to what rounding to half precision changes; a tensor without one has."""
+    """Whether a tensor has this fingerprint, up to rounding to half precision; a tensor without one has any."""
     own = fingerprint(tensor)
     if own is None:
         return True

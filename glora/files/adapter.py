@@ -40,9 +40,9 @@ FORMAT_VERSION = 1
 # A folder cannot be replaced atomically, a file can: so one file holds everything, tensors and description, and the
 # JSON beside it is a copy that nothing depends on. The file's metadata has three entries: "format" (safetensors' own
 # habit), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape and
-# bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that its
-# layers account for every tensor with the right shape; only then is a model looked at. "base" in the description, the
-# fingerprints of frozen tensors, is not in earlier files of this format, and earlier versions read past it.
+# bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
+# its layers account for every tensor with the right shape; only then is a model looked at. "base" in the description,
+# the fingerprints of frozen tensors, is not in earlier files of this format, and earlier versions read past it.
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
@@ -114,8 +114,9 @@ def load(
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Warns:
-        UserWarning: layers, by name, whose frozen tensors are not those that the adapter was trained beside (a head that
-            was random then, above all); `glora_config.json` does not say what `adapter_model.safetensors` says, which counts.
+        UserWarning: layers, by name, whose frozen tensors are not those that the adapter was trained beside (a head
+            that was random then, above all); `glora_config.json` does not say what `adapter_model.safetensors` says,
+            which counts.
     """
     file = adapter_file(directory)
     return attach_spec(model, read(file), file, name=name, trainable=trainable, strict=strict)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from torch import nn
 
 from glora.config import FORMS
+from glora.fingerprint import Fingerprint
 from glora.layer.heads import HeadCopy
 from glora.layer.parametrization import Bias, Paths
-from glora.fingerprint import Fingerprint
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.base import fingerprints
 from glora.model.modules import adapted_modules

@@ -136,7 +136,7 @@ def is_reordered(damaged: bytes, good: bytes) -> bool:
 
 
 def copied_without_base(directory: Path, to: Path, **fields: Any) -> None:
-    """An adapter's file as versions before the base's fingerprints wrote it; or with these fields in its description."""
+    """An adapter's file as versions before fingerprints wrote it; or with these fields in its description."""
     tensors, metadata = load_file(directory / "adapter_model.safetensors"), read_metadata(directory)
     description = json.loads(metadata["glora"])
     del description["base"]
