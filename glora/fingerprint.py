@@ -56,7 +56,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
         left = torch.outer(_positions(start, start + len(block), device), angles[:, 0]).cos()  # (rows, 3)
         square += torch.dot(block.reshape(-1), block.reshape(-1))
         sums += (left * (block @ right)).sum(0)
-    found = [float(f"{number:.6g}") for number in (square.sqrt().item(), *sums.tolist())]
+    found = [float(f"{number.item():.6g}") for number in (square.sqrt(), *sums.cpu())]
     return tuple(found) if all(map(math.isfinite, found)) else None
 
 

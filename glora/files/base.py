@@ -38,7 +38,8 @@ def read_base(file: Path) -> dict[str, Fingerprint]:
     Raises:
         AdapterFileError: it is damaged.
     """
-    text = (read_header(file)[0].get("__metadata__") or {}).get(_KEY)
+    metadata: dict[str, str] = read_header(file)[0].get("__metadata__") or {}
+    text = metadata.get(_KEY)
     try:
         return parse_base({} if text is None else parse_json(text, file))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
