@@ -42,7 +42,7 @@ FORMAT_VERSION = 1
 # habit), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape and
 # bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
 # its layers account for every tensor with the right shape; only then is a model looked at. "base" in the description,
-# the fingerprints of frozen tensors, is not in earlier files of this format, and earlier versions read past it.
+# the fingerprints of frozen tensors, and "ties" (Note [Tied heads]) are not in earlier files of this format.
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
@@ -187,7 +187,8 @@ def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
         }
     heads = {path: sorted(names) for path, names in adapter.heads.items()}
     fields = {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
-    return fields | ({"base": {key: list(known) for key, known in adapter.base.items()}} if adapter.base else {})
+    optional = {"base": {key: list(known) for key, known in adapter.base.items()}, "ties": dict(adapter.ties)}
+    return fields | {key: value for key, value in optional.items() if value}
 
 
 def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
@@ -202,10 +203,11 @@ def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         by_path, by_head = cast("dict[str, dict[str, Any]]", raw["layers"]), cast("dict[str, Any]", raw["heads"])
         layers = {path: _parse_layer(fields) for path, fields in by_path.items()}
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
-        base = parse_base(raw.get("base", {}))
+        base, tied = parse_base(raw.get("base", {})), cast("dict[str, Any]", raw.get("ties", {}))
+        ties = {str(key): str(owner) for key, owner in tied.items()}
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
-    adapter = AdapterSpec(layers, heads, tensors, base)
+    adapter = AdapterSpec(layers, heads, tensors, ties, base)
     problems = list(mismatches(tensors, adapter.wanted()))
     if problems:
         raise AdapterFileError(f"The tensors of {file} are not those of its description: {format_problems(problems)}.")

@@ -18,7 +18,7 @@ from glora.files.container import parse_json, plain_tensors, read_header, replac
 from glora.model.attach import attach_spec
 from glora.model.base import is_other, report_other_base
 from glora.model.merged import merge
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches, tied_names
 from glora.text import format_names, format_problems
 
 # Note [One tensor at a time]
@@ -204,13 +204,16 @@ def _misfits_of_heads(entries: Mapping[str, _Entry], adapter: AdapterSpec) -> li
     for key in entries:
         owned.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
     for path, names in adapter.heads.items():
-        if set(names) != owned[path]:
+        if {*names, *tied_names(adapter.ties, path)} != owned[path]:
             problems.append(f"{path!r}: tensors {sorted(names)} where the base has {sorted(owned[path])}")
         else:
             replaced = {join(path, name): entries[join(path, name)] for name in names}
             unknown = [f"{key!r} of the base is {e.dtype}" for key, e in replaced.items() if e.dtype not in _DTYPES]
             wanted = {key: TensorSpec(e.shape, e.dtype in _FLOATING) for key, e in replaced.items()}
             problems += unknown or mismatches(adapter.tensors, wanted, strict=False)
+    for key, owner in adapter.ties.items():
+        if key in entries and entries[key].shape != tuple(adapter.tensors[owner].shape):
+            problems.append(f"{key!r} of the base is {entries[key].shape}, and tied to {owner!r}, which is not")
     return problems
 
 
@@ -236,8 +239,9 @@ def _merged(
 ) -> bytearray | memoryview:
     """The bytes of a tensor of the merged checkpoint; `check` sees each frozen tensor of an adapted layer."""
     path, _, name = key.rpartition(".")
-    if name in adapter.heads.get(path, ()):
-        return _bytes(adapter.tensors[key].to(_DTYPES[entries[key].dtype]))
+    key_of_head = adapter.ties.get(key, key if name in adapter.heads.get(path, ()) else None)
+    if key_of_head is not None:
+        return _bytes(adapter.tensors[key_of_head].to(_DTYPES[entries[key].dtype]))
     layer = adapter.layers.get(path)
     if layer is None or name not in ("weight", "bias"):
         return entries[key].read()

@@ -128,7 +128,7 @@ def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]], *, rs_lora: 
             raise AdapterFileError(f"{layer!r} in {file}: {error}") from error
         layers[path] = LayerSpec(config, shapes[path][0], shapes[path][1])
         tensors |= {join(path, key): tensor for key, tensor in zip(_KEYS, matrices, strict=True)}
-    return AdapterSpec(layers, {}, tensors, read_base(file) if file.suffix == ".safetensors" else {})
+    return AdapterSpec(layers, {}, tensors, base=read_base(file) if file.suffix == ".safetensors" else {})
 
 
 def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) -> None:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.adapted import adapted_class, register
-from glora.layer.heads import Head, HeadCopy
+from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Adapters, Bias, Paths, Weight, adapters_of
 from glora.model import freezing
 from glora.model.adapters import set_scales
 from glora.model.base import check_base
+from glora.model.exports import watch_saving
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
 from glora.model.planned import Plan
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
+from glora.model.task_heads import warn_of_adapted_heads
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, format_problems
 
@@ -50,8 +52,10 @@ def apply(
             model's output embeddings), or a mapping from regex to the config of the layers that it is first to match.
         config: the forms of the paths; `GLoRAConfig()` if None.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.
-        trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, or
-            the modules themselves; wins over `targets`. The adapter trains copies of their tensors that belong to it.
+        trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, the
+            modules themselves, or `"auto"`, what a task class of transformers has beside its backbone (a classifier
+            and what else is new to the model). Wins over `targets`. The adapter trains copies of their tensors that
+            belong to it; modules that are tied to them (an output layer to its embedding) read the same copy.
         name: the adapter's name. A second call with another name adds another adapter; the newest is the only active.
         freeze: freeze every other parameter. `glora.merge` and `glora.remove` give the flags back.
 
@@ -65,7 +69,8 @@ def apply(
 
     Warns:
         UserWarning: once for all layers that were swept in by a regex, predicate or "all-linear" and cannot be adapted,
-            and once for all whose C, D and E are left out because they have no bias.
+            once for all whose C, D and E are left out because they have no bias, and once for swept layers that
+            are guessed to be a new head (Note [Task heads]).
 
     Source: GLoRA, arXiv 2306.07967; the names of the arguments are those of the field.
 
@@ -78,6 +83,7 @@ def apply(
     """
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
     _warn(planned)
+    warn_of_adapted_heads(model, planned, targets)
     return attach(model, planned, freeze=freeze)
 
 
@@ -137,6 +143,7 @@ def attach(
         for part in parts:
             _register(part, planned.name)
         set_scales(model, {planned.name: 1.0})
+        watch_saving(model)
         del classes
     return model
 
@@ -153,7 +160,7 @@ class _Part:
     named: NamedModule
     name: str
     kind: type[Adapters]
-    content: Paths | HeadCopy
+    content: Paths | HeadCopy | SharedCopy
     created: Tensor | None = None
 
 
@@ -178,11 +185,13 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
                 created = torch.zeros(weight.shape[0], dtype=weight.dtype, device=device)
             parts.append(_Part(layer.named, tensor_name, kind, paths, created))
     for head in planned.heads:
-        for tensor_name, original in head.named.tensors.items():
-            copy = HeadCopy(original)
+        for tensor_name in head.names:
+            copy = HeadCopy(head.named.tensors[tensor_name])
             if values is not None:
                 _fill(copy, {"value": values[join(head.path, tensor_name)]})
             parts.append(_Part(head.named, tensor_name, Head, copy))
+            for named, name in head.shared.get(tensor_name, ()):
+                parts.append(_Part(named, name, Head, SharedCopy(copy)))
     return parts
 
 

@@ -16,6 +16,7 @@ from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import matvec, select
 from glora.kernels.select import Kernel
+from glora.model import exports
 
 __all__ = [
     "Kernel",
@@ -24,9 +25,11 @@ __all__ = [
     "entries_of_a_block",
     "entries_of_a_wide_block",
     "force_kernel",
+    "interrupted_before",
     "is_unsupported",
     "kernels_taken",
     "merge_files",
+    "save_instead",
     "sum_of_contents",
     "tensors_read",
     "wide_matvec",
@@ -108,3 +111,13 @@ def tensors_read() -> Generator[list[object]]:
 
     with mock.patch.object(checkpoint._Entry, "read", reading):
         yield taken
+
+
+save_instead = exports.save_instead
+
+
+@contextmanager
+def interrupted_before(function: str) -> Generator[None]:
+    """A KeyboardInterrupt where the library would call this function."""
+    with mock.patch(function, side_effect=KeyboardInterrupt):
+        yield
