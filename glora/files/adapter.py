@@ -68,11 +68,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         ImportError: safetensors is not installed (the extra `glora[files]`).
 
     Example:
-        >>> import tempfile, torch, glora
-        >>> layer = glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(init="random"))
+        >>> import copy, tempfile, torch, glora
+        >>> base = torch.nn.Linear(4, 2)
+        >>> layer = glora.apply(copy.deepcopy(base), config=glora.GLoRAConfig(init="random"))
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     glora.save(layer, directory)
-        ...     other = glora.load(torch.nn.Linear(4, 2), directory)
+        ...     other = glora.load(base, directory, strict=True)
         >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
         True
     """

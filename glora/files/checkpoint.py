@@ -204,7 +204,8 @@ def _misfits_of_heads(entries: Mapping[str, _Entry], adapter: AdapterSpec) -> li
     for key in entries:
         owned.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
     for path, names in adapter.heads.items():
-        if {*names, *tied_names(adapter.ties, path)} != owned[path]:
+        tied = owned[path].intersection(tied_names(adapter.ties, path))  # in the base once, as a rule
+        if {*names, *tied} != owned[path]:
             problems.append(f"{path!r}: tensors {sorted(names)} where the base has {sorted(owned[path])}")
         else:
             replaced = {join(path, name): entries[join(path, name)] for name in names}

@@ -146,7 +146,12 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
             reason = unsupported_head(head, overlaps)
             problems += [f"{head.path!r}: {reason}"] if reason is not None else []
             wanted |= {join(head.path, name): like(head.named.tensors[name]) for name in head.names}
-    if len({id(row.module) for row in (*layers, *heads)}) != len(layers) + len(heads):
+            here = [join(at.path, name) for places in head.shared.values() for at, name in places]
+            problems += [
+                f"{key!r} is tied to the head {head.path!r} here alone" for key in here if key not in spec.ties
+            ]
+    modules_of_entries = [layer.module for layer in layers] + [reached[p].module for p in spec.heads if p in reached]
+    if len({id(module) for module in modules_of_entries}) != len(modules_of_entries):
         problems.append("two of its entries reach the same module, by different paths")
     if not problems:
         problems += mismatches(spec.tensors, wanted, optional=optional, needs_data=False)
