@@ -147,9 +147,8 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
             problems += [f"{head.path!r}: {reason}"] if reason is not None else []
             wanted |= {join(head.path, name): like(head.named.tensors[name]) for name in head.names}
             here = [join(at.path, name) for places in head.shared.values() for at, name in places]
-            problems += [
-                f"{key!r} is tied to the head {head.path!r} here alone" for key in here if key not in spec.ties
-            ]
+            new = [key for key in here if key not in spec.ties]
+            problems += [f"{key!r} is tied to the head {head.path!r} here alone" for key in new]
     modules_of_entries = [layer.module for layer in layers] + [reached[p].module for p in spec.heads if p in reached]
     if len({id(module) for module in modules_of_entries}) != len(modules_of_entries):
         problems.append("two of its entries reach the same module, by different paths")
