@@ -19,7 +19,8 @@ AUTO = "auto"
 # is its head: `classifier`, `score`, `qa_outputs`, DistilBERT's `pre_classifier`, DeBERTa's `pooler`. Most of them are
 # random after `from_pretrained` of a backbone's checkpoint. A class with an output layer over a vocabulary (as many
 # rows as an embedding) is a language model, whose head was trained with it: it has no task head. `trainable="auto"`
-# takes the heads.
+# takes the heads. The few classes with the backbone's parts as their own (T5ForQuestionAnswering) have as heads what
+# they have under one of `_NAMES`.
 #
 # Adapted like any layer, such a head goes on standing on its random W0, which no file holds. `apply` warns of it where
 # `targets=` sweeps layers in (a regex, a predicate, "all-linear"), if it is guessed to be one of classes or numbers:
@@ -35,16 +36,24 @@ def task_heads(modules: list[NamedModule]) -> list[NamedModule]:
     heads: list[NamedModule] = []
     within: set[int] = set()
     for named in modules:
-        backbone = named.module._modules.get(str(getattr(type(named.module), "base_model_prefix", "") or ""))
-        if backbone is None or id(named.module) in within:
+        beside = set[int]() if id(named.module) in within else _beside_backbone(named.module)
+        if not beside:
             continue
-        below = {id(module) for module in named.module.modules()}
-        within |= below
-        beside = below - {id(module) for module in backbone.modules()}
+        within |= {id(module) for module in named.module.modules()}
         found = [other for other in modules if id(other.module) in beside]
         if not any(id(other.module) in outputs and _is_over(other, vocabularies) for other in found):
             heads += [n for n in found if any(isinstance(tensor, nn.Parameter) for tensor in n.tensors.values())]
     return heads
+
+
+def _beside_backbone(module: nn.Module) -> set[int]:
+    """Ids of what a task class has beside its backbone, itself included; nothing where it is no task class."""
+    prefix = getattr(type(module), "base_model_prefix", None)
+    backbone = module._modules.get(prefix) if isinstance(prefix, str) else None
+    if backbone is not None:
+        return {id(below) for below in module.modules()} - {id(below) for below in backbone.modules()}
+    named = [child for name, child in module.named_children() if isinstance(prefix, str) and name in _NAMES]
+    return {id(below) for child in named for below in child.modules()}
 
 
 def warn_of_adapted_heads(model: nn.Module, planned: Plan, targets: Targets) -> None:

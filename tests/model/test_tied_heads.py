@@ -185,11 +185,9 @@ def test_a_model_that_is_not_tied_does_not_take_it_nor_the_reverse(trainable: li
         glora.load(model, tmp_path / "loose")
 
 
-@heads_and_keys
+@heads
 @pytest.mark.parametrize("both", [True, False], ids=["twice in the checkpoint", "once"])
-def test_a_checkpoint_is_merged_in_all_places(
-    trainable: list[str], keys: list[str], both: bool, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_merged_in_all_places(trainable: list[str], both: bool, tmp_path: Path) -> None:
     model = adapted(trainable)
     glora.save(model, tmp_path / "adapter")
     base = {key: tensor.clone() for key, tensor in made().state_dict().items()}
