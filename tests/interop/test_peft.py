@@ -138,3 +138,12 @@ def test_a_file_for_peft_knows_its_base_and_peft_reads_it(tmp_path: Path) -> Non
 def test_a_file_of_pefts_own_knows_no_base(tmp_path: Path) -> None:
     trained(CONFIGS[0]).save_pretrained(tmp_path)
     interop.load_peft(another_net(), tmp_path, strict=True)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    model = net()
+    model.head = nn.Linear(8, 8)
+    model.head.weight = model.block["k"].weight
+    glora.apply(model, ["q"], glora.GLoRAConfig.lora(), trainable=["head"])
+    with pytest.raises(ValueError, match=r"'block\.k\.weight' is tied to 'head\.weight'"):
+        interop.save_peft(model, tmp_path)

@@ -82,6 +82,7 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
         problems.append("it is on the model itself, and PEFT adapts layers inside of a model")
     if not layers:
         problems.append("it adapts no layer")
+    problems += [f"{key!r} is tied to {owner!r}, and PEFT's copy of that is not" for key, owner in adapter.ties.items()]
     if problems:
         raise ValueError(
             f"PEFT's GLoRA has one form for A and B and one for D and E, in all layers alike; this adapter cannot be "
