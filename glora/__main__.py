@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge.add_argument("base", type=Path, help="a .safetensors file, or a sharded one's .safetensors.index.json")
     merge.add_argument("adapter", type=Path, help="glora's folder, PEFT's folder or LyCORIS's file")
     merge.add_argument("out", type=Path, help="a .safetensors file, or for a sharded base an .index.json")
+    merge.add_argument("--strict", action="store_true", help="an error for another base than the adapter's, no warning")
     merge.set_defaults(run=_merge)
 
     inspect = "print an adapter's layers, forms, ranks, parameters, bytes, norms"
@@ -82,7 +83,7 @@ def _merge(options: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        merge_checkpoint(options.base, adapter, options.adapter, options.out, progress)
+        merge_checkpoint(options.base, adapter, options.adapter, options.out, progress, strict=options.strict)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -66,6 +66,10 @@ class Matrix:
             return module_path
         return f"{module_path}.{self.weight}" if module_path else self.weight
 
+    def module_path(self, path: str) -> str:
+        """The module's path, from the matrix's."""
+        return path.removesuffix(self.path("")).removesuffix(".")
+
 
 LINEAR = Matrix()
 TRANSPOSED = Matrix(pattern="i o -> o i")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glora.config import GLoRAConfig
+from glora.fingerprint import Fingerprint
 from glora.matrices import Matrix
 from glora.text import format_names
 
@@ -82,11 +83,18 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter: module path to layer, module path to the names of a head's tensors, and all tensors by their keys."""
+    """An adapter: module path to layer, module path to the names of a head's tensors, and all tensors by their keys.
+
+    Attributes:
+        ties: key of a tensor to the key of the head's tensor that it is tied to, and reads (Note [Tied heads]).
+        base: key to fingerprint of the frozen tensors that it was trained beside; none where the source does not say.
+    """
 
     layers: Mapping[str, LayerSpec]
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    ties: Mapping[str, str] = field(default_factory=dict[str, str])
+    base: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""
@@ -102,6 +110,11 @@ class AdapterSpec:
 def join(path: str, name: str) -> str:
     """`path.name`, and `name` alone at the root; with an empty name, what comes before a name."""
     return f"{path}.{name}" if path else name
+
+
+def tied_names(ties: Mapping[str, str], path: str) -> list[str]:
+    """Names of a module's tensors that are tied to a head's."""
+    return [name for owner, _, name in (key.rpartition(".") for key in ties) if owner == path]
 
 
 def mismatches(

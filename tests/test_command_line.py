@@ -19,6 +19,7 @@ from torch import nn
 
 import glora
 from glora.__main__ import main
+from tests.helpers.calls import quiet
 from tests.helpers.files import damages, is_reordered, saved_half_precision
 
 PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -46,8 +47,9 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         assert main(["convert", str(tmp_path / "a"), str(out), "--to", there]) == 0
         back = ["convert", str(out), str(tmp_path / "b"), "--to", "glora", "--base", str(tmp_path / "base.safetensors")]
         assert main(back) == 0
-        again = glora.load(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), tmp_path / "b")
+        again = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
         again.load_state_dict(glora.base_state_dict(model))
+        glora.load(again, tmp_path / "b", strict=True)
         torch.testing.assert_close(again[1].weight, model[1].weight)
         glora.remove(model)
 
@@ -100,6 +102,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 @given(st.randoms(use_true_random=False), st.sampled_from(["glora", "peft", "lycoris", "base"]))
 def test_a_damaged_file_is_an_error_and_no_traceback(tmp_path_factory: Any, rng: random.Random, which: str) -> None:
     folder = tmp_path_factory.mktemp("damage")
+    torch.manual_seed(0)  # the files' lengths go by the base's fingerprints
     forms: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}
     model = nn.Sequential(nn.Linear(3, 2))
     save_file(model.state_dict(), folder / "base.safetensors")
@@ -120,7 +123,8 @@ def test_a_damaged_file_is_an_error_and_no_traceback(tmp_path_factory: Any, rng:
         ["convert", str(adapter), str(folder / "converted"), "--to", "glora", *base],
         ["merge", base[1], str(adapter), str(folder / "out.safetensors")],
     ):
-        code = main(arguments)  # an error is returned, not raised
+        with quiet():  # of a damaged base: the adapter was trained beside another
+            code = main(arguments)  # an error is returned, not raised
         assert code in (0, 1)
         if which == "glora" and not is_reordered(bad, good):
             assert code == 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import FORMS, GLoRAConfig
+from glora.files.base import parse_base
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -41,14 +42,16 @@ FORMAT_VERSION = 1
 # JSON beside it is a copy that nothing depends on. The file's metadata has three entries: "format" (safetensors' own
 # habit), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape and
 # bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
-# its layers account for every tensor with the right shape; only then is a model looked at.
+# its layers account for every tensor with the right shape; only then is a model looked at. "base" in the description,
+# the fingerprints of frozen tensors, and "ties" (Note [Tied heads]) are not in earlier files of this format.
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
     """Write one adapter into a folder: `adapter_model.safetensors`, and `glora_config.json` for readers.
 
     The first holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
-    each layer's forms, rank, alpha, product and base shape, the format's version and a SHA-256 sum of it all. It is
+    each layer's forms, rank, alpha, product, base shape and a fingerprint of its frozen tensors, by which `load` knows
+    the base again, the format's version and a SHA-256 sum of it all. It is
     written beside, flushed to the disk and put in place in one step: killed at any moment, the folder has the old
     adapter or the new one. `glora_config.json` is a copy of the description, for people; nothing depends on it.
 
@@ -66,18 +69,26 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         ImportError: safetensors is not installed (the extra `glora[files]`).
 
     Example:
-        >>> import tempfile, torch, glora
-        >>> layer = glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(init="random"))
+        >>> import copy, tempfile, torch, glora
+        >>> base = torch.nn.Linear(4, 2)
+        >>> layer = glora.apply(copy.deepcopy(base), config=glora.GLoRAConfig(init="random"))
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     glora.save(layer, directory)
-        ...     other = glora.load(torch.nn.Linear(4, 2), directory)
+        ...     other = glora.load(base, directory, strict=True)
         >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
         True
     """
     write(Path(directory), describe(model, name))
 
 
-def load(model: Model, directory: str | os.PathLike[str], name: str = "default", *, trainable: bool = True) -> Model:
+def load(
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    strict: bool = False,
+) -> Model:
     """Attach an adapter from a folder that `glora.save` wrote, in one call; no config is needed.
 
     Everything is checked before the model changes: the file's sum, its description, every tensor's key, shape and
@@ -90,21 +101,27 @@ def load(model: Model, directory: str | os.PathLike[str], name: str = "default",
         directory: the folder, or its `adapter_model.safetensors`.
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients; False for one that only serves.
+        strict: whether a base other than the one that the adapter was trained beside is an error, or a warning. The
+            file has a fingerprint of each adapted layer's frozen tensors, which rounding to half precision does not
+            change; layers without memory, or sharded, are not compared.
 
     Returns:
         The model.
 
     Raises:
-        glora.AdapterFileError: a file that is damaged, foreign, or does not fit the model; the model is as it was.
+        glora.AdapterFileError: a file that is damaged, foreign, or does not fit the model, or with `strict=True`
+            belongs to another base; the model is as it was.
         FileNotFoundError: no file.
         ValueError: a name that is taken.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Warns:
-        UserWarning: `glora_config.json` does not say what `adapter_model.safetensors` says, which counts.
+        UserWarning: layers, by name, whose frozen tensors are not those that the adapter was trained beside (a head
+            that was random then, above all); `glora_config.json` does not say what `adapter_model.safetensors` says,
+            which counts.
     """
     file = adapter_file(directory)
-    return attach_spec(model, read(file), file, name=name, trainable=trainable)
+    return attach_spec(model, read(file), file, name=name, trainable=trainable, strict=strict)
 
 
 def write(directory: Path, adapter: AdapterSpec) -> None:
@@ -173,7 +190,9 @@ def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
             **({} if layer.is_linear else {"matrix": _matrix_to_json(layer), "batch": list(layer.batch or ())}),
         }
     heads = {path: sorted(names) for path, names in adapter.heads.items()}
-    return {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
+    fields = {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
+    optional = {"base": {key: list(known) for key, known in adapter.base.items()}, "ties": dict(adapter.ties)}
+    return fields | {key: value for key, value in optional.items() if value}
 
 
 def _matrix_to_json(layer: LayerSpec) -> dict[str, Any]:
@@ -193,9 +212,11 @@ def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         by_path, by_head = cast("dict[str, dict[str, Any]]", raw["layers"]), cast("dict[str, Any]", raw["heads"])
         layers = {path: _parse_layer(fields) for path, fields in by_path.items()}
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        base, tied = parse_base(raw.get("base", {})), cast("dict[str, Any]", raw.get("ties", {}))
+        ties = {str(key): str(owner) for key, owner in tied.items()}
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
-    adapter = AdapterSpec(layers, heads, tensors)
+    adapter = AdapterSpec(layers, heads, tensors, ties, base)
     problems = list(mismatches(tensors, adapter.wanted()))
     if problems:
         raise AdapterFileError(f"The tensors of {file} are not those of its description: {format_problems(problems)}.")

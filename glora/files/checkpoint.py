@@ -18,8 +18,9 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS
 from glora.files.container import parse_json, plain_tensors, read_header, replace_files
 from glora.matrices import LINEAR
 from glora.model.attach import attach_spec
+from glora.model.base import is_other, report_other_base
 from glora.model.merged import merge
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches, tied_names
 from glora.text import format_names, format_problems
 
 # Note [One tensor at a time]
@@ -69,7 +70,13 @@ class _Entry:
 
 
 def merge_checkpoint(
-    base: Path, adapter: AdapterSpec, source: object, out: Path, progress: Callable[[int, int], object] | None = None
+    base: Path,
+    adapter: AdapterSpec,
+    source: object,
+    out: Path,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    strict: bool = False,
 ) -> None:
     """Bake an adapter into a checkpoint: the same bits as `glora.merge` on the model, and then saving it.
 
@@ -80,9 +87,10 @@ def merge_checkpoint(
         out: the `.safetensors` file to write; for a sharded base an `.index.json`, whose shards (of the base's names)
             go beside it, or one `.safetensors` file for all. Put in place when all of it is whole, the index last.
         progress: called with the bytes written, and those of the whole, after each tensor.
+        strict: whether another base than the adapter was trained beside is an error, or a warning.
 
     Raises:
-        AdapterFileError: a damaged base or index; an adapter that does not fit it.
+        AdapterFileError: a damaged base or index; an adapter that does not fit it, or of another base (`strict`).
         ValueError: a W' that is not finite; out in place of the base.
         FileNotFoundError: no base.
     """
@@ -100,6 +108,11 @@ def merge_checkpoint(
         )
     owners = {key: path for path, layer in adapter.layers.items() for key in _keys(path, layer)}
     total, done = sum(entry.bytes for entry in plan.values()), 0
+    others: list[str] = []
+
+    def check(key: str, tensor: Tensor) -> None:
+        if is_other(key, tensor, adapter.base):
+            others.append(key)
 
     def fill(target: Path, file: BinaryIO) -> None:
         nonlocal done
@@ -108,10 +121,12 @@ def merge_checkpoint(
         keys = sorted(shard, key=lambda key: (-_bits(shard[key].dtype), key))
         file.write(_header({key: shard[key] for key in keys}, metadata))
         for key in keys:
-            file.write(_merged(key, entries, adapter, owners, source))
+            file.write(_merged(key, entries, adapter, owners, source, check))
             done += shard[key].bytes
             if progress is not None:
                 progress(done, total)
+        if done == total:  # the last of the files, and none is in its place yet
+            report_other_base(others, source, strict=strict, stacklevel=4)
 
     contents: dict[Path, Any] = {target: partial(fill, target) for target in targets.values()}
     if sharded:
@@ -196,20 +211,24 @@ def _misfits_of_heads(entries: Mapping[str, _Entry], adapter: AdapterSpec) -> li
     for key in entries:
         owned.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
     for path, names in adapter.heads.items():
-        if set(names) != owned[path]:
+        tied = owned[path].intersection(tied_names(adapter.ties, path))  # in the base once, as a rule
+        if {*names, *tied} != owned[path]:
             problems.append(f"{path!r}: tensors {sorted(names)} where the base has {sorted(owned[path])}")
         else:
             replaced = {join(path, name): entries[join(path, name)] for name in names}
             unknown = [f"{key!r} of the base is {e.dtype}" for key, e in replaced.items() if e.dtype not in _DTYPES]
             wanted = {key: TensorSpec(e.shape, e.dtype in _FLOATING) for key, e in replaced.items()}
             problems += unknown or mismatches(adapter.tensors, wanted, strict=False)
+    for key, owner in adapter.ties.items():
+        if key in entries and entries[key].shape != tuple(adapter.tensors[owner].shape):
+            problems.append(f"{key!r} of the base is {entries[key].shape}, and tied to {owner!r}, which is not")
     return problems
 
 
 def _keys(path: str, layer: LayerSpec) -> tuple[str, str]:
     """The base's keys of a layer's weight and bias; the latter empty where it can have none."""
     matrix = layer.matrix or LINEAR
-    owner = path.removesuffix(matrix.path("")).removesuffix(".")
+    owner = matrix.module_path(path)
     return join(owner, matrix.weight), join(owner, matrix.bias) if matrix.bias is not None else ""
 
 
@@ -230,26 +249,41 @@ def _attach(
 
 
 def _merged(
-    key: str, entries: Mapping[str, _Entry], adapter: AdapterSpec, owners: Mapping[str, str], source: object
+    key: str,
+    entries: Mapping[str, _Entry],
+    adapter: AdapterSpec,
+    owners: Mapping[str, str],
+    source: object,
+    check: Callable[[str, Tensor], None],
 ) -> bytearray | memoryview:
-    """The bytes of a tensor of the merged checkpoint; `owners` is key to path, for those of adapted layers."""
+    """The bytes of a tensor of the merged checkpoint.
+
+    Args:
+        owners: key to path, for the tensors of adapted layers.
+        check: sees each frozen tensor of an adapted layer.
+    """
     head, _, name = key.rpartition(".")
-    if name in adapter.heads.get(head, ()):
-        return _bytes(adapter.tensors[key].to(_DTYPES[entries[key].dtype]))
+    key_of_head = adapter.ties.get(key, key if name in adapter.heads.get(head, ()) else None)
+    if key_of_head is not None:
+        return _bytes(adapter.tensors[key_of_head].to(_DTYPES[entries[key].dtype]))
     path = owners.get(key)
     if path is None:
         return entries[key].read()
     layer = adapter.layers[path]
     weight_key, bias_key = _keys(path, layer)
+    held = entries[key].tensor() if key in entries else None  # a created bias is not there
+    if held is not None:
+        check(key, held)
     others: dict[str, Any] = dict.fromkeys(BIAS_PATHS if key == weight_key else WEIGHT_PATHS, "none")
     has_bias = bias_key in entries
     if not has_bias and layer.bias is None:
         others["D"] = "none"  # it scales a bias that is not there
     own = replace(layer, config=replace(layer.config, **others))
-    if not own.config.paths:
-        return entries[key].read()
-    bias = entries[bias_key].tensor() if has_bias else None
-    module = _attach(path, own, adapter, source, entries[weight_key].tensor(), bias)
+    if held is not None and not own.config.paths:
+        return _bytes(held)
+    weight = held if key == weight_key and held is not None else entries[weight_key].tensor()
+    bias = held if key == bias_key else entries[bias_key].tensor() if has_bias else None
+    module = _attach(path, own, adapter, source, weight, bias)
     try:
         merged = merge(module)
     except ValueError as error:  # which names the layer as a model

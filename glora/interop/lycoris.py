@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
+from glora.files.base import base_metadata, read_base
 from glora.files.container import plain_tensors, replace_files, serialize
 from glora.functional import working_dtype
 from glora.interop.tensors import read_tensors
@@ -42,6 +43,7 @@ def load_lycoris(
     *,
     trainable: bool = True,
     rs_lora: bool = False,
+    strict: bool = False,
 ) -> Model:
     """Attach a GLoRA that LyCORIS saved: A and B low rank, `product="matmul"`, with its alpha.
 
@@ -54,6 +56,7 @@ def load_lycoris(
         trainable: whether its tensors ask for gradients.
         rs_lora: whether it was trained with LyCORIS's `rs_lora`, a scale of `alpha / sqrt(rank)` for `alpha / rank`.
             The file does not say, and LyCORIS itself reads every file as without.
+        strict: for files that glora wrote: whether another base is an error, or a warning; see `glora.load`.
 
     Returns:
         The model; the adapter is the only active one.
@@ -67,7 +70,8 @@ def load_lycoris(
     file = Path(file)
     layers = [f for f in named_modules(model) if isinstance(f.module, nn.Linear)]
     shapes = {f.path: tuple(f.tensors["weight"].shape) for f in layers}
-    return attach_spec(model, read_lycoris(file, shapes, rs_lora=rs_lora), file, name=name, trainable=trainable)
+    adapter = read_lycoris(file, shapes, rs_lora=rs_lora)
+    return attach_spec(model, adapter, file, name=name, trainable=trainable, strict=strict)
 
 
 def save_lycoris(
@@ -124,7 +128,7 @@ def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]], *, rs_lora: 
             raise AdapterFileError(f"{layer!r} in {file}: {error}") from error
         layers[path] = LayerSpec(config, shapes[path][0], shapes[path][1])
         tensors |= {join(path, key): tensor for key, tensor in zip(_KEYS, matrices, strict=True)}
-    return AdapterSpec(layers, {}, tensors)
+    return AdapterSpec(layers, {}, tensors, base=read_base(file) if file.suffix == ".safetensors" else {})
 
 
 def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) -> None:
@@ -161,7 +165,7 @@ def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) ->
             f"LyCORIS's GLoRA has A and B low rank, of a matrix product, and nothing else; this adapter cannot be "
             f"written for it, and nothing was. Found: {format_problems(problems)}. Keep it with glora.save."
         )
-    replace_files({file: serialize(plain_tensors(tensors))})
+    replace_files({file: serialize(plain_tensors(tensors), base_metadata(adapter.base))})
 
 
 _REST: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}

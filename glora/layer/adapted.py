@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from glora.kernels import select
 from glora.layer import routed
-from glora.layer.heads import Head
+from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import (
     Adapters,
@@ -274,7 +274,7 @@ def _assign(module: nn.Module, name: str, value: object) -> None:
         if acting is None:
             stack.original = value
         else:
-            acting.value = value
+            cast("HeadCopy", acting).value = value  # a buffer is never shared
         return
     raise RuntimeError(
         f"`{name}` of this {type(module).__name__} is computed from glora adapters and cannot be assigned (as tying "

@@ -29,6 +29,26 @@ class HeadCopy(nn.Module):
         self.value.copy_(original)
 
 
+class SharedCopy(nn.Module):
+    """In place of a second copy, on a tensor that is tied to one of a head: reads the head's (Note [Tied heads])."""
+
+    source: HeadCopy
+
+    def __init__(self, source: HeadCopy) -> None:
+        super().__init__()
+        self.__dict__["source"] = source
+
+    @property
+    def value(self) -> Tensor:
+        """The head's copy itself."""
+        return self.source.value
+
+
+# Note [Tied heads]
+# A head may be tied to other modules: one Parameter stands in several places, as an embedding and the output layer do.
+# The adapter has one copy, on the module that was chosen (of several that were, the first); the others have a
+# `SharedCopy`, which is no owner: it holds the copy's module, not its tensor (which `to_empty` replaces), and not as a
+# child, so that parameters, flags and state dicts meet the copy once. The originals are one Parameter all the time.
 class Head(Adapters):
     """On each tensor of a trainable module: the copy of the adapter that acts, or the base model's tensor."""
 
@@ -37,11 +57,11 @@ class Head(Adapters):
         acting = self.acting_copy(scales)
         return original if acting is None else acting.value
 
-    def acting_copy(self, scales: Scales | None = None) -> HeadCopy | None:
+    def acting_copy(self, scales: Scales | None = None) -> HeadCopy | SharedCopy | None:
         """The copy of the adapter that acts; None where none of them has one here."""
         for name in self.acting.scales if scales is None else scales:
             if name in self._modules:
-                return cast("HeadCopy", self._modules[name])
+                return cast("HeadCopy | SharedCopy", self._modules[name])
         return None
 
     def may_train(self, name: str) -> bool:

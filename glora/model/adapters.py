@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer import routed
-from glora.layer.heads import Head, HeadCopy
+from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
 from glora.model.modules import Model, adapted_modules, all_or_nothing
@@ -94,7 +94,7 @@ def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
                     f"which only one of {quote_names(active)} would keep up. Activate one of them, or combine adapters "
                     f"without such a head."
                 )
-            copies = [cast("HeadCopy | None", store.parts().get(name)) for name in active]
+            copies = [cast("HeadCopy | SharedCopy | None", store.parts().get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
             if not all(torch.equal(first, other) for other in others):
                 raise ValueError(

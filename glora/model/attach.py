@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.adapted import adapted_class, register
-from glora.layer.heads import Head, HeadCopy
+from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Bias, Paths, Weight, adapters_of
 from glora.matrices import Matrix
 from glora.model import freezing
 from glora.model.adapters import set_scales
+from glora.model.base import check_base
+from glora.model.exports import watch_saving
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
 from glora.model.planned import Plan
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
+from glora.model.task_heads import warn_of_adapted_heads
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, format_problems
 
@@ -54,8 +57,10 @@ def apply(
             `experts.gate_up_proj`.
         config: the forms of the paths; `GLoRAConfig()` if None.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.
-        trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, or
-            the modules themselves; wins over `targets`. The adapter trains copies of their tensors that belong to it.
+        trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, the
+            modules themselves, or `"auto"`, what a task class of transformers has beside its backbone (a classifier
+            and what else is new to the model). Wins over `targets`. The adapter trains copies of their tensors that
+            belong to it; modules that are tied to them (an output layer to its embedding) read the same copy.
         name: the adapter's name. A second call with another name adds another adapter; the newest is the only active.
         freeze: freeze every other parameter. `glora.merge` and `glora.remove` give the flags back.
 
@@ -69,8 +74,9 @@ def apply(
 
     Warns:
         UserWarning: once for all layers that were swept in by a regex, predicate or "all-linear" and cannot be adapted,
-            and once for all whose C, D and E are left out because they have no bias; "all-linear" without `exclude`
-            that reaches less than half of the model's matrices, with what it leaves out.
+            once for all whose C, D and E are left out because they have no bias, and once for swept layers that
+            are guessed to be a new head (Note [Task heads]); "all-linear" without `exclude` that reaches less than half
+            of the model's matrices, with what it leaves out.
 
     Source: GLoRA, arXiv 2306.07967; the names of the arguments are those of the field.
 
@@ -83,11 +89,18 @@ def apply(
     """
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
     _warn(planned, everything=targets == ALL_LINEAR and not exclude)
+    warn_of_adapted_heads(model, planned, targets)
     return attach(model, planned, freeze=freeze)
 
 
 def attach_spec(
-    model: Model, spec: AdapterSpec, source: object, *, name: str = "default", trainable: bool = True
+    model: Model,
+    spec: AdapterSpec,
+    source: object,
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    strict: bool = False,
 ) -> Model:
     """Attach a described adapter and fill it with its tensors; see `plan_spec` for what is checked, and raised.
 
@@ -97,11 +110,14 @@ def attach_spec(
         source: the file that it came from, for messages.
         name: its name in the model.
         trainable: whether its tensors, heads included, ask for gradients.
+        strict: whether another base than it was trained beside is an error, or a warning.
 
     Returns:
         The model, with the adapter the only active one and the rest frozen.
     """
-    return attach(model, plan_spec(model, spec, source, name), values=spec.tensors, trainable=trainable)
+    planned = plan_spec(model, spec, source, name)
+    check_base(planned.layers, spec.base, source, strict=strict)
+    return attach(model, planned, values=spec.tensors, trainable=trainable)
 
 
 def attach(
@@ -133,6 +149,7 @@ def attach(
         for part in parts:
             _register(part, planned.name)
         set_scales(model, {planned.name: 1.0})
+        watch_saving(model)
         del classes
     return model
 
@@ -148,7 +165,7 @@ class _Part:
 
     named: NamedModule
     name: str
-    content: Paths | HeadCopy
+    content: Paths | HeadCopy | SharedCopy
     matrix: Matrix | None = None
     created: Tensor | None = None
 
@@ -174,11 +191,13 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
                 created = torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device)
             parts.append(_Part(layer.named, tensor_name, paths, matrix, created))
     for head in planned.heads:
-        for tensor_name, original in head.named.tensors.items():
-            copy = HeadCopy(original)
+        for tensor_name in head.names:
+            copy = HeadCopy(head.named.tensors[tensor_name])
             if values is not None:
                 _fill(copy, {"value": values[join(head.path, tensor_name)]})
             parts.append(_Part(head.named, tensor_name, copy))
+            for named, name in head.shared.get(tensor_name, ()):
+                parts.append(_Part(named, name, SharedCopy(copy)))
     return parts
 
 

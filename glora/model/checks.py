@@ -16,6 +16,7 @@ from glora.layer import routed
 from glora.layer.heads import Head
 from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
+from glora.model.planned import PlannedHead
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -71,8 +72,21 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     return None
 
 
-def unsupported_head(named: NamedModule, ties: Ties) -> str | None:
-    """Why this module cannot train as a whole, and what to do about it; None if it can."""
+def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
+    """Why this module, or one that is tied to it, cannot train as a whole, and what to do about it; None if it can.
+
+    Args:
+        head: the module.
+        ties: of tensors that are not one Parameter.
+    """
+    reason = _unsupported_copy(head.named, ties)
+    for other, name in [place for places in head.shared.values() for place in places]:
+        why = None if reason else _unsupported_copy(other, {})
+        reason = f"its copy is {join(other.path, name)}'s too, and there: {why}" if why else reason
+    return reason
+
+
+def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:
     module = named.module
     if isinstance(module, nn.RNNBase):
         return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
@@ -105,10 +119,15 @@ def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
 # other (torch's removal writes into it) or silently untie them. Ranges of addresses tell (on the meta device, which has
 # no addresses, ranges within one storage); two views that interleave without sharing an element count as tied too. One
 # module reached by two paths is no tie.
-def find_ties(modules: list[NamedModule]) -> Ties:
-    """The tensors of the model that share memory with another module's, each with the path of one of those."""
-    # Address space, first byte, byte behind the last; then whose it is.
-    spans: list[tuple[int, int, int, int, str, str]] = []
+def find_ties(modules: list[NamedModule], *, one_parameter: bool = True) -> Ties:
+    """The tensors of the model that share memory with another module's, each with the path of one of those.
+
+    Args:
+        modules: the model's.
+        one_parameter: whether a Parameter that stands in two places counts as tied to itself.
+    """
+    # Address space, first byte, byte behind the last; whose it is; which Parameter.
+    spans: list[tuple[int, int, int, int, str, str, int]] = []
     for named in modules:
         for name, tensor in named.tensors.items():
             if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
@@ -119,12 +138,13 @@ def find_ties(modules: list[NamedModule]) -> Ties:
                 start = address + int(tensor.storage_offset()) * size
                 reach = 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
                 space = 0 if address else storage._cdata
-                spans.append((space, start, start + reach * size, id(named.module), name, named.path))
+                which = id(tensor) if isinstance(tensor, nn.Parameter) and not one_parameter else 0
+                spans.append((space, start, start + reach * size, id(named.module), name, named.path, which))
     ties: Ties = {}
-    reaching: list[tuple[int, int, int, int, str, str]] = []
+    reaching: list[tuple[int, int, int, int, str, str, int]] = []
     for span in sorted(spans):
         reaching = [other for other in reaching if other[0] == span[0] and other[2] > span[1]]
-        for other in reaching:
+        for other in [other for other in reaching if not span[6] or span[6] != other[6]]:
             ties.setdefault(span[3:5], join(other[5], other[4]))
             ties.setdefault(other[3:5], join(span[5], span[4]))
         reaching.append(span)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from glora.config import FORMS, GLoRAConfig
-from glora.layer.heads import HeadCopy
+from glora.fingerprint import Fingerprint
+from glora.layer.heads import HeadCopy, SharedCopy
 from glora.layer.parametrization import Paths
 from glora.model.adapters import adapter_tensors, resolve_name
+from glora.model.base import fingerprints
 from glora.model.modules import NamedMatrix, adapted_matrices, adapted_modules
-from glora.spec import AdapterSpec, LayerSpec
+from glora.spec import AdapterSpec, LayerSpec, join
 
 
 def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
@@ -26,6 +28,9 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     name = resolve_name(model, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}
+    base: dict[str, Fingerprint] = {}
+    owners: dict[int, str] = {}
+    borrowed: dict[str, int] = {}
     for named in adapted_modules(model):
         parts = {tensor: store.parts()[name] for tensor, store in named.adapters.items() if name in store.parts()}
         for at in adapted_matrices(named):
@@ -33,16 +38,27 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             paths = {path: part.config for part in own if isinstance(part, Paths) for path in part.paths()}
             if paths:
                 layers[at.path] = _describe_layer(at, paths)
+                base |= fingerprints(at)
         copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
-        if copies and set(copies) != set(named.tensors):
+        shared = {tensor: part.source for tensor, part in parts.items() if isinstance(part, SharedCopy)}
+        owners |= {id(parts[tensor]): join(named.path, tensor) for tensor in copies}
+        borrowed |= {join(named.path, tensor): id(source) for tensor, source in shared.items()}
+        if copies and {*copies, *shared} != set(named.tensors):
             raise RuntimeError(
                 f"torch's removal has taken the adapters off a part of the head {named.path!r}, which a file holds "
                 f"as a whole. Remove them from all of its tensors, or merge before saving."
             )
         if copies:
             heads[named.path] = copies
+    astray = [key for key, source in borrowed.items() if source not in owners]
+    if astray:
+        raise RuntimeError(
+            f"torch's removal has taken the adapters off the head that {astray[0]!r} is tied to. Remove both, "
+            f"or merge before saving."
+        )
+    ties = {key: owners[source] for key, source in borrowed.items()}
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(model, name).items()}
-    return AdapterSpec(layers, heads, tensors)
+    return AdapterSpec(layers, heads, tensors, ties, base)
 
 
 def _describe_layer(at: NamedMatrix, paths: dict[str, GLoRAConfig]) -> LayerSpec:

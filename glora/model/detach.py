@@ -6,6 +6,7 @@ from glora.layer.adapted import unregister
 from glora.model import freezing
 from glora.model.adapters import adapters, resolve_name
 from glora.model.checks import refuse_stacked, refuse_while_swapped
+from glora.model.exports import stop_watching
 from glora.model.modules import Model, adapted_modules, all_or_nothing, named_modules
 
 
@@ -76,4 +77,5 @@ def remove(model: Model) -> Model:
             for name in sorted(named.adapters):
                 unregister(named.module, name, keep_value=False)
         freezing.restore(modules)
+        stop_watching(model)
     return model

@@ -15,6 +15,7 @@ from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
 from glora.model import freezing
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
+from glora.model.exports import stop_watching, warn_of_created_biases
 from glora.model.modules import Model, NamedModule, named_modules
 from glora.text import quote_names
 
@@ -37,7 +38,8 @@ def merge(model: Model) -> Model:
         RuntimeError: inside `glora.merged` or `glora.route`, or another parametrization stacked on an adapter.
 
     Warns:
-        UserWarning: inactive adapters, which are dropped.
+        UserWarning: inactive adapters, which are dropped; created biases that stay, and that the config of a model with
+            `save_pretrained` does not know.
 
     Example:
         >>> import torch, glora
@@ -59,6 +61,7 @@ def merge(model: Model) -> Model:
             UserWarning,
             stacklevel=2,
         )
+    warn_of_created_biases(model, modules, stacklevel=2)
     with torch.inference_mode(False), torch.no_grad():
         for named in modules:
             # The bias first, while the weight's original is still W0.
@@ -70,6 +73,7 @@ def merge(model: Model) -> Model:
                     value = read(named.module, name)
                     value.data = value.data.clone()
     freezing.restore(modules)
+    stop_watching(model)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -12,10 +12,11 @@ from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight
 from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_matrix
 from glora.model.modules import NamedMatrix, NamedModule, name_matrix, named_matrices, named_modules
-from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped
+from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped, plan_heads
 from glora.model.reach import reach
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches
+from glora.model.task_heads import AUTO, task_heads
+from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches, tied_names
 from glora.text import format_names, format_problems
 
 # Note [One planner]
@@ -53,11 +54,13 @@ def plan(
     """
     modules = _modules_for(model, name)
     ties = find_ties(modules)
-    heads = _chosen_heads(modules, trainable, ties)
+    heads = _chosen_heads(modules, trainable)
     matrices = named_matrices(modules)
     chosen, by_name = choose(matrices, targets, config, modules)
     outputs, excluded = output_embeddings(modules), {m.key for m in select(matrices, exclude, "exclude", modules)}
-    whole = {id(head.module) for head in heads}
+    whole = {id(head.module): "trainable as a whole" for head in heads}
+    shared = [at.module for head in heads for places in head.shared.values() for at, _ in places]
+    whole = {id(module): "tied to what trains as a whole" for module in shared} | whole
     layers: list[PlannedLayer] = []
     skipped: list[Skipped] = []
     without_bias: list[str] = []
@@ -66,8 +69,8 @@ def plan(
         if spec is None:
             continue
         if id(at.module) in whole or at.key in excluded or (targets == ALL_LINEAR and id(at.module) in outputs):
-            why = "trainable as a whole" if id(at.module) in whole else "excluded" if at.key in excluded else ""
-            skipped.append(Skipped(at.path, why or "output embeddings"))
+            why = whole.get(id(at.module)) or ("excluded" if at.key in excluded else "output embeddings")
+            skipped.append(Skipped(at.path, why))
             continue
         layer = _plan_layer(at, spec, ties, without_a_bias="CDE")
         if isinstance(layer, str):
@@ -132,14 +135,23 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
         if layer_spec.bias is None:
             optional.add(prefix + "D.value")
     for path, names in spec.heads.items():
-        reason = _misfit_of_head(reached.get(path), names, ties)
+        reason = _misfit_of_head(reached.get(path), (*names, *tied_names(spec.ties, path)))
         if reason is not None:
             problems.append(f"{path!r}: {reason}")
             continue
-        heads.append(PlannedHead(replace(reached[path], path=path)))
-        for tensor_name, tensor in reached[path].tensors.items():
-            wanted[join(path, tensor_name)] = like(tensor)
-    places = [layer.at.key for layer in layers] + [(id(h.module), name) for h in heads for name in h.named.tensors]
+    problems += _misfits_of_ties(spec.ties, reached)
+    if not problems:
+        heads = plan_heads(modules, [replace(reached[path], path=path) for path in spec.heads])
+        overlaps = find_ties(modules, one_parameter=False)
+        for head in heads:
+            reason = unsupported_head(head, overlaps)
+            problems += [f"{head.path!r}: {reason}"] if reason is not None else []
+            wanted |= {join(head.path, name): like(head.named.tensors[name]) for name in head.names}
+            here = [join(at.path, name) for places in head.shared.values() for at, name in places]
+            new = [key for key in here if key not in spec.ties]
+            problems += [f"{key!r} is tied to the head {head.path!r} here alone" for key in new]
+    heads_here = [reached[path] for path in spec.heads if path in reached]
+    places = [layer.at.key for layer in layers] + [(id(h.module), name) for h in heads_here for name in h.tensors]
     if len(set(places)) != len(places):
         problems.append("two of its entries reach the same module, by different paths")
     if not problems:
@@ -167,7 +179,7 @@ def _described(
         if path not in modules:
             return "there is no such module"
         return f"it is a {type(modules[path].module).__name__}, which is no layer that can be adapted"
-    owner = path if spec.matrix.weight == "weight" else path.rpartition(".")[0]
+    owner = spec.matrix.module_path(path)
     if owner not in modules or spec.matrix.path(owner) != path or spec.matrix.weight not in modules[owner].tensors:
         return "there is no such module"
     return replace(name_matrix(modules[owner], spec.matrix), path=path)
@@ -200,31 +212,55 @@ def _plan_layer(at: NamedMatrix, spec: LayerSpec, ties: Ties, *, without_a_bias:
     return PlannedLayer(at, spec.config, kept, creates_bias=any(path not in WEIGHT_PATHS for path in kept))
 
 
-def _chosen_heads(modules: list[NamedModule], trainable: Trainable, ties: Ties) -> list[PlannedHead]:
+def _chosen_heads(modules: list[NamedModule], trainable: Trainable) -> list[PlannedHead]:
+    if trainable == AUTO:
+        chosen = {id(named.module): named for named in task_heads(modules)}
+        if not chosen:
+            raise ValueError(
+                f"trainable={AUTO!r} takes the modules that a task class of transformers has beside its backbone; this "
+                f"{type(modules[0].module).__name__} has none (a language model's output layer is not new to it). Name "
+                f"the modules: trainable=[...]."
+            )
+    else:
+        chosen = _named_heads(modules, trainable)
+    overlaps = find_ties(modules, one_parameter=False) if chosen else {}
+    heads = plan_heads(modules, chosen.values())
+    for head in heads:
+        reason = unsupported_head(head, overlaps)
+        if reason is not None:
+            raise ValueError(f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}")
+    return heads
+
+
+def _named_heads(modules: list[NamedModule], trainable: Trainable) -> dict[int, NamedModule]:
+    """The modules with tensors of their own at or below those that `trainable=` reaches."""
     by_id = {id(named.module): named for named in modules}
-    heads: dict[int, PlannedHead] = {}
+    heads: dict[int, NamedModule] = {}
     for reached in select(modules, trainable, "trainable", modules):
         if not any(True for _ in reached.module.parameters()):
             raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
         for inside in named_modules(reached.module):
-            if not inside.tensors:
-                continue
-            head = by_id[id(inside.module)]
-            reason = unsupported_head(head, ties)
-            if reason is not None:
-                raise ValueError(
-                    f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}"
-                )
-            heads.setdefault(id(head.module), PlannedHead(head))
-    return list(heads.values())
+            if inside.tensors:
+                heads[id(inside.module)] = by_id[id(inside.module)]
+    return heads
 
 
-def _misfit_of_head(named: NamedModule | None, names: tuple[str, ...], ties: Ties) -> str | None:
+def _misfits_of_ties(ties: Mapping[str, str], reached: Mapping[str, NamedModule]) -> Iterator[str]:
+    """Where the model does not have one Parameter in two places, as the adapter's model had."""
+    for places in ties.items():
+        tensors: list[object] = []
+        for path, _, name in (key.rpartition(".") for key in places):
+            tensors.append(reached[path].tensors.get(name) if path in reached else None)
+        if tensors[0] is None or tensors[0] is not tensors[1]:
+            yield f"{places[0]!r} is not tied to {places[1]!r} here"
+
+
+def _misfit_of_head(named: NamedModule | None, names: tuple[str, ...]) -> str | None:
     if named is None:
         return "there is no such module"
     if sorted(names) != sorted(named.tensors):
         return f"tensors {format_names(sorted(named.tensors))} where {format_names(sorted(names))} are saved"
-    return unsupported_head(named, ties)
+    return None
 
 
 def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:

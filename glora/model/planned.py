@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -61,9 +63,16 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class PlannedHead:
-    """A module with tensors of its own that trains as a whole, in a copy that belongs to the adapter."""
+    """A module with tensors of its own that trains as a whole, in a copy that belongs to the adapter.
+
+    Attributes:
+        names: the tensors that are copied; not those that are tied to an earlier head's.
+        shared: of these, name to where else the very Parameter stands: the module, and its name there.
+    """
 
     named: NamedModule
+    names: tuple[str, ...]
+    shared: Mapping[str, tuple[tuple[NamedModule, str], ...]] = field(default_factory=dict[str, Any])
 
     @property
     def path(self) -> str:
@@ -78,7 +87,30 @@ class PlannedHead:
     @property
     def parameters(self) -> int:
         """How many trainable numbers it has."""
-        return sum(t.numel() for t in self.named.tensors.values() if isinstance(t, nn.Parameter))
+        tensors = [self.named.tensors[name] for name in self.names]
+        return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+
+
+def plan_heads(modules: Iterable[NamedModule], chosen: Iterable[NamedModule]) -> list[PlannedHead]:
+    """Each chosen module as a head, with all places in the model that read its Parameters (Note [Tied heads])."""
+    places: dict[int, list[tuple[NamedModule, str]]] = {}
+    for named in modules:
+        for name, tensor in named.tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                places.setdefault(id(tensor), []).append((named, name))
+    heads: list[PlannedHead] = []
+    taken: set[int] = set()
+    for head in chosen:
+        names = tuple([name for name, tensor in head.tensors.items() if id(tensor) not in taken])
+        shared: dict[str, tuple[tuple[NamedModule, str], ...]] = {}
+        for name in names:
+            tensor = head.tensors[name]
+            others = [at for at in places.get(id(tensor), []) if (at[0].module, at[1]) != (head.module, name)]
+            taken |= {id(tensor)} if isinstance(tensor, nn.Parameter) else set()
+            shared |= {name: tuple(others)} if others else {}
+        if names:
+            heads.append(PlannedHead(head, names, shared))
+    return heads
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def summary(model: nn.Module) -> Summary:
                 SummaryRow(
                     path,
                     name,
-                    " ".join(f"{key}={form}" for key, form in paths.items()) or "trainable",
+                    " ".join(f"{key}={form}" for key, form in paths.items()) or ("trainable" if parameters else "tied"),
                     next((p.config.rank for p in parts if isinstance(p, Paths) and "lora" in paths.values()), None),
                     sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
                     base + sum(parameter.numel() for parameter in parameters),

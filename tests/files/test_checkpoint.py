@@ -15,7 +15,7 @@ from torch import nn
 import glora
 from glora.__main__ import main
 from tests.helpers import internals
-from tests.helpers.files import half_precision_model, saved_half_precision, sharded
+from tests.helpers.files import copied_without_base, half_precision_model, saved_half_precision, sharded
 from tests.helpers.strategies import Case, cases
 
 
@@ -80,3 +80,41 @@ def test_what_merge_refuses_leaves_no_file(tmp_path: Path, capsys: pytest.Captur
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out.safetensors").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_another_base_is_named_or_refused_before_anything_is_in_place(shards: bool, tmp_path: Path) -> None:
+    saved_half_precision(tmp_path / "adapter", create_bias=True)
+    other = half_precision_model()
+    with torch.no_grad():
+        other[0].bias.neg_()
+        other[1].weight.neg_()
+    save_file(other.state_dict(), tmp_path / "base.safetensors")
+    base = sharded(tmp_path / "base", other) if shards else tmp_path / "base.safetensors"
+    out = tmp_path / "out" / ("model.safetensors.index.json" if shards else "model.safetensors")
+    arguments = ["merge", str(base), str(tmp_path / "adapter"), str(out)]
+    assert main([*arguments, "--strict"]) == 1
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    with pytest.warns(UserWarning, match=r"in (0\.bias, 1\.weight|1\.weight, 0\.bias)\. "):
+        assert main(arguments) == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize("paths", ["A", "E", "ABCDE"])
+def test_the_base_is_compared_without_another_reading(paths: str, tmp_path: Path) -> None:
+    forms: dict[str, Any] = {path: "vector" if path in paths else "none" for path in "ABCDE"}
+    model = half_precision_model()
+    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig(**forms, init="random")), tmp_path / "adapter")
+    save_file(half_precision_model().state_dict(), tmp_path / "base.safetensors")
+    counts: list[int] = []
+    for known in (True, False):
+        if not known:
+            copied_without_base(tmp_path / "adapter", tmp_path / "old")
+        folder = tmp_path / ("adapter" if known else "old")
+        with internals.tensors_read() as keys:
+            internals.merge_files(
+                tmp_path / "base.safetensors", folder / "adapter_model.safetensors", tmp_path / f"{known}.safetensors"
+            )
+        counts.append(len(keys))
+    assert counts[0] == counts[1]
+    assert (tmp_path / "True.safetensors").read_bytes() == (tmp_path / "False.safetensors").read_bytes()

@@ -11,10 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import glora
+from tests.helpers import internals
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -35,10 +37,7 @@ def saved(directory: Path, seed: int = 0) -> nn.Module:
 
 def stored_sum(directory: Path) -> str:
     """The sum over all that the file says; its bytes may differ, safetensors orders metadata at random."""
-    from safetensors import safe_open
-
-    with safe_open(directory / "adapter_model.safetensors", framework="pt") as opened:
-        return opened.metadata()["sha256"]
+    return read_metadata(directory)["sha256"]
 
 
 def most_bytes_of_a_header(count: int) -> AbstractContextManager[Any]:
@@ -109,7 +108,7 @@ def damages(good: bytes, other: bytes, text: bytes, rng: random.Random) -> bytes
     if kind == 1:
         return good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]
     if kind == 2:
-        at = rng.randrange(8 + header)
+        at = rng.randrange(min(len(good), 8 + header))
         return good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]
     if kind == 3:  # another's body under this one's header, and the reverse
         return good[: 8 + header] + other[8 + header :] if rng.random() < 0.5 else other[:at] + good[at:]
@@ -134,3 +133,22 @@ def parsed(data: bytes) -> tuple[object, bytes] | None:
 def is_reordered(damaged: bytes, good: bytes) -> bool:
     """Whether the same is said in another order: safetensors orders its metadata at random."""
     return sorted(damaged) == sorted(good) and parsed(damaged) == parsed(good)
+
+
+def copied_without_base(directory: Path, to: Path, **fields: Any) -> None:
+    """An adapter's file as versions before fingerprints wrote it; or with these fields in its description."""
+    tensors, metadata = load_file(directory / "adapter_model.safetensors"), read_metadata(directory)
+    description = json.loads(metadata["glora"])
+    del description["base"]
+    text = json.dumps(description | fields, sort_keys=True)
+    to.mkdir()
+    save_file(
+        tensors,
+        to / "adapter_model.safetensors",
+        {"format": "pt", "glora": text, "sha256": internals.sum_of_contents(text, tensors)},
+    )
+
+
+def read_metadata(directory: Path) -> dict[str, str]:
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as opened:
+        return opened.metadata()

@@ -11,10 +11,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import matvec, select
 from glora.kernels.select import Kernel
+from glora.model import exports
 
 __all__ = [
     "Kernel",
@@ -23,10 +25,13 @@ __all__ = [
     "entries_of_a_block",
     "entries_of_a_wide_block",
     "force_kernel",
+    "interrupted_before",
     "is_unsupported",
     "kernels_taken",
     "merge_files",
+    "save_instead",
     "sum_of_contents",
+    "tensors_read",
     "wide_matvec",
 ]
 
@@ -92,3 +97,27 @@ def is_unsupported(skipped: Any) -> bool:
 def merge_files(base: Path, adapter: Path, out: Path) -> None:
     """Merge an adapter's file into a checkpoint's, tensor by tensor."""
     merge_checkpoint(base, read(adapter), "it", out)
+
+
+@contextmanager
+def tensors_read() -> Generator[list[object]]:
+    """Collects the tensors of a checkpoint that an offline merge reads."""
+    taken: list[object] = []
+    read_bytes = checkpoint._Entry.read
+
+    def reading(entry: checkpoint._Entry) -> bytearray:
+        taken.append(entry)
+        return read_bytes(entry)
+
+    with mock.patch.object(checkpoint._Entry, "read", reading):
+        yield taken
+
+
+save_instead = exports.save_instead
+
+
+@contextmanager
+def interrupted_before(function: str) -> Generator[None]:
+    """A KeyboardInterrupt where the library would call this function."""
+    with mock.patch(function, side_effect=KeyboardInterrupt):
+        yield

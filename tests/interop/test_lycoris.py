@@ -142,3 +142,13 @@ def test_what_lycoris_cannot_say_is_refused(tmp_path: Path) -> None:
     torch.save({"lycoris_other.alpha": torch.tensor(1.0)}, tmp_path / "bad.pt")
     with pytest.raises(glora.AdapterFileError, match="underscores"):
         interop.load_lycoris(net(), tmp_path / "bad.pt")
+
+
+def test_a_file_for_lycoris_knows_its_base(tmp_path: Path) -> None:
+    file, other = tmp_path / "adapter.safetensors", net()
+    interop.save_lycoris(adapted(product="matmul", C="none", D="none", E="none"), file)
+    interop.load_lycoris(net(), file, strict=True)
+    with torch.no_grad():
+        other.block["k"].weight.neg_()
+    with pytest.raises(glora.AdapterFileError, match=r"in block\.k\.weight\. "):
+        interop.load_lycoris(other, file, strict=True)

@@ -115,3 +115,35 @@ def test_what_glora_does_not_do_is_refused_by_name(config: Any, named: str, tmp_
     with pytest.raises(glora.AdapterFileError, match=named):
         interop.load_peft(model, tmp_path)
     assert not glora.adapters(model)
+
+
+def another_net() -> nn.Module:
+    model = net()
+    with torch.no_grad():
+        model.block["q"].weight.neg_()
+    return model
+
+
+def test_a_file_for_peft_knows_its_base_and_peft_reads_it(tmp_path: Path) -> None:
+    interop.save_peft(adapted(targets=["q"]), tmp_path)
+    model = interop.load_peft(net(), tmp_path, strict=True)
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(X), model(X), atol=1e-5, rtol=1e-5)
+    with pytest.raises(glora.AdapterFileError, match=r"in block\.q\.weight\. "):
+        interop.load_peft(another_net(), tmp_path, strict=True)
+    with pytest.warns(UserWarning, match=r"in block\.q\.weight\. "):
+        interop.load_peft(another_net(), tmp_path)
+
+
+def test_a_file_of_pefts_own_knows_no_base(tmp_path: Path) -> None:
+    trained(CONFIGS[0]).save_pretrained(tmp_path)
+    interop.load_peft(another_net(), tmp_path, strict=True)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    model = net()
+    model.head = nn.Linear(8, 8)
+    model.head.weight = model.block["k"].weight
+    glora.apply(model, ["q"], glora.GLoRAConfig.lora(), trainable=["head"])
+    with pytest.raises(ValueError, match=r"'block\.k\.weight' is tied to 'head\.weight'"):
+        interop.save_peft(model, tmp_path)

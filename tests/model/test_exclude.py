@@ -73,9 +73,9 @@ def test_trainable_refuses_what_it_cannot_train() -> None:
     refused(model, r"trainable=", trainable=[3])
 
 
-def test_a_tied_head_is_refused() -> None:
+def test_a_head_that_is_tied_by_its_memory_alone_is_refused() -> None:
     model = Net()
-    model.head.weight = model.embed.weight
+    model.head.weight = nn.Parameter(model.embed.weight.detach())
     refused(model, "'head' is not: .*tied to embed.weight.*untie", ["q_proj"], trainable=["head"])
     refused(model, "'embed' is not: .*tied to head.weight.*untie", ["q_proj"], trainable=["embed"])
 

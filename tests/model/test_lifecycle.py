@@ -148,7 +148,8 @@ class Lifecycle(RuleBasedStateMachine):
         if name in subject.adapters or not same_biases or not self.fits(subject, targets, head):
             self.refused(subject, ValueError, call)
             return
-        call()
+        with quiet():  # of another base
+            call()
         subject.attached(name, self.as_loaded(subject, saved.adapter, trainable))
 
     def as_loaded(self, subject: Subject, adapter: Adapter, trainable: bool = True) -> Adapter:

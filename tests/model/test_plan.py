@@ -42,9 +42,9 @@ def test_plan_is_what_apply_then_does_and_changes_nothing(config: GLoRAConfig, e
     assert torch.equal(torch.get_rng_state(), generator)
 
     messages = warned(lambda: glora.apply(model, "all-linear", config, exclude=exclude, trainable=trainable))
-    assert len(messages) == any(internals.is_unsupported(skipped) for skipped in planned.skipped) + bool(
-        planned.without_bias
-    )
+    unsupported = any(internals.is_unsupported(skipped) for skipped in planned.skipped)
+    adapted_head = any(layer.path == "head" for layer in planned.layers)
+    assert len(messages) == unsupported + bool(planned.without_bias) + adapted_head
     attached = glora.state_dict(model)
     assert planned.parameters == sum(parameter.numel() for parameter in glora.parameters(model))
     assert planned.parameters == sum(row.parameters for row in (*planned.layers, *planned.heads))

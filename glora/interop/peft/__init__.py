@@ -16,7 +16,12 @@ from glora.model.modules import Model
 
 
 def load_peft(
-    model: Model, directory: str | os.PathLike[str], name: str = "default", *, trainable: bool = True
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    strict: bool = False,
 ) -> Model:
     r"""Attach an adapter that PEFT's `save_pretrained` wrote: GLoRA, LoRA, IA3 or HiRA.
 
@@ -37,6 +42,7 @@ def load_peft(
         directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients.
+        strict: for files that glora wrote: whether another base is an error, or a warning; see `glora.load`.
 
     Returns:
         The model; the adapter is the only active one.
@@ -49,7 +55,7 @@ def load_peft(
     Source: Hugging Face PEFT 0.21.
     """
     file = adapter_file(directory)
-    return attach_spec(model, read_peft(file.parent), file, name=name, trainable=trainable)
+    return attach_spec(model, read_peft(file.parent), file, name=name, trainable=trainable, strict=strict)
 
 
 def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:

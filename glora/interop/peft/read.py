@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from glora.files.base import read_base
 from glora.files.container import ADAPTER_FILE, PEFT_CONFIG_FILE, parse_json, read_safetensors
 from glora.interop.peft.methods import METHODS
 from glora.matrices import TRANSPOSED
@@ -59,7 +60,8 @@ def read_peft(directory: Path) -> AdapterSpec:
     if foreign:
         raise AdapterFileError(f"Keys of PEFT begin with {PREFIX!r}; {file} has {format_names(foreign)}.")
     try:
-        return _read(config, {key.removeprefix(PREFIX): tensors[key] for key in sorted(tensors)})
+        adapter = _read(config, {key.removeprefix(PREFIX): tensors[key] for key in sorted(tensors)})
+        return replace(adapter, base=read_base(file))
     except Exception as error:  # whatever values that PEFT would not write lead to
         raise AdapterFileError(f"{file} and {config_file} do not go together: {error}.") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora.files.base import base_metadata
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, plain_tensors, replace_files, serialize
 from glora.functional import working_dtype
 from glora.interop.peft.methods import FIELDS
@@ -30,7 +31,7 @@ def write_peft(directory: Path, adapter: AdapterSpec) -> None:
     for path, names in adapter.heads.items():
         tensors |= {f"{PREFIX}{join(path, name)}": adapter.tensors[join(path, name)] for name in names}
     contents = {
-        directory / ADAPTER_FILE: serialize(plain_tensors(tensors)),
+        directory / ADAPTER_FILE: serialize(plain_tensors(tensors), base_metadata(adapter.base)),
         directory / PEFT_CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     replace_files(contents, obsolete=[directory / CONFIG_FILE])
@@ -83,6 +84,7 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
         problems.append("it is on the model itself, and PEFT adapts layers inside of a model")
     if not layers:
         problems.append("it adapts no layer")
+    problems += [f"{key!r} is tied to {owner!r}, and PEFT's copy of that is not" for key, owner in adapter.ties.items()]
     if problems:
         raise ValueError(
             f"PEFT's GLoRA has one form for A and B and one for D and E, in all layers alike; this adapter cannot be "

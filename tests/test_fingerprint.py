@@ -1,0 +1,137 @@
+"""Fingerprints tell tensors apart, and the same tensor again after any rounding."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from glora.fingerprint import agrees, fingerprint
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, min_size: int = 1) -> Tensor:
+    """Weights as models have them: random, constant, zero, tiny, or of a few outliers."""
+    shape = draw(SIZES.filter(lambda sizes: torch.Size(sizes).numel() >= min_size))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    tensor = torch.randn(shape, generator=generator, dtype=torch.float64) * draw(st.sampled_from([1e-9, 0.02, 3.0]))
+    kind = draw(st.sampled_from(["random", "constant", "outliers", "zero"]))
+    if kind == "constant":
+        tensor.fill_(draw(st.floats(-2, 2, allow_subnormal=False)))
+    elif kind == "outliers":
+        tensor[..., 0] *= 1000
+    elif kind == "zero":
+        tensor.zero_()
+    return tensor
+
+
+def independent(tensor: Tensor) -> list[float]:
+    """The formula of Note [Fingerprints], entry by entry."""
+    matrix = tensor.double().reshape(-1, tensor.shape[-1])
+    i, j = torch.meshgrid(*(torch.arange(n).double() for n in matrix.shape), indexing="ij")
+    sums = [((a * i).cos() * (b * j).cos() * matrix).sum().item() for a, b in ((1, 2), (2, 4), (4, 1))]
+    return [matrix.norm().item(), *sums]
+
+
+@given(tensors(), st.sampled_from([1, 7, 2**20]))
+def test_it_is_the_formula_whatever_the_blocks(tensor: Tensor, block: int) -> None:
+    with mock.patch("glora.fingerprint._CHUNK", block):
+        found = fingerprint(tensor)
+    assert found == pytest.approx(independent(tensor), rel=1e-4, abs=1e-5 * (1e-9 + tensor.norm().item()))
+
+
+@given(tensors(), st.permutations(DTYPES), st.booleans())
+def test_the_same_tensor_is_known_again_after_any_rounding(
+    tensor: Tensor, dtypes: list[torch.dtype], strided: bool
+) -> None:
+    known = fingerprint(tensor.to(dtypes[0]))
+    assert known is not None
+    other = tensor.to(dtypes[1])
+    if strided:
+        other = other.repeat_interleave(2, -1)[..., ::2]
+    assert agrees(other, known)
+    assert agrees(nn.Parameter(tensor.to(dtypes[0]).to(dtypes[1]).to(dtypes[2])), known)
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**16), st.sampled_from(DTYPES))
+def test_two_draws_of_one_distribution_are_told_apart(o: int, i: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (torch.randn(o, i, generator=generator).mul(0.02).to(dtype) for _ in range(2))
+    known = fingerprint(one)
+    assert known is not None
+    assert not agrees(other, known)
+    assert not agrees(-one, known)
+    assert not agrees(one * 1.05, known)
+    assert not agrees(torch.zeros_like(one), known)
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**16))
+def test_rows_columns_and_sides_exchanged_are_told_apart(o: int, i: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(o, i, generator=generator)
+    known = fingerprint(weight)
+    assert known is not None
+    assert not agrees(weight.t(), known)
+    assert not agrees(weight.flip(0), known)
+    assert not agrees(weight.roll(1, 1), known)
+    assert not agrees(weight.t().reshape(o, i), known) or weight.t().reshape(o, i).equal(weight)
+
+
+def test_two_rows_of_a_large_matrix_exchanged_are_told_apart() -> None:
+    weight = torch.randn(300, 200)
+    known = fingerprint(weight)
+    assert known is not None
+    swapped = weight.clone()
+    swapped[[3, 250]] = weight[[250, 3]]
+    assert not agrees(swapped, known)
+
+
+def test_what_cannot_be_summed_has_none_and_agrees_with_all() -> None:
+    class Sharded(Tensor):
+        pass
+
+    known = fingerprint(torch.randn(3, 2))
+    assert known is not None
+    for tensor in (
+        torch.empty(3, 2, device="meta"),
+        torch.empty(0, 2),
+        torch.ones(3, 2, dtype=torch.long),
+        torch.ones(3, 2, dtype=torch.complex64),
+        torch.full((3, 2), torch.nan),
+        torch.full((3, 2), 1e300, dtype=torch.float64),
+        torch.randn(3, 2).as_subclass(Sharded),
+    ):
+        assert fingerprint(tensor) is None
+        assert agrees(tensor, known)
+
+
+def test_no_wide_copy_of_the_whole_stands_in_memory() -> None:
+    weight = torch.randn(512, 256).bfloat16()
+    sizes: list[int] = []
+    to = Tensor.to
+
+    def counting(self: Tensor, *given: object, **named: object) -> Tensor:
+        made = to(self, *given, **named)
+        sizes.append(made.numel())
+        return made
+
+    with mock.patch("glora.fingerprint._CHUNK", 4096), mock.patch.object(Tensor, "to", counting):
+        found = fingerprint(weight)
+    assert found == fingerprint(weight)
+    assert max(sizes) == 4096
+    assert len(sizes) == 512 * 256 // 4096
+
+
+def test_the_pairs_of_angles_see_rows_and_columns_each_their_own_way() -> None:
+    units = [torch.zeros(4, 4) for _ in range(16)]
+    for unit, (i, j) in zip(units, itertools.product(range(4), repeat=2), strict=True):
+        unit[i, j] = 1
+    assert len({fingerprint(unit) for unit in units}) == 16
