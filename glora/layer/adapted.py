@@ -133,6 +133,12 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                 "them in first with glora.merge(model)."
             )
 
+        def __prepare_scriptable__(self) -> nn.Module:
+            raise RuntimeError(
+                "torch.jit.script cannot compile tensors that are computed from glora adapters. Bake them in first with "
+                "glora.merge(model) (a copy of the model, say), or use torch.export or torch.jit.trace."
+            )
+
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
             super().register_parameter(name, param)
             if name == "weight":
