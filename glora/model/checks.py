@@ -33,6 +33,11 @@ def unsupported_layer(named: NamedModule, config: GLoRAConfig, ties: Ties) -> st
         return "it has no parameter `weight` (pruning and the older weight_norm replace it); undo that first."
     if "bias" not in tensors and "bias" not in layer._parameters:
         return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
+    if "_hf_hook" in vars(layer) and any(tensor.is_meta for tensor in tensors.values()):
+        return (
+            "accelerate has offloaded its weights; take that off (accelerate.hooks.remove_hook_from_submodules), "
+            "attach or load, and offload then, with preload_module_classes=['ParametrizedLinear']."
+        )
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             return f"its {name} is lazy; run one batch through the model first."

@@ -43,7 +43,7 @@ def _refuse_unsynchronised(parameters: list[nn.Parameter]) -> None:
     synchronised = {
         id(parameter)
         for wrapper in wrappers
-        for bucket in cast("Any", wrapper).reducer._get_zeros_like_grad_buckets()
+        for bucket in wrapper.reducer._get_zeros_like_grad_buckets()
         for parameter in bucket.parameters()
     }
     if any(id(parameter) in inside - synchronised for parameter in parameters):

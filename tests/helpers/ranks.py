@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 WORLD = 2
 
@@ -21,7 +21,7 @@ def on_two_ranks(test: Callable[..., None], *given: Any) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "glora"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (test, Path(folder, "init").as_uri(), given)
-        mp.start_processes(_run, arguments, nprocs=WORLD, start_method="forkserver")
+        start_processes(_run, arguments, nprocs=WORLD, start_method="forkserver")
 
 
 def _run(rank: int, test: Callable[..., None], init: str, given: tuple[Any, ...]) -> None:
