@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 
 from glora import functional
 from glora.functional import WeightFactors
@@ -105,7 +106,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    if _in_transform() or torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+    if _in_transform() or is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"
