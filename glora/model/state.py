@@ -108,6 +108,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ['weight', 'bias']
     """
     base: dict[str, Tensor] = {}
+    model = cast("nn.Module", model._modules.get("_original_module", model))  # Fabric's wrapper has its keys
     for key, value in cast("dict[str, Tensor]", model.state_dict()).items():
         owner, path, rest = _owner(model, key)
         stores = adapters_of(owner)
