@@ -140,6 +140,11 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             )
 
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+            if "." in name:  # torch's parallelize_module registers what `named_parameters` lists
+                raise RuntimeError(
+                    f"Tensor parallelism (parallelize_module) cannot divide tensors that glora adapters are on, here "
+                    f"{name!r}. Call glora.merge(model) first and parallelize_module then; to train, use fully_shard."
+                )
             super().register_parameter(name, param)
             if name == "weight":
                 _keep_frozen(self, param)

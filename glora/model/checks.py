@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -46,7 +46,7 @@ def unsupported_layer(named: NamedModule, config: GLoRAConfig, ties: Ties) -> st
         if name in ("weight", "bias") and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
         if is_traceable_wrapper_subclass(tensor):
-            return f"its {name} is a {type(tensor).__name__}; adapt the layer before it is quantised or sharded."
+            return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
     if tensors["weight"].numel() == 0:
         return f"its weight is empty, {tuple(tensors['weight'].shape)}; exclude it."
     for name, paths in (("weight", WEIGHT_PATHS), ("bias", BIAS_PATHS)):
@@ -82,10 +82,17 @@ def unsupported_head(named: NamedModule, ties: Ties) -> str | None:
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
-            return f"its {name} is a {type(tensor).__name__}; adapt the model before it is quantised or sharded."
+            return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
     return None
+
+
+def _before(tensor: Tensor) -> str:
+    """What to do in place of adapting a tensor that is sharded or quantised already."""
+    if isinstance(tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
+        return "attach or load first, then fully_shard; for tensor parallelism merge first, then parallelize_module."
+    return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 
 def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
@@ -165,7 +172,9 @@ def refuse_stacked(modules: list[NamedModule]) -> None:
             if sharded or is_traceable_wrapper_subclass(stack.original):
                 raise RuntimeError(
                     f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
-                    f"sharded (a {type(stack.original).__name__}). Do it in a model that is not, with the state dict."
+                    f"sharded (a {type(stack.original).__name__}). Save the adapter from all ranks, glora.save(model, "
+                    f"directory), and merge offline: the command `glora merge base directory out`, or glora.load and "
+                    f"glora.merge in a model that is not sharded."
                 )
             other = list(stack)[1 if name in named.adapters else 0 :]
             if other:

@@ -12,6 +12,7 @@ from glora.layer.parametrization import Bias, Paths
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.modules import adapted_modules
 from glora.model.plan import has_own_bias
+from glora.model.sharded import refuse_flat
 from glora.spec import AdapterSpec, LayerSpec
 
 
@@ -24,6 +25,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         RuntimeError: a layer whose weight torch's removal has baked in while its bias still has a C: the weight that C
             multiplies is in no checkpoint.
     """
+    refuse_flat(model)
     name = resolve_name(model, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}
