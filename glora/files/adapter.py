@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
 from glora.model.modules import Model
+from glora.model.sharded import save_together
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
 from glora.text import format_problems
 from glora.version import __version__
@@ -67,6 +68,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter; tensors on the meta device; more layers than a file describes.
         ImportError: safetensors is not installed (the extra `glora[files]`).
+        RuntimeError: tensors that FullyShardedDataParallel has flattened; see its `summon_full_params`.
+
+    A model under `fully_shard` is saved by all ranks together: the adapter's tensors alone are gathered, one by one,
+    the first rank writes, and the others leave when the file is there, or raise what it raised.
 
     Example:
         >>> import copy, tempfile, torch, glora
@@ -78,7 +83,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
         True
     """
-    write(Path(directory), describe(model, name))
+    adapter = describe(model, name)
+    save_together(adapter.tensors, lambda whole: write(Path(directory), replace(adapter, tensors=whole)))
 
 
 def load(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 
 from glora import functional
 from glora.functional import WeightFactors
@@ -31,7 +32,8 @@ Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 #   lost or drew from 63 on. In float16 a rescaled copy may overflow where W' does not: not there.
 # - dense: W' as anybody reads it from `layer.weight`, for what the others do not cover: a W0 that trains or is no plain
 #   tensor; in place of blockwise under torch.func's transforms and forward-mode derivatives (it would need rules of its
-#   own), and for nested tensors.
+#   own), and for nested tensors; and while a graph is taken that cannot hold a block's writes: torch.jit's tracing (of
+#   which `torch.onnx.export(dynamo=False)` is one) loses them without a word, dynamo needs a gradient for blockwise.
 EXPANDED_ROWS = 48
 
 _forced: Kernel | None = None
@@ -113,7 +115,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    if _in_transform():
+    if _in_transform() or is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"

@@ -127,7 +127,18 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                 "them in first with glora.merge(model)."
             )
 
+        def __prepare_scriptable__(self) -> nn.Module:
+            raise RuntimeError(
+                "torch.jit.script cannot compile tensors that are computed from glora adapters. Bake them in first "
+                "with glora.merge(model) (a copy of the model, say), or use torch.export or torch.jit.trace."
+            )
+
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+            if "." in name:  # torch's parallelize_module registers what `named_parameters` lists
+                raise RuntimeError(
+                    f"Tensor parallelism (parallelize_module) cannot divide tensors that glora adapters are on, here "
+                    f"{name!r}. Call glora.merge(model) first and parallelize_module then; to train, use fully_shard."
+                )
             super().register_parameter(name, param)
             _keep_frozen(self, name, param)
 
@@ -172,6 +183,13 @@ def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
         lists, dropout = self._modules.get("parametrizations"), self.training
         stacks = {} if lists is None else cast("Stacks", lists._modules)
         scales = _scales(self, stacks)
+        if not input.is_meta and any(stack.original.is_meta for stack in stacks.values()):
+            raise RuntimeError(
+                f"An adapted layer's tensors must be where its input is, {input.device}; they are on the meta device. "
+                f"If accelerate has offloaded them, give its cpu_offload, disk_offload or dispatch_model "
+                f"preload_module_classes=[{type(self).__name__!r}] (to serve: it trains nothing that is offloaded); "
+                f"else give the model memory first (to_empty, and load)."
+            )
         bias = _tensor(self, stacks, "bias", scales, dropout)
         stack, placed = stacks.get("weight"), self._parameters.get("weight")
         store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]

@@ -14,6 +14,7 @@ from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
 from glora.model.modules import Model, adapted_modules, all_or_nothing
+from glora.model.replicas import watch
 from glora.spec import join
 from glora.text import quote_names
 
@@ -109,8 +110,10 @@ def set_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
     tensors = {
         name: torch.tensor(scale, dtype=torch.float64, device="cpu") for name, scale in scales.items() if scale != 0
     }
-    for named in adapted_modules(model):
+    carriers = adapted_modules(model)
+    for named in carriers:
         named.keep_scales(tensors)
+    watch(p for named in carriers for store in named.adapters.values() for p in store.parameters())
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -34,6 +34,11 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
         return f"it has no parameter `{matrix.weight}` (pruning and the older weight_norm replace it); undo that first."
     if isinstance(layer, nn.Linear) and "bias" not in tensors and "bias" not in layer._parameters:
         return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
+    if "_hf_hook" in vars(layer) and any(tensor.is_meta for tensor in tensors.values()):
+        return (
+            "accelerate has offloaded its weights; take that off (accelerate.hooks.remove_hook_from_submodules), "
+            "attach or load, and offload then, with preload_module_classes=['ParametrizedLinear']."
+        )
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             return f"its {name} is lazy; run one batch through the model first."
@@ -42,7 +47,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
         if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
         if is_traceable_wrapper_subclass(tensor):
-            return f"its {name} is a {type(tensor).__name__}; adapt the layer before it is quantised or sharded."
+            return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
         return f"its {matrix.weight} is empty, {shape}; exclude it."
@@ -98,10 +103,17 @@ def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
-            return f"its {name} is a {type(tensor).__name__}; adapt the model before it is quantised or sharded."
+            return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
     return None
+
+
+def _before(tensor: Tensor) -> str:
+    """What to do in place of adapting a tensor that is sharded or quantised already."""
+    if isinstance(tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
+        return "attach or load first, then fully_shard; for tensor parallelism merge first, then parallelize_module."
+    return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 
 def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
@@ -187,7 +199,9 @@ def refuse_stacked(modules: list[NamedModule]) -> None:
             if sharded or is_traceable_wrapper_subclass(stack.original):
                 raise RuntimeError(
                     f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
-                    f"sharded (a {type(stack.original).__name__}). Do it in a model that is not, with the state dict."
+                    f"sharded (a {type(stack.original).__name__}). Save the adapter from all ranks, glora.save(model, "
+                    f"directory), and merge offline: the command `glora merge base directory out`, or glora.load and "
+                    f"glora.merge in a model that is not sharded."
                 )
             other = list(stack)[1 if name in named.adapters else 0 :]
             if other:

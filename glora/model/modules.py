@@ -17,7 +17,7 @@ from glora.matrices import Matrix, matrices_of
 Model = TypeVar("Model", bound=nn.Module)
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def named_modules(model: nn.Module) -> list[NamedModule]:
     """Every module of the model once, in order, with the paths that reach it; adapters' own modules left out.
 
     Paths are the model's own: the components that wrappers add (`module` of DistributedDataParallel, DataParallel and
-    AveragedModel, `_orig_mod` of torch.compile) are dropped.
+    AveragedModel, `_orig_mod` of torch.compile, `_forward_module` of Fabric) are dropped.
     """
     reached: dict[int, tuple[nn.Module, list[str]]] = {}
     _walk(model, (), reached)

@@ -13,6 +13,7 @@ from glora.layer.parametrization import Bias, adapters_of, own_tensors, stashed
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.checks import refuse_while_swapped
 from glora.model.modules import Model, wraps
+from glora.model.sharded import refuse_flat, write_into
 from glora.spec import join, like, mismatches
 from glora.text import format_problems
 
@@ -32,12 +33,14 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     Raises:
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter.
+        RuntimeError: tensors that FullyShardedDataParallel has flattened.
 
     Example:
         >>> import torch, glora
         >>> list(glora.state_dict(glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(A="vector"))))
         ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
     """
+    refuse_flat(model)
     return {key: tensor.detach() for key, tensor in adapter_tensors(model, resolve_name(model, name)).items()}
 
 
@@ -48,7 +51,8 @@ def load_state_dict(
 
     Args:
         model: the model.
-        state_dict: key to tensor; floating dtypes are cast to the adapter's.
+        state_dict: key to tensor; floating dtypes are cast to the adapter's. Into a model under `fully_shard` every
+            rank writes the same whole tensors, together.
         name: the adapter; None for the only one.
         strict: whether every key must be there, and no other; if False, the keys that both have are written.
 
@@ -68,6 +72,7 @@ def load_state_dict(
         True
     """
     refuse_while_swapped(model)
+    refuse_flat(model)
     name = resolve_name(model, name)
     own = adapter_tensors(model, name)
     if any(tensor.is_meta for tensor in own.values()):
@@ -86,7 +91,7 @@ def load_state_dict(
     with torch.inference_mode(False), torch.no_grad():
         for key, tensor in own.items():
             if key in state_dict:
-                tensor.copy_(state_dict[key])
+                write_into(tensor, state_dict[key])
     return model
 
 
@@ -108,6 +113,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ['weight', 'bias']
     """
     base: dict[str, Tensor] = {}
+    model = cast("nn.Module", model._modules.get("_original_module", model))  # Fabric's wrapper has its keys
     for key, value in cast("dict[str, Tensor]", model.state_dict()).items():
         owner, path, rest = _owner(model, key)
         stores = adapters_of(owner)

@@ -66,7 +66,7 @@ UNFIT: dict[Callable[[Pair], None], str] = {
     lazy: "lazy.*run one batch",
     integers: "int8.*quantised.*float copy",
     eight_bit_floats: "float8.*quantised.*float copy",
-    wrapped_tensor: "TwoTensor.*before it is quantised",
+    wrapped_tensor: "TwoTensor.*attach to a float copy",
     weight_norm: "parametrized by something else.*remove",
     older_weight_norm: "weight_norm.*undo",
     older_spectral_norm: "no parameter.*undo",

@@ -1,0 +1,1 @@
+"""What a framework needs to keep adapters alone in its checkpoints: `trainer` (transformers), `lightning`."""

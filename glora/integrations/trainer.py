@@ -1,0 +1,77 @@
+"""transformers' Trainer with checkpoints that hold the adapter in place of the whole model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from glora.files.adapter import read, save
+from glora.files.container import ADAPTER_FILE, CONFIG_FILE
+from glora.integrations.acting import acting_adapter
+from glora.model.state import load_state_dict
+
+
+class AdapterCheckpoints:
+    """Mixed into a `Trainer`: its checkpoints hold the acting adapter, as `glora.save` writes it, and not the model.
+
+    The rest of a checkpoint (optimizer, scheduler, random state, arguments, tokenizer) is the Trainer's own.
+    `train(resume_from_checkpoint=...)` and `load_best_model_at_end` read the adapter back into the model, on which it
+    must be attached as it was; a folder without an adapter of glora is left to the Trainer. `glora.load(model, folder)`
+    reads a checkpoint too. Buffers of the base model that training changes (BatchNorm's) are in no adapter, unless
+    its module is one of the `trainable=`. In one process or with DistributedDataParallel; not with FSDP or DeepSpeed,
+    which write checkpoints of their own.
+
+    Raises:
+        ValueError: while saving: not exactly one adapter acts, or something trains that is not the adapter's.
+        RuntimeError: while saving under FSDP or DeepSpeed.
+        glora.AdapterFileError: while loading: a damaged file.
+
+    Example:
+        >>> from transformers import Trainer  # doctest: +SKIP
+        >>> class AdapterTrainer(AdapterCheckpoints, Trainer):  # doctest: +SKIP
+        ...     pass
+        >>> AdapterTrainer(model, args, train_dataset=data).train(resume_from_checkpoint=True)  # doctest: +SKIP
+    """
+
+    # The Trainer's own, which are read here.
+    model: nn.Module
+    args: Any
+    state: Any
+    processing_class: Any
+    data_collator: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RuntimeError(
+                "AdapterCheckpoints works in one process or with DistributedDataParallel; found FSDP or DeepSpeed. Use "
+                "the Trainer's own checkpoints, and glora.save(trainer.model, folder) at the end."
+            )
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        save(self.model, folder, acting_adapter(self.model))
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_adapter(resume_from_checkpoint):
+            cast("Any", super())._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapter(self.state.best_model_checkpoint):
+            cast("Any", super())._load_best_model()
+
+    def _load_adapter(self, folder: str | os.PathLike[str]) -> bool:
+        """Read the adapter of a checkpoint into the model; False where the folder has none of glora's."""
+        if not Path(folder, CONFIG_FILE).exists():
+            return False
+        load_state_dict(self.model, read(Path(folder, ADAPTER_FILE)).tensors, acting_adapter(self.model))
+        return True
