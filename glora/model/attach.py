@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from glora.model import freezing
 from glora.model.adapters import set_scales
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
-from glora.model.planned import Plan
+from glora.model.planned import Plan, PlannedLayer
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, format_problems
@@ -76,7 +76,7 @@ def apply(
         ['0.A.left', '0.A.right', '0.B.left', '0.B.right', '0.C.value', '0.D.value', '0.E.value', '2.weight', '2.bias']
     """
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
-    _warn(planned)
+    warn_of(planned)
     return attach(model, planned, freeze=freeze)
 
 
@@ -98,6 +98,10 @@ def attach_spec(
     return attach(model, plan_spec(model, spec, source, name), values=spec.tensors, trainable=trainable)
 
 
+def _plain_paths(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Paths:
+    return Paths(layer.config, names, weight)
+
+
 def attach(
     model: Model,
     planned: Plan,
@@ -105,6 +109,7 @@ def attach(
     freeze: bool = True,
     values: Mapping[str, Tensor] | None = None,
     trainable: bool = True,
+    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths] = _plain_paths,
 ) -> Model:
     """Do what was planned, or nothing (Note [All or nothing]).
 
@@ -114,9 +119,10 @@ def attach(
         freeze: whether the rest is frozen.
         values: what the adapter starts with, by the keys of its state dict; None for what its configs say.
         trainable: whether its tensors ask for gradients.
+        build: makes a layer's paths on one of its tensors, from their names and the layer's frozen weight.
     """
     with all_or_nothing(model):
-        parts = _build(planned, values)
+        parts = _build(planned, values, build)
         # The registry of classes is weak: this list holds them until a module uses them.
         classes = [adapted_class(part.named.module) for part in parts]
         for part in parts:
@@ -147,7 +153,11 @@ class _Part:
     created: Tensor | None = None
 
 
-def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
+def _build(
+    planned: Plan,
+    values: Mapping[str, Tensor] | None,
+    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths],
+) -> list[_Part]:
     """All tensors that the adapter needs, filled: all memory that it takes is taken here."""
     parts: list[_Part] = []
     for layer in planned.layers:
@@ -157,7 +167,7 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
             kept = tuple([path for path in names if path in layer.paths])
             if not kept:
                 continue
-            paths, created = Paths(layer.config, kept, weight), None
+            paths, created = build(layer, kept, weight), None
             if values is None:
                 paths.reset_parameters(weight)
             else:
@@ -203,7 +213,8 @@ def _register(part: _Part, name: str) -> None:
     register(module, part.name, store)
 
 
-def _warn(planned: Plan) -> None:
+def warn_of(planned: Plan) -> None:
+    """Warn the caller of the caller of what a plan leaves out."""
     unsupported = [f"{row.path!r}: {row.reason}" for row in planned.skipped if row.unsupported]
     if unsupported:
         warnings.warn(
