@@ -3,8 +3,8 @@
 Source: GLoRA, arXiv 2306.07967, section 3.3; weight entanglement is AutoFormer's, arXiv 2107.00651.
 """
 
-from glora.search.evolve import evolve
-from glora.search.extract import extract
+from glora.search.evolution import evolve
+from glora.search.extraction import extract
 from glora.search.guide import knapsack, sensitivity
 from glora.search.pictures import plot_forms, plot_front
 from glora.search.result import Result, Trial, read_targets, write_targets

@@ -92,6 +92,4 @@ def read_targets(file: str | os.PathLike[str]) -> dict[str, GLoRAConfig]:
     try:
         return {path: GLoRAConfig(**fields) for path, fields in json.loads(Path(file).read_text()).items()}
     except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{os.fspath(file)!r} must be a choice written by write_targets; it is none ({error})."
-        ) from error
+        raise ValueError(f"{os.fspath(file)!r} must be what write_targets wrote; it is not ({error}).") from error

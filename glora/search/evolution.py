@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import socket
+import time
 import uuid
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -81,15 +82,9 @@ def evolve(
             f"sampler must be one of {', '.join(SAMPLERS)} and trials an int of at least 1; found {sampler!r} and "
             f"{trials!r}."
         )
-    with warnings.catch_warnings():  # optuna calls some of its own parts experimental
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            storage=_storage(storage),
-            study_name=_study_name(genes, sampler, seed),
-            directions=["maximize"] if budget is not None else ["maximize", "minimize"],
-            sampler=BudgetSampler(genes, sampler, seed),
-            load_if_exists=True,
-        )
+    study = _open(
+        _storage(storage), _study_name(genes, sampler, seed), budget is None, BudgetSampler(genes, sampler, seed)
+    )
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
     call = uuid.uuid4().hex
     _live.add(call)
@@ -169,6 +164,23 @@ def _evaluated(study: Any, genes: Genes) -> list[Trial]:
         score = trial.values[0] if trial.values else None
         found.append(Trial(trial.number, without_nothing(configs), parameters, score, trial.user_attrs.get("error")))
     return found
+
+
+def _open(storage: object, name: str, sampler: object, *, is_double: bool) -> Any:
+    optuna = import_optional("optuna", "search")
+    arguments: dict[str, Any] = {
+        "storage": storage,
+        "sampler": sampler,
+        "study_name": name,
+        "directions": ["maximize", "minimize"] if is_double else ["maximize"],
+        "load_if_exists": True,
+    }
+    for wait in (0.1, 0.2, 0.4, 0.8, 1.6):
+        # Processes that start together on a new database all make its tables, and all but one fail.
+        with contextlib.suppress(import_optional("sqlalchemy.exc", "search").SQLAlchemyError):
+            return optuna.create_study(**arguments)
+        time.sleep(wait)
+    return optuna.create_study(**arguments)
 
 
 def _study_name(genes: Genes, sampler: str, seed: int) -> str:
