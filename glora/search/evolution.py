@@ -82,9 +82,8 @@ def evolve(
             f"sampler must be one of {', '.join(SAMPLERS)} and trials an int of at least 1; found {sampler!r} and "
             f"{trials!r}."
         )
-    study = _open(
-        _storage(storage), _study_name(genes, sampler, seed), budget is None, BudgetSampler(genes, sampler, seed)
-    )
+    name = _study_name(genes, sampler, seed)
+    study = _open(_storage(storage), name, BudgetSampler(genes, sampler, seed), is_double=budget is None)
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
     call = uuid.uuid4().hex
     _live.add(call)

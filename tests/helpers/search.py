@@ -53,9 +53,8 @@ def any_choice(model: nn.Module, seed: int) -> dict[str, GLoRAConfig]:
     found: dict[str, GLoRAConfig] = {}
     while not any(config.paths for config in found.values()):
         seed += 1
-        found = {
-            path: any_config(space, seed + i) for i, (path, space) in enumerate(glora.search.spaces(model).items())
-        }
+        layers = enumerate(glora.search.spaces(model).items())
+        found = {path: any_config(space, seed + i) for i, (path, space) in layers}
     return found
 
 
@@ -65,7 +64,7 @@ def inherited(whole: dict[str, Tensor], path: str, config: GLoRAConfig) -> dict[
     found: dict[str, Tensor] = {}
     for p, form in config.forms.items():
         left, right, value = (whole.get(f"{prefix}{p}.{name}") for name in ("left", "right", "value"))
-        if form == "lora":
+        if form == "lora" and left is not None and right is not None:
             found[f"{p}.left"], found[f"{p}.right"] = left[:, : config.rank], right[: config.rank]
         elif form == "vector":
             column = value if left is None else left[:, 0]

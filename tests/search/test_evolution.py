@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -63,14 +64,13 @@ BUDGET = glora.plan(plain(), BEST).parameters
 
 def test_a_planted_best_choice_is_found_within_400_evaluations() -> None:
     # One of 72 choices (of 144 with the ranks) in each of three layers: random search would see one in a thousand.
-    found = {
-        sampler: [search(budget=BUDGET, trials=400, sampler=sampler, seed=n) for n in range(3)] for sampler in SAMPLERS
-    }
-    planted = {sampler: [result.targets == BEST for result in results] for sampler, results in found.items()}
-    assert sum(planted["nsga2"]) >= 2
-    assert not any(planted["random"])
-    for result, hit in zip(found["nsga2"], planted["nsga2"], strict=True):
-        assert not hit or (result.score, result.parameters) == (0.0, BUDGET)
+    found: dict[str, list[Result]] = {}
+    for sampler in ("nsga2", "random"):
+        found[sampler] = [search(budget=BUDGET, trials=400, sampler=sampler, seed=seed) for seed in range(3)]
+    hits = [result for result in found["nsga2"] if result.targets == BEST]
+    assert len(hits) >= 2
+    assert all((result.score, result.parameters) == (0.0, BUDGET) for result in hits)
+    assert not any(result.targets == BEST for result in found["random"])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -114,7 +114,7 @@ def test_without_a_budget_the_front_has_both_ends() -> None:
     numbers = [(t.parameters, t.score) for t in result.front]
     assert numbers == sorted(numbers)
     assert len(numbers) > 2
-    assert all(a[1] < b[1] for a, b in zip(numbers, numbers[1:], strict=False))
+    assert all(a[1] < b[1] for a, b in itertools.pairwise(numbers))
     for trial in result.trials:
         at_least = [f for f in result.front if f.parameters <= trial.parameters and f.score >= trial.score]
         assert at_least
