@@ -50,7 +50,7 @@ class Entangled(Paths):
         weight: Tensor,
     ) -> None:
         super().__init__(config, names, weight)
-        self.owner, self.adapter, self.space = owner, adapter, space.only(names)
+        self.owner, self.adapter, self.whole_space, self.space = owner, adapter, space, space.only(*names)
         self.chosen: GLoRAConfig | None = None
         self.drawn = Draws(f"{seed} {owner} {names}")
         self._shape, self._by_columns = tuple(weight.shape), space.product == "matmul"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,9 +85,10 @@ class Space:
         full = tuple([forms.get(path, "none") for path in FORMS])
         return _config(full, rank if "lora" in full else min(self.ranks), self.alpha, self.product)
 
-    def only(self, paths: Iterable[str]) -> Space:
+    @functools.cache  # noqa: B019 - spaces are few and small
+    def only(self, *paths: str) -> Space:
         """The space of a layer that has these paths alone (C, D and E need a bias)."""
-        return replace(self, **{path: ("none",) for path in FORMS if path not in set(paths)})
+        return replace(self, **{path: ("none",) for path in FORMS if path not in paths})
 
     def misfit(self, config: GLoRAConfig) -> str | None:
         """Why a config is not in this space; None if it is."""
@@ -96,8 +97,12 @@ class Space:
                 return f"{path}={form!r}, where {path} may be {' or '.join(self.forms[path])}"
         if "lora" in config.forms.values() and config.rank not in self.ranks:
             return f"rank={config.rank}, where it may be {' or '.join(map(str, self.ranks))}"
-        wanted = self.config(config.forms, config.rank)
-        if replace(config, rank=wanted.rank, init=wanted.init) != wanted:
+        if (config.alpha, config.product, config.rank_dropout, config.create_bias) != (
+            self.alpha,
+            self.product,
+            0,
+            False,
+        ):
             return (
                 f"alpha={config.alpha}, product={config.product!r}, rank_dropout={config.rank_dropout}, create_bias="
                 f"{config.create_bias}, where it has {self.alpha}, {self.product!r}, 0.0, False"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glora.config import FORMS, GLoRAConfig
+from glora.config import GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.model.attach import attach, warn_of
 from glora.model.checks import refuse_while_swapped
@@ -101,14 +101,7 @@ class Layer:
     @functools.cached_property
     def space(self) -> Space:
         """The supernet's, less the paths that the layer does not have."""
-        forms = {p: part.space.forms[p] for part in self.parts for p in part.paths()}
-        first = self.parts[0].space
-        return Space(
-            **{path: forms.get(path, ("none",)) for path in FORMS},
-            ranks=first.ranks,
-            alpha=first.alpha,
-            product=first.product,
-        )
+        return self.parts[0].whole_space.only(*[path for part in self.parts for path in part.paths()])
 
     @functools.cached_property
     def costs(self) -> dict[tuple[str, str, int], int]:
