@@ -9,7 +9,7 @@ from glora.search.guide import knapsack, sensitivity
 from glora.search.pictures import plot_forms, plot_front
 from glora.search.result import Result, Trial, read_targets, write_targets
 from glora.search.space import Space
-from glora.search.supernet import choose, sandwich, spaces, supernet
+from glora.search.supernet import choose, spaces, supernet
 
 __all__ = [
     "Result",
@@ -22,7 +22,6 @@ __all__ = [
     "plot_forms",
     "plot_front",
     "read_targets",
-    "sandwich",
     "sensitivity",
     "spaces",
     "supernet",

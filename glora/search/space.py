@@ -97,12 +97,8 @@ class Space:
                 return f"{path}={form!r}, where {path} may be {' or '.join(self.forms[path])}"
         if "lora" in config.forms.values() and config.rank not in self.ranks:
             return f"rank={config.rank}, where it may be {' or '.join(map(str, self.ranks))}"
-        if (config.alpha, config.product, config.rank_dropout, config.create_bias) != (
-            self.alpha,
-            self.product,
-            0,
-            False,
-        ):
+        rest = config.alpha, config.product, config.rank_dropout, config.create_bias
+        if rest != (self.alpha, self.product, 0.0, False):
             return (
                 f"alpha={config.alpha}, product={config.product!r}, rank_dropout={config.rank_dropout}, create_bias="
                 f"{config.create_bias}, where it has {self.alpha}, {self.product!r}, 0.0, False"

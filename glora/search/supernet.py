@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -201,29 +201,3 @@ def checked(layers: Mapping[str, Layer], targets: Mapping[str, GLoRAConfig]) -> 
             f"glora.search.spaces(model) says what each layer may choose from."
         )
     return configs
-
-
-def sandwich(model: nn.Module) -> Iterator[str]:
-    """The sandwich rule (arXiv 1903.05134): one training step over the largest forms, the smallest and drawn ones.
-
-    Run a forward and a backward pass for each, then one step of the optimizer.
-
-    Yields:
-        "largest", "smallest" and "drawn", with the supernet switched to it; afterwards nothing is chosen.
-
-    Example:
-        >>> import torch, glora
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> model = glora.search.supernet(model, ["0"], glora.search.Space(), trainable=["2"])
-        >>> for which in glora.search.sandwich(model):
-        ...     model(torch.randn(3, 4)).square().mean().backward()
-    """
-    layers = layers_of(model)
-    try:
-        for which in ("largest", "smallest", "drawn"):
-            for layer in layers.values():
-                layer.set({"largest": layer.space.largest, "smallest": layer.space.smallest}.get(which))
-            yield which
-    finally:
-        for layer in layers.values():
-            layer.set(None)

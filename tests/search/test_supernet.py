@@ -11,7 +11,7 @@ from torch import nn
 import glora
 from benchmarks.counting import count_products
 from glora import GLoRAConfig
-from glora.search import Space, choose, sandwich, spaces
+from glora.search import Space, choose, spaces
 from tests.helpers.calls import RANDOM, attach, warned
 from tests.helpers.internals import chosen_kernel, kernels_taken
 from tests.helpers.search import any_choice, block, supernet
@@ -148,17 +148,3 @@ def test_wrong_states_are_refused() -> None:
 def test_spaces_of_nothing_or_unknown_forms_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):
         Space(**wrong)
-
-
-def test_a_sandwich_is_the_largest_the_smallest_and_draws() -> None:
-    net, x = supernet(block()).train(), torch.randn(3, 6)
-    ends = [choose(net, {p: getattr(s, end) for p, s in spaces(net).items()})(x) for end in ("largest", "smallest")]
-    seen = []
-    for which in sandwich(net):
-        seen.append(which)
-        if which == "drawn":
-            assert len({net(x).sum().item() for _ in range(9)}) > 3
-        else:
-            assert torch.equal(net(x), ends[len(seen) - 1])
-    assert seen == ["largest", "smallest", "drawn"]
-    assert len({net(x).sum().item() for _ in range(9)}) > 3
