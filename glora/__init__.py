@@ -25,7 +25,7 @@ from glora.spec import AdapterFileError
 from glora.version import __version__
 
 if TYPE_CHECKING:
-    from glora import interop
+    from glora import interop, search
 
 __all__ = [
     "AdapterFileError",
@@ -53,13 +53,14 @@ __all__ = [
     "reset_parameters",
     "route",
     "save",
+    "search",
     "state_dict",
     "summary",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`glora.interop`, imported when it is first asked for."""
-    if name == "interop":
-        return importlib.import_module("glora.interop")
+    """`glora.interop` and `glora.search`, imported when they are first asked for."""
+    if name in ("interop", "search"):
+        return importlib.import_module(f"glora.{name}")
     raise AttributeError(f"module 'glora' has no attribute {name!r}")

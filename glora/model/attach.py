@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from glora.model.base import check_base
 from glora.model.exports import watch_saving
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
-from glora.model.planned import Plan
+from glora.model.planned import Plan, PlannedLayer
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.task_heads import warn_of_adapted_heads
 from glora.spec import AdapterSpec, join
@@ -88,7 +88,7 @@ def apply(
         ['0.A.left', '0.A.right', '0.B.left', '0.B.right', '0.C.value', '0.D.value', '0.E.value', '2.weight', '2.bias']
     """
     planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
-    _warn(planned, everything=targets == ALL_LINEAR and not exclude)
+    warn_of(planned, everything=targets == ALL_LINEAR and not exclude)
     warn_of_adapted_heads(model, planned, targets)
     return attach(model, planned, freeze=freeze)
 
@@ -120,6 +120,10 @@ def attach_spec(
     return attach(model, planned, values=spec.tensors, trainable=trainable)
 
 
+def _plain_paths(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Paths:
+    return Paths(layer.config, names, weight)
+
+
 def attach(
     model: Model,
     planned: Plan,
@@ -127,6 +131,7 @@ def attach(
     freeze: bool = True,
     values: Mapping[str, Tensor] | None = None,
     trainable: bool = True,
+    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths] = _plain_paths,
 ) -> Model:
     """Do what was planned, or nothing (Note [All or nothing]).
 
@@ -136,9 +141,10 @@ def attach(
         freeze: whether the rest is frozen.
         values: what the adapter starts with, by the keys of its state dict; None for what its configs say.
         trainable: whether its tensors ask for gradients.
+        build: makes a layer's paths on one of its tensors, from their names and the layer's frozen weight.
     """
     with all_or_nothing(model):
-        parts = _build(planned, values)
+        parts = _build(planned, values, build)
         # The registry of classes is weak: this list holds them until a module uses them.
         classes = [adapted_class(part.named.module) for part in parts]
         for part in parts:
@@ -170,7 +176,11 @@ class _Part:
     created: Tensor | None = None
 
 
-def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
+def _build(
+    planned: Plan,
+    values: Mapping[str, Tensor] | None,
+    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths],
+) -> list[_Part]:
     """All tensors that the adapter needs, filled: all memory that it takes is taken here."""
     parts: list[_Part] = []
     for layer in planned.layers:
@@ -180,7 +190,7 @@ def _build(planned: Plan, values: Mapping[str, Tensor] | None) -> list[_Part]:
             kept = tuple([path for path in names if path in layer.paths])
             if not kept or tensor_name is None:
                 continue
-            paths, created = Paths(layer.config, kept, weight), None
+            paths, created = build(layer, kept, weight), None
             if values is None:
                 paths.reset_parameters(weight)
             else:
@@ -233,7 +243,8 @@ def _register(part: _Part, name: str) -> None:
     register(module, part.name, store)
 
 
-def _warn(planned: Plan, *, everything: bool) -> None:
+def warn_of(planned: Plan, *, everything: bool = False) -> None:
+    """Warn the caller of the caller of what a plan leaves out; `everything`: all layers were asked for."""
     messages: list[str] = []
     unsupported = [f"{row.path!r}: {row.reason}" for row in planned.skipped if row.unsupported]
     if unsupported:

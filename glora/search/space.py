@@ -1,0 +1,112 @@
+"""Which forms a layer may choose from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from glora.config import FORMS, GLoRAConfig, Product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The forms that each path of a layer may take, and the ranks of its low-rank paths.
+
+    Args:
+        A: forms of A, by default all of GLoRAConfig's; so B, C, D and E.
+        B: forms of B.
+        C: forms of C.
+        D: forms of D.
+        E: forms of E.
+        ranks: of all low-rank paths of a layer, one for the layer.
+        alpha: as GLoRAConfig's: at rank r, `left @ right` is multiplied by `alpha / r`; by 1 at every rank if None.
+        product: as GLoRAConfig's.
+
+    Raises:
+        ValueError: a form, rank, alpha or product that GLoRAConfig does not take, or none at all.
+
+    Example:
+        >>> space = Space(A=["none"], C=["vector", "none"], ranks=[4, 2])
+        >>> space.largest
+        GLoRAConfig(A='none', B='lora', C='vector', D='vector', E='vector', rank=4, ...)
+        >>> space.smallest.forms
+        {'A': 'none', 'B': 'none', 'C': 'none', 'D': 'none', 'E': 'none'}
+    """
+
+    A: Sequence[str] = FORMS["A"]
+    B: Sequence[str] = FORMS["B"]
+    C: Sequence[str] = FORMS["C"]
+    D: Sequence[str] = FORMS["D"]
+    E: Sequence[str] = FORMS["E"]
+    ranks: Sequence[int] = (2, 4, 8)
+    alpha: float | None = None
+    product: Product = "hadamard"
+
+    def __post_init__(self) -> None:
+        for path, known in FORMS.items():
+            forms = self._listed(path)
+            for form in forms:
+                GLoRAConfig(**{path: form})
+            object.__setattr__(self, path, tuple([form for form in known if form in forms]))
+        for rank in self._listed("ranks"):
+            GLoRAConfig(rank=rank, alpha=self.alpha, product=self.product)
+        object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+
+    def _listed(self, field: str) -> Collection[Any]:
+        given = getattr(self, field)
+        if isinstance(given, str) or not isinstance(given, Collection) or not given:
+            raise ValueError(f"{field} of a Space must list at least one choice; found {given!r}.")
+        return given  # pyright: ignore[reportUnknownVariableType]
+
+    @property
+    def forms(self) -> dict[str, tuple[str, ...]]:
+        """Path to its forms, the dearest first."""
+        return {path: getattr(self, path) for path in FORMS}
+
+    @property
+    def largest(self) -> GLoRAConfig:
+        """The dearest form of every path, at the highest rank."""
+        return self.config({path: forms[0] for path, forms in self.forms.items()}, max(self.ranks))
+
+    @property
+    def smallest(self) -> GLoRAConfig:
+        """The cheapest form of every path, at the lowest rank."""
+        return self.config({path: forms[-1] for path, forms in self.forms.items()}, min(self.ranks))
+
+    def config(self, forms: dict[str, str], rank: int) -> GLoRAConfig:
+        """These forms as a config; paths that are not named are none, and so is the rank's say where none is low rank.
+
+        Example:
+            >>> Space(ranks=[2, 8]).config({"B": "vector"}, 8).rank
+            2
+        """
+        full = tuple([forms.get(path, "none") for path in FORMS])
+        return _config(full, rank if "lora" in full else min(self.ranks), self.alpha, self.product)
+
+    @functools.cache  # noqa: B019 - spaces are few and small
+    def only(self, *paths: str) -> Space:
+        """The space of a layer that has these paths alone (C, D and E need a bias)."""
+        return replace(self, **{path: ("none",) for path in FORMS if path not in paths})
+
+    def misfit(self, config: GLoRAConfig) -> str | None:
+        """Why a config is not in this space; None if it is."""
+        for path, form in config.forms.items():
+            if form not in self.forms[path]:
+                return f"{path}={form!r}, where {path} may be {' or '.join(self.forms[path])}"
+        if "lora" in config.forms.values() and config.rank not in self.ranks:
+            return f"rank={config.rank}, where it may be {' or '.join(map(str, self.ranks))}"
+        rest = config.alpha, config.product, config.rank_dropout, config.create_bias
+        if rest != (self.alpha, self.product, 0.0, False):
+            return (
+                f"alpha={config.alpha}, product={config.product!r}, rank_dropout={config.rank_dropout}, create_bias="
+                f"{config.create_bias}, where it has {self.alpha}, {self.product!r}, 0.0, False"
+            )
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(forms: tuple[str, ...], rank: int, alpha: float | None, product: Product) -> GLoRAConfig:
+    named: dict[str, Any] = dict(zip(FORMS, forms, strict=True))
+    return GLoRAConfig(**named, rank=rank, alpha=alpha, product=product)
