@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Position of the two factors among the arguments of each product that dispatch can see.
 _FACTORS = {
     **dict.fromkeys(["mm", "bmm", "mv", "dot", "vdot"], 0),
     **dict.fromkeys(["addmm", "addmm_", "addmv", "addmv_", "baddbmm", "baddbmm_", "addbmm", "addbmm_"], 1),
 }
+
+# Nothing is read or written: memory that is only taken, and a view that is not declared as one.
+_NO_PASS = {"aten::empty.memory_format", "aten::new_empty", "aten::_unsafe_view"}
 
 
 class count_products(TorchDispatchMode):
@@ -45,6 +49,38 @@ class count_products(TorchDispatchMode):
             self.flops += 2 * first.numel() * (second.shape[-1] if second.ndim > 1 else 1)
             self.calls += 1
         return func(*args, **(kwargs or {}))
+
+
+class count_passes(TorchDispatchMode):
+    """Count the bytes that operations on large tensors read and write in a `with` block, views left out.
+
+    Args:
+        numel: a tensor counts that has this many elements at least.
+
+    Attributes:
+        bytes: of each such argument and result, once an operation; one that is written in place counts as both.
+
+    Example:
+        >>> import torch
+        >>> y = torch.ones(8)
+        >>> with count_passes(8) as count:
+        ...     _ = y.mul_(2).view(2, 4) + 1
+        >>> count.bytes / y.nbytes
+        4.0
+    """
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.name() not in _NO_PASS:
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, Tensor) and leaf.numel() >= self.numel:
+                    self.bytes += leaf.nbytes
+        return result
 
 
 @dataclass

@@ -70,7 +70,7 @@ class _Blocked(torch.autograd.Function):
             for block in _blocks(W0):
                 W = W0[block]
                 if dtype in (torch.bfloat16, torch.float16):
-                    beside = (rows @ W.to(dtype).T).float() + rows @ _update(W, A, B, block).to(dtype).T
+                    beside = (rows @ W.to(dtype).T).float() + rows @ _update(W, A, B, block, one=False).to(dtype).T
                     y[:, block] = beside if bias is None else beside + bias[block]
                 elif bias is None:
                     torch.mm(rows, _weight(W, A, B, block).T, out=y[:, block])
@@ -134,7 +134,7 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
         x, *tensors = aliases
         A, B = _fold(W0, ctx.count, tensors)
         shift = (B[0], B[1]) if B[0].shape[1] else None
-        W = functional.add(W0, [functional.weight_update(W0, (A[0], A[1]), shift)])
+        W = cast("Tensor", functional.weight_update(W0, (A[0], A[1]), shift)).to(W0.dtype)
         y = x.to(ctx.dtype) @ W.to(ctx.dtype).T
         wanted = [i for i in (0, *range(5, len(ctx.needs_input_grad))) if ctx.needs_input_grad[i]]
         sources = [x if i == 0 else tensors[i - 5] for i in wanted]
@@ -146,19 +146,24 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
 
 def _blocks(W0: Tensor) -> list[slice]:
     out_features, in_features = W0.shape
-    step = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
+    most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
+    step = -(-out_features // -(-out_features // most))  # of equal size: a small block costs more than its share
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
-    """`functional.weight_update` of a block, in one buffer: fresh memory costs more than the arithmetic."""
-    update = (A[0][block] @ A[1]).mul_(W)
+def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice, *, one: bool) -> Tensor:
+    """`W * A + B` of a block, or with `one` W' itself, `W * (1 + A) + B`, unrounded: three passes over one buffer.
+
+    A's last component is the one, so that `1 + A` is a single product.
+    """
+    rank = A[0].shape[1] - (not one)
+    update = (A[0][block, :rank] @ A[1][:rank]).mul_(W)
     return update.addmm_(B[0][block], B[1]) if B[0].shape[1] else update
 
 
 def _weight(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
     """A block of W', in W0's dtype, rounded once."""
-    return _update(W, A, B, block).add_(W).to(W.dtype)
+    return _update(W, A, B, block, one=True).to(W.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -172,18 +177,29 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 
 
 def _fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
-    """All paths A as one pair, and all paths B: low-rank factors side by side, a vector as a component of rank one."""
+    """All paths A as one pair, and all paths B: low-rank factors side by side, a vector as a component of rank one.
+
+    The last component of A is 1, which keeps W0 itself.
+    """
     out_features, in_features = W0.shape
     wide = functional.working_dtype(W0, *tensors[::3])
-    ends = W0.new_empty(out_features, 0, dtype=wide), W0.new_empty(0, in_features, dtype=wide)
-    sides: list[list[list[Tensor]]] = [[[ends[0]], [ends[1]]], [[ends[0]], [ends[1]]]]
+    column, row = W0.new_ones(out_features, 1, dtype=wide), W0.new_ones(1, in_features, dtype=wide)
+    sides: list[list[list[Tensor]]] = [[[], []], [[], []]]
     for number in range(len(tensors) // 3):
         left, right, scale = tensors[3 * number : 3 * number + 3]
         lefts, rights = sides[number >= count]
         columns = left.to(wide) * scale
         lefts.append(columns if right is not None else columns.reshape(-1, 1).expand(out_features, 1))
-        rights.append(right.to(wide) if right is not None else W0.new_ones(1, in_features, dtype=wide))
-    return [[torch.cat(lefts, 1), torch.cat(rights, 0)] for lefts, rights in sides]
+        rights.append(right.to(wide) if right is not None else row)
+    sides[0][0].append(column)
+    sides[0][1].append(row)
+    return [[_join(lefts, column, 1), _join(rights, row, 0)] for lefts, rights in sides]
+
+
+def _join(factors: list[Tensor], like: Tensor, dim: int) -> Tensor:
+    if len(factors) == 1:
+        return factors[0]
+    return torch.cat(factors, dim) if factors else like.narrow(dim, 0, 0)
 
 
 def _unfold(count: int, tensors: Sequence[Any], dA: list[Tensor], dB: list[Tensor]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,14 @@ from glora.functional import Factors, WeightFactors, multiply, working_dtype
 # torch.compile guards on the table of the types that einops has met: fill it before anything is compiled.
 for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
     rearrange(_kind, "i 1 -> i")
+
+
+# Note [In place]
+# A pass over the outputs costs a few percent of the product that they come from: it is the number of passes that tells
+# one way of writing this from another. So the outputs are computed once and then added to in place, the thin product of
+# all paths B by the product itself (`addmm_`). Autograd allows it: what is written over is nobody's saved tensor, since
+# neither a product nor a sum keeps its result. Under torch.func's transforms a factor may be batched where the outputs
+# are not, and cannot be added to them in place; when compiling it is all one.
 
 
 def linear(
@@ -40,22 +49,30 @@ def linear(
     Returns:
         `(..., out)` in `dtype`.
     """
-    x = x.to(dtype)
+    rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
-    half = dtype in (torch.bfloat16, torch.float16)
+    half, in_place = dtype in (torch.bfloat16, torch.float16), not _is_traced()
     if inputs and not scales and not half:
-        x_scaled, inputs = x + scaled_inputs(x, inputs), []
+        scaled, inputs = rows * (1 + _total(inputs).squeeze(0)), []
     else:  # in half precision a small change of the input would be rounded away
-        x_scaled = x
-    if not (scales or inputs or shifts):
-        return F.linear(x_scaled, W0, bias)
-    y, terms = (_expand if expanded else _scale_outputs)(x_scaled, W0, scales)
-    if inputs:
-        terms.append(F.linear(scaled_inputs(x, inputs), W0))
-    terms += [_shift(x, path) for path in shifts]
+        scaled = rows
+    if expanded:
+        y = _expand(scaled, W0, scales)
+    elif scales:
+        y = _product(scaled, W0, half) * (1 + rearrange(_total(scales), "o ... -> (o ...)"))
+    else:
+        first, bias = (None, bias) if half else (bias, None)
+        y = F.linear(scaled, W0, first)
     # Term by term in float32 at least, and rounded once: a small update beside a large y.
-    total = reduce(add, terms, _wide(y))
-    return (total if bias is None else total + bias).to(dtype)
+    for term in (bias, F.linear(scaled_inputs(rows, inputs), W0) if inputs else None):
+        if term is not None:
+            y = y.add_(term) if in_place and y.dtype == working_dtype(y, term) else y + _wide(term)
+    if shifts:
+        y = _wide(y)
+        thin, left = _shift(rows, shifts, W0.shape[0])
+        left = left.to(y.dtype).mT
+        y = y.addmm_(thin, left) if in_place else y + multiply(thin, left)
+    return y.to(dtype).reshape(*x.shape[:-1], W0.shape[0])
 
 
 def sort_paths(
@@ -88,53 +105,54 @@ def sort_paths(
 
 def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
     """What paths that scale the input's channels add to it, `(..., in)`."""
-    total = reduce(add, [_scaled_tensor(path) for path in paths])
-    return (x * total.squeeze(0)).to(x.dtype)
+    return (x * _total(paths).squeeze(0)).to(x.dtype)
 
 
-def _scale_outputs(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:
-    if not scales:
-        return F.linear(x, W0), []
-    if x.dtype in (torch.bfloat16, torch.float16):
-        # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away,
-        # for all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
-        half = x.shape[-1] // 2
-        y = _wide(F.linear(x[..., :half], W0[:, :half])) + F.linear(x[..., half:], W0[:, half:])
-    else:
-        y = F.linear(x, W0)
-    return y, [y * reduce(add, map(_output_scale, scales))]
+def _product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
+    """`x W0^T`, as it may be scaled."""
+    if not half:
+        return F.linear(x, W0)
+    # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away, for
+    # all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
+    middle = x.shape[1] // 2
+    return _wide(F.linear(x[:, :middle], W0[:, :middle])) + F.linear(x[:, middle:], W0[:, middle:])
 
 
-def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> tuple[Tensor, list[Tensor]]:
+def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
     pairs = [path.scaled() for path in scales if isinstance(path.tensors, tuple)]
     left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 0)
-    copies = F.linear(torch.cat([x.unsqueeze(-2), x.unsqueeze(-2) * right.to(x.dtype)], -2), W0)  # (..., 1 + r, out)
-    y, copied = copies[..., 0, :], copies[..., 1:, :]
+    copies = F.linear(torch.cat([x.unsqueeze(1), x.unsqueeze(1) * right.to(x.dtype)], 1), W0)  # (tokens, 1 + r, out)
+    y, copied = _wide(copies[:, 0]), _wide(copies[:, 1:])
     vectors = [path for path in scales if isinstance(path.tensors, Tensor)]
-    terms = [y * reduce(add, map(_output_scale, vectors))] if vectors else []
-    return y, [einsum(_wide(copied), left, "... r o, o r -> ... o"), *terms]
+    if vectors:
+        y = y * (1 + rearrange(_total(vectors), "o ... -> (o ...)"))
+    return y + einsum(copied, left, "n r o, o r -> n o")
 
 
-def _output_scale(path: Factors) -> Tensor:
-    """A vector `(out, 1)` or constant `(1,)` as it meets outputs `(..., out)`."""
-    return rearrange(_scaled_tensor(path), "o ... -> (o ...)")
+def _shift(x: Tensor, paths: Sequence[Factors], out_features: int) -> tuple[Tensor, Tensor]:
+    """What paths B add to the output, `x B^T`, as factors of one thin product: `(tokens, r)` and `(out, r)`."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for path in paths:
+        scaled = path.scaled()
+        if isinstance(scaled, Tensor):  # a component of rank one
+            scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, x.shape[1])
+        pairs.append(scaled)
+    left, right = pairs[0]
+    if len(pairs) > 1:
+        left, right = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+    if x.dtype == torch.float16:  # the thin product may overflow where W' does not
+        return multiply(x, right.mT), left
+    return _wide(F.linear(x, right.to(x.dtype))), left
 
 
-def _shift(x: Tensor, path: Factors) -> Tensor:
-    """What a path B adds to the output, `x B^T`."""
-    if isinstance(path.tensors, Tensor):
-        return _wide(x).sum(-1, keepdim=True) * _output_scale(path)
-    left, right = path.scaled()
-    if x.dtype == torch.float16:  # a thin product may overflow where W' does not
-        return multiply(multiply(x, right.mT), left.mT)
-    return F.linear(F.linear(x, right.to(x.dtype)), left.to(x.dtype))
-
-
-def _scaled_tensor(path: Factors) -> Tensor:
-    tensor = path.scaled()
-    assert isinstance(tensor, Tensor)
-    return tensor
+def _total(paths: Sequence[Factors]) -> Tensor:
+    """The sum of vectors or constants."""
+    return reduce(add, [cast("Tensor", path.scaled()) for path in paths])
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore

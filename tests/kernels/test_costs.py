@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import glora
-from benchmarks.counting import count_products, count_saved
-from tests.helpers.calls import FORMS, factors_of, only
+from benchmarks.counting import count_passes, count_products, count_saved
+from tests.helpers.calls import FORMS, attach, factors_of, only
 
 
 def one(config: glora.GLoRAConfig, count: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -55,6 +55,42 @@ def test_a_training_step_costs_what_was_promised(
     assert saved.bytes / W0 <= share
 
 
+# Bytes of the outputs' size that are read or written, forward and backward, in outputs. Forward: the product writes 1, the
+# thin product of all B reads and writes (2), a scale does (2), and beside a scale the bias (2). Backward reads each
+# gradient: for x (1), for both factors of B (2), for a trained bias (1); a scale's is 4 more, with what it sums up.
+PASSES = [
+    (only(E="vector"), 1, torch.float32, 1, 2),
+    (only(B="lora"), 1, torch.float32, 3, 3),
+    (only(B="lora"), 3, torch.float32, 3, 3),
+    (only(B="lora", C="vector", D="vector", E="vector"), 1, torch.float32, 3, 4),
+    (only(A="lora", B="lora", product="matmul"), 1, torch.float32, 3, 3),
+    (only(A="vector", B="lora", product="matmul", E="vector"), 1, torch.float32, 3, 4),
+    (only(A="vector"), 1, torch.float32, 5, 7),
+    (only(A="vector", B="lora", C="vector", D="vector", E="vector"), 1, torch.float32, 7, 10),
+    (only(A="constant", B="vector", E="vector"), 1, torch.float32, 7, 10),
+    (only(B="lora"), 1, torch.bfloat16, 11, 11),
+    (only(A="vector", B="lora", E="vector"), 1, torch.bfloat16, 25, 29),
+]
+
+
+@pytest.mark.parametrize(("config", "count", "dtype", "forward", "backward"), PASSES)
+def test_a_factored_form_passes_over_its_outputs_no_more_than_it_must(
+    config: glora.GLoRAConfig, count: int, dtype: torch.dtype, forward: int, backward: int
+) -> None:
+    layer: nn.Module = nn.Linear(64, 1024, dtype=dtype)  # outputs are larger than all else
+    for i in range(count):
+        attach(layer, config, name=f"a{i}")
+    glora.activate(layer, {f"a{i}": 1.0 for i in range(count)})
+    x = torch.randn(512, 64, dtype=dtype, requires_grad=True)
+    with count_passes(512 * 1024) as there:
+        y = layer(x)
+    g = torch.ones_like(y)
+    with count_passes(512 * 1024) as back:
+        torch.autograd.grad(y, [x, *factors_of(layer)], g)
+    assert there.bytes <= forward * y.nbytes
+    assert back.bytes <= backward * y.nbytes
+
+
 def test_the_counters_see_what_they_should() -> None:
     x, W = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     with count_products() as count:
@@ -64,3 +100,12 @@ def test_the_counters_see_what_they_should() -> None:
         torch.einsum("ni,oi->no", x.detach(), W)
         torch.mv(W, x[0].detach())
     assert (count.calls, count.flops) == (5, 4 * 2 * 4 * 3 * 5 + 2 * 3 * 5)
+
+
+def test_a_pass_is_what_reads_or_writes() -> None:
+    a, b = torch.ones(4, 3), torch.ones(4, 3)
+    with count_passes(12) as count:
+        a.add_(b)  # reads both and writes one
+        a.view(3, 4).sum()  # a view is no pass; the sum reads one
+        torch.empty(4, 3)
+    assert count.bytes == 4 * a.nbytes
