@@ -55,8 +55,8 @@ def test_a_training_step_costs_what_was_promised(
     assert saved.bytes / W0 <= share
 
 
-# Bytes of the outputs' size that are read or written, forward and backward, in outputs. Forward: the product writes 1, the
-# thin product of all B reads and writes (2), a scale does (2), and beside a scale the bias (2). Backward reads each
+# Bytes of the outputs' size that are read or written, forward and backward, in outputs. Forward: the product writes 1,
+# the thin product of all B reads and writes (2), a scale does (2), and beside a scale the bias (2). Backward reads each
 # gradient: for x (1), for both factors of B (2), for a trained bias (1); a scale's is 4 more, with what it sums up.
 PASSES = [
     (only(E="vector"), 1, torch.float32, 1, 2),
