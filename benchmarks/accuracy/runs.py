@@ -1,4 +1,4 @@
-"""The runs, and the file that remembers them: a line each, so that a second call goes on where the first one stopped."""
+"""The runs, and the file that remembers them, a line each: a second call goes on where the first one stopped."""
 
 from __future__ import annotations
 
@@ -122,9 +122,7 @@ class Trainer:
         losses, seconds = train(model, groups, sets.train, lr=lr, seed=seed, epochs=self.epochs)
         trainable = sum(p.numel() for group in groups for p in group.parameters)
         last, validation = fmean(losses[-5:]), accuracy(model, sets.validation)
-        run = Run(
-            self.task, name, "choose", seed, lr, self.epochs, self.sizes[0], trainable, seconds, last, validation
-        )
+        run = Run(self.task, name, "choose", seed, lr, self.epochs, self.sizes[0], trainable, seconds, last, validation)
         return run, model
 
     def probe(self, seed: int) -> Run:
@@ -145,7 +143,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs are wanted: the learning rate is chosen on the first `choosing` seeds, and tested on the first `seeds`."""
+    """Which runs are wanted: on the first `choosing` seeds the learning rate is chosen, on the first `seeds` tested."""
 
     seeds: int = 3
     choosing: int = 3
@@ -167,7 +165,7 @@ def chosen_rate(runs: Sequence[Run], task: str, method: str, plan: Plan) -> floa
 def run_method(
     trainer: Trainer, name: str, method: Method, plan: Plan, store: Runs, bar: tqdm[object], lr: float | None = None
 ) -> None:
-    """All runs of a method that the file does not hold: the choice of the learning rate (unless given), and the tests."""
+    """All runs of a method that the file does not hold: choosing the learning rate (if not given), the tests."""
     held: dict[tuple[int, float], tuple[Run, Classifier]] = {}
     done = {(r.stage, r.seed, r.lr) for r in store.read() if (r.task, r.method) == (trainer.task, name)}
     if lr is None:
@@ -188,5 +186,3 @@ def run_method(
             tested = accuracy(model, trainer.sets(seed).test)
             store.add(Run(**asdict(run) | {"stage": "test", "test": tested}))
         bar.update()
-
-
