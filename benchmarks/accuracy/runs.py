@@ -69,6 +69,8 @@ class Runs:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"# {about}\n{_line([field.name for field in fields(Run)])}")
+        elif not (text := path.read_text()).endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])  # a line that was cut off while it was written
 
     def add(self, run: Run) -> None:
         # One write of one line, at the end: two processes with different tasks may share the file.
@@ -179,7 +181,7 @@ def run_method(
         lr = chosen_rate(store.read(), trainer.task, name, plan)
         assert lr is not None
     for seed in range(plan.seeds):
-        if not any(stage == "test" and s == seed for stage, s, _ in done):
+        if ("test", seed, lr) not in done:
             bar.set_description(f"{trainer.task}, {name}, seed {seed}, test")
             # What the choice has trained with this seed and rate need not be trained again.
             run, model = held.get((seed, lr)) or trainer.train(name, method, seed, lr)

@@ -30,14 +30,15 @@ class Tests:
 
     @classmethod
     def of(cls, runs: Iterable[Run]) -> Tests:
+        """Sorted; where more seeds have led to another choice of the learning rate, the last choice alone."""
+        runs = list(runs)
+        last = {(run.task, run.method): run.lr for run in runs if run.stage == "test" and run.method != PROBE}
         tested: dict[tuple[str, str], dict[int, Run]] = {}
-        choosing: list[Run] = []
         for run in runs:
-            if run.stage == "test":
-                tested.setdefault((run.task, run.method), {})[run.seed] = run
-            else:
-                choosing.append(run)
-        return cls(tested, choosing)
+            key = run.task, run.method
+            if run.stage == "test" and run.lr == last.get(key, run.lr):
+                tested.setdefault(key, {})[run.seed] = run
+        return cls(tested, [run for run in runs if run.stage == "choose"])
 
     @property
     def tasks(self) -> list[str]:
