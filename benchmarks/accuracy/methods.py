@@ -89,13 +89,16 @@ def _left_of_a(size: Callable[[float], float]) -> Factor:
     return lambda key, rms: size(rms) if key.endswith(".A.left") else 1.0
 
 
-# What is tried to see why: GLoRA r3 with one thing changed each.
 # Note [Scale by learning rate]
 # AdamW does not see the size of a gradient. So `s * (left @ right)` with left = 0 at the start trains as `left @ right`
-# does whose left has s times the learning rate (but for weight decay, which is a hundredth of what it could be here).
-# The variants with a factor for A's left are thus also the runs of an A that is scaled by s, one number a layer.
+# does whose left has s times the learning rate (but for weight decay). The variants with a factor for A's left are thus
+# also the runs of an A that is scaled by s, one number a layer.
+
+# What is tried to see why: GLoRA r3 with one thing changed each, and a LoRA to go with it.
 VARIANTS: dict[str, Method] = {
     "GLoRA r3, A / rms(W0)": Method(_glora(_C(rank=3), factor=_left_of_a(lambda rms: 1 / rms))),
     "GLoRA r3, A's left x 4": Method(_glora(_C(rank=3), factor=_left_of_a(lambda _: 4.0))),
+    "GLoRA r3, lr x 2": Method(_glora(_C(rank=3), factor=lambda _key, _rms: 2.0)),
+    "LoRA r8, lr x 2": Method(_glora(_C.lora(rank=8), factor=lambda _key, _rms: 2.0)),
     **{f"GLoRA r3 without {path}": Method(_glora(_C(**{path: "none"}, rank=3))) for path in "ABCDE"},
 }

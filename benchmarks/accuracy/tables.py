@@ -102,7 +102,7 @@ def task_rows(tests: Tests, task: str) -> list[dict[str, str]]:
             {
                 "method": method,
                 "trainable": f"{runs[0].trainable:,}",
-                "learning rate": "" if method == PROBE else f"{runs[0].lr:g}",
+                "learning rate": _rate(tests, runs[0]),
                 "test accuracy": f"{fmean(scores):.1f} +- {stdev(scores):.1f}",
                 "seeds": str(len(scores)),
                 **_compared(tests, [task], method),
@@ -110,6 +110,14 @@ def task_rows(tests: Tests, task: str) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _rate(tests: Tests, run: Run) -> str:
+    """The learning rate, and whether it was given rather than chosen on validation sets."""
+    if run.method == PROBE:
+        return ""
+    chosen = any((other.task, other.method) == (run.task, run.method) for other in tests.choosing)
+    return f"{run.lr:g}" if chosen else f"{run.lr:g} (given)"
 
 
 def mean_rows(tests: Tests, tasks: Sequence[str]) -> list[dict[str, str]]:
