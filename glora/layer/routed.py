@@ -18,10 +18,10 @@ from glora.layer.parametrization import Scales, adapters_of
 
 # Note [Routing]
 # A route belongs to the thread or task that entered it: it is a value of a context variable, and nothing of the model
-# changes. A module that the route covers splits what it is called with along dimension 0 into one part for each
-# adapter, runs its forward on each part with that adapter alone acting, and puts the results together in the batch's
-# order. Modules inside of a module that has split (a head's children) find themselves within one adapter's part and
-# run it whole.
+# changes. A module that the route covers splits what it is called with along the batch's dimension into one part for
+# each adapter, runs its forward on each part with that adapter alone acting, and puts the results together in the
+# batch's order. Modules inside of a module that has split (a head's children) find themselves within one adapter's part
+# and run it whole.
 #
 # Outside of such a call no sample owns an adapted tensor, so that reading it raises (MultiheadAttention reads
 # `out_proj.weight`, and so does a fused TransformerEncoderLayer).
@@ -120,10 +120,15 @@ class Routing:
     Args:
         names: for each sample an adapter's name, or None for the base model.
         known: id of each covered module to the adapters that it has.
+        dim: the dimension of tensors that the samples are in.
+        flattened: whether there may be several rows for each sample in it, one sample's after the other's.
     """
 
-    def __init__(self, names: Sequence[str | None], known: Mapping[int, Collection[str]]) -> None:
+    def __init__(
+        self, names: Sequence[str | None], known: Mapping[int, Collection[str]], dim: int = 0, flattened: bool = False
+    ) -> None:
         self.names, self.known = list(names), known
+        self.dim, self.flattened = dim, flattened
         self.groups: dict[str | None, list[int]] = {}
         for index, name in enumerate(self.names):
             self.groups.setdefault(name, []).append(index)
@@ -138,26 +143,29 @@ class Routing:
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
         path = cover.paths[id(module)]
-        self._check(path, (args, kwargs))
+        rows = self._rows(path, (args, kwargs))
         there = {name for store in adapters_of(module).values() for name in store.parts()}
         results: list[Any] = []
         for name, group in self.groups.items():
             if name in self.known[id(module)] and name not in there:
                 raise RuntimeError(f"{name!r} was deleted from {path!r} while a glora.route sends samples through it.")
             scales = {} if name is None else {name: _ONE}
-            given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group)
+            given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group, rows)
             with covered(Cover(cover.paths, None, scales)):
                 results.append(forward(module, *given, **named))
-        return results[0] if len(results) == 1 else self._together(path, results)
+        return results[0] if len(results) == 1 else self._together(path, results, rows)
 
-    def _check(self, path: str, given: object) -> None:
+    def _rows(self, path: str, given: object) -> int:
+        """How many rows the module is called with for each sample; raise where it cannot be split."""
         found = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)
-        samples = None if found is None else found.shape[0] if found.ndim > 1 else None
-        if samples != len(self.names):
+        size = None if found is None or found.ndim <= max(self.dim, 1) else found.shape[self.dim]
+        if not size or size % len(self.names) or (size != len(self.names) and not self.flattened):
             shape = None if found is None else tuple(found.shape)
             raise ValueError(
                 f"glora.route was given {len(self.names)} names, and {path!r} was called with an input of shape {shape}"
-                f", whose dimension 0 is not that many samples. Give one name a sample, and the batch in dimension 0."
+                f", whose dimension {self.dim} is not that many samples. Give one name a sample. Where the model has "
+                f"the batch in another dimension, pass dim=; where it flattens samples and tokens into rows, or cuts "
+                f"samples into windows, one sample after the other, pass flattened=True."
             )
         if (self.grad or torch.is_grad_enabled()) and _checkpoint_frames() > self.checkpoints:
             raise RuntimeError(
@@ -165,37 +173,44 @@ class Routing:
                 f"sample has its adapter any more. Enter glora.route inside the checkpointed function, or turn "
                 f"checkpointing off."
             )
+        return size // len(self.names)
 
-    def _part(self, given: Any, group: list[int]) -> Any:
-        """The arguments for some samples: tensors that have the whole batch in dimension 0 are taken apart."""
+    def _part(self, given: Any, group: list[int], rows: int) -> Any:
+        """The arguments for some samples: tensors that have the whole batch, or all its rows, are taken apart."""
 
         def of(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == len(self.names):
-                first, last = group[0], group[-1]
-                if last - first + 1 == len(group):
-                    return leaf[first : last + 1]
-                return leaf[torch.tensor(group, device=leaf.device)]
-            return leaf
+            if not isinstance(leaf, Tensor) or leaf.ndim <= self.dim:
+                return leaf
+            each, rest = divmod(leaf.shape[self.dim], len(self.names))
+            if rest or each not in (1, rows):
+                return leaf
+            first, last = group[0], group[-1]
+            if last - first + 1 == len(group):
+                return leaf.narrow(self.dim, first * each, len(group) * each)
+            return leaf.index_select(self.dim, _rows_of(torch.tensor(group), each).to(leaf.device))
 
         return tree_map(of, given)
 
-    def _together(self, path: str, results: list[Any]) -> Any:
+    def _together(self, path: str, results: list[Any], rows: int) -> Any:
         """The results of the groups as those of one call, in the batch's order."""
         sizes = [len(group) for group in self.groups.values()]
 
         def join(*parts: Any) -> Any:
             if all(isinstance(part, Tensor) for part in parts):
-                if [part.shape[:1] for part in parts] == [(size,) for size in sizes]:
-                    whole = torch.cat(parts)
-                    return whole if self.in_order else whole[self.back.to(whole.device)]
+                held = [part.shape[self.dim] if part.ndim > self.dim else 0 for part in parts]
+                for each in (1, rows):
+                    if held == [size * each for size in sizes]:
+                        whole = torch.cat(parts, self.dim)
+                        order = _rows_of(self.back, each)
+                        return whole if self.in_order else whole.index_select(self.dim, order.to(whole.device))
                 same = all(torch.equal(part, parts[0]) for part in parts[1:])
             else:
                 same = all(type(part) is type(parts[0]) and part == parts[0] for part in parts[1:])
             if not same:
                 raise RuntimeError(
-                    f"Inside glora.route a module's results must be one for each sample, in dimension 0; {path!r} "
-                    f"gives something else that differs between the adapters (an auxiliary loss?). Run each adapter's "
-                    f"samples with glora.activate."
+                    f"Inside glora.route a module's results must be one for each sample, in dimension {self.dim}; "
+                    f"{path!r} gives something else that differs between the adapters (an auxiliary loss?). Run each "
+                    f"adapter's samples with glora.activate."
                 )
             return parts[0]
 
@@ -203,6 +218,11 @@ class Routing:
         if any(structure != structures[0] for structure in structures):
             raise RuntimeError(f"Inside glora.route {path!r} gives results of different structure for each adapter.")
         return tree_unflatten([join(*parts) for parts in zip(*leaves, strict=True)], structures[0])
+
+
+def _rows_of(samples: Tensor, each: int) -> Tensor:
+    """The indices of these samples' rows."""
+    return samples if each == 1 else (samples.unsqueeze(1) * each + torch.arange(each)).flatten()
 
 
 def _checkpoint_frames() -> int:

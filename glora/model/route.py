@@ -13,14 +13,19 @@ from glora.text import quote_names
 
 
 @contextmanager
-def route(model: Model, names: Sequence[str | None]) -> Generator[Model]:
+def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened: bool = False) -> Generator[Model]:
     """Run each sample of a batch through its own adapter, inside the `with` block.
 
     Args:
-        model: the model. Its adapted layers must be called with the batch in dimension 0, as nn.Linear is with
+        model: the model. Its adapted layers must be called with the batch in one dimension, as nn.Linear is with
             `(batch, in)` or `(batch, tokens, in)`.
         names: for each sample the name of its adapter, which acts with weight 1; None for the base model. What is
             active outside of the block does not matter inside.
+        dim: the batch's dimension; 1 for modules with `batch_first=False`. It is never guessed: a batch of as many
+            tokens as samples looks the same.
+        flattened: allow layers that are called with several rows for each sample, one sample's after the other's:
+            `(batch * tokens, in)` (OPT, MoE), or windows of an image (Swin, SAM). Wrong where rows are in another
+            order, or are picked from among the samples.
 
     Yields:
         The model. The outputs are those of each sample alone with its adapter active, heads included. Factors keep
@@ -31,7 +36,7 @@ def route(model: Model, names: Sequence[str | None]) -> Generator[Model]:
 
     Raises:
         KeyError: a name that is not an adapter of the model.
-        ValueError: no names; inside, a layer called with another number of samples.
+        ValueError: no names, a dim that is no dimension; inside, a layer called with another number of samples.
         RuntimeError: inside `glora.merged` or another `route`; inside, an adapted weight that is read rather than its
             layer called (nn.MultiheadAttention reads `out_proj.weight`), a result that is not one for each sample and
             differs between the adapters, activation checkpointing around a routed layer, or a call that changes
@@ -52,6 +57,8 @@ def route(model: Model, names: Sequence[str | None]) -> Generator[Model]:
     refuse_while_swapped(model)
     if isinstance(names, str) or not names:
         raise ValueError(f"names must hold one adapter's name, or None, for each sample; found {names!r}.")
+    if type(dim) is not int or dim < 0:
+        raise ValueError(f"dim must be the batch's dimension, an int of at least 0; found {dim!r}.")
     there = adapters(model)
     for name in names:
         if name is not None and name not in there:
@@ -64,5 +71,5 @@ def route(model: Model, names: Sequence[str | None]) -> Generator[Model]:
     for named in adapted_modules(model):
         paths[id(named.module)] = named.path or "the model itself"
         known[id(named.module)] = named.adapter_names
-    with routed.covered(routed.Cover(paths, routed.Routing(names, known), None)):
+    with routed.covered(routed.Cover(paths, routed.Routing(names, known, dim, flattened), None)):
         yield model
