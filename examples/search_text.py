@@ -1,7 +1,7 @@
 """Let every layer of a sentence transformer find its own forms of GLoRA, under a budget of parameters.
 
     pip install -e ".[examples]"
-    python examples/search_text.py          # under 20 minutes on two CPU cores; --quick: under 3
+    python examples/search_text.py          # 51 minutes beside other work on two CPU cores; --quick: one
 
 Model and questions are those of finetune_text.py; here with their 49 fine labels that occur four times or more. For
 each of three seeds and for budgets of 0.1% and 0.5% of the model's parameters:
