@@ -70,7 +70,7 @@ def linear(
     if shifts:
         y = _wide(y)
         thin, left = _shift(rows, shifts, W0.shape[0])
-        left = left.to(y.dtype).mT
+        left = left.to(y.dtype).T
         y = y.addmm_(thin, left) if in_place else y + multiply(thin, left)
     return y.to(dtype).reshape(*x.shape[:-1], W0.shape[0])
 
@@ -141,7 +141,7 @@ def _shift(x: Tensor, paths: Sequence[Factors], out_features: int) -> tuple[Tens
     if len(pairs) > 1:
         left, right = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
     if x.dtype == torch.float16:  # the thin product may overflow where W' does not
-        return multiply(x, right.mT), left
+        return multiply(x, right.T), left
     return _wide(F.linear(x, right.to(x.dtype))), left
 
 
