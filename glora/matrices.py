@@ -39,10 +39,14 @@ class Matrix:
     swept: bool = True
 
     @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the tensor's axes."""
+        return tuple(self.pattern.partition("->")[0].split())
+
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the tensor is the matrix as it stands."""
-        held, matrix = self.pattern.split("->")
-        return held.split() == matrix.split()
+        return list(self.axes) == self.pattern.partition("->")[2].split()
 
     @cached_property
     def is_linear(self) -> bool:
@@ -58,7 +62,7 @@ class Matrix:
         if self.is_plain:
             return matrix
         held, wanted = self.pattern.split("->")
-        return rearrange(matrix, f"{wanted} -> {held}", **dict(zip(held.split(), like.shape, strict=True)))
+        return rearrange(matrix, f"{wanted} -> {held}", **dict(zip(self.axes, like.shape, strict=True)))
 
     def path(self, module_path: str) -> str:
         """The matrix's path in the model, from its module's."""
@@ -71,6 +75,8 @@ class Matrix:
         return path.removesuffix(self.path("")).removesuffix(".")
 
 
+# transformers' linear layer of GPT-2, whose weight is `(in, out)`: its module and name, so that nothing is imported.
+CONV1D = "transformers.pytorch_utils", "Conv1D"
 LINEAR = Matrix()
 TRANSPOSED = Matrix(pattern="i o -> o i")
 
@@ -157,8 +163,8 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
 
 
 def is_transposed_linear(kind: type) -> bool:
-    """Whether it is transformers' Conv1D (GPT-2), a linear layer whose weight is `(in, out)`, or a class of it."""
-    return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in kind.__mro__)
+    """Whether it is transformers' Conv1D, or a class of it."""
+    return any((c.__module__, c.__name__) == CONV1D for c in kind.__mro__)
 
 
 # Note [Fused experts]

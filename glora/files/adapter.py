@@ -52,9 +52,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
 
     The first holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
     each layer's forms, rank, alpha, product, base shape and a fingerprint of its frozen tensors, by which `load` knows
-    the base again, the format's version and a SHA-256 sum of it all. It is
-    written beside, flushed to the disk and put in place in one step: killed at any moment, the folder has the old
-    adapter or the new one. `glora_config.json` is a copy of the description, for people; nothing depends on it.
+    the base again, the format's version and a SHA-256 sum of it all. It is written beside, flushed to the disk and put
+    in place in one step: killed at any moment, the folder has the old adapter or the new one. `glora_config.json` is a
+    copy of the description, for people; nothing depends on it.
 
     An `adapter_config.json` in the folder, PEFT's or an earlier glora's, describes the adapter that is replaced, and is
     removed. PEFT and transformers then say that there is no adapter of theirs; `glora.interop.save_peft` writes one.

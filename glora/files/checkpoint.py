@@ -184,8 +184,7 @@ def _plan(entries: Mapping[str, _Entry], adapter: AdapterSpec, source: object) -
     for path, layer in adapter.layers.items():
         (weight_key, bias_key), matrix = _keys(path, layer), layer.matrix or LINEAR
         weight, bias = entries[weight_key], entries.get(bias_key)
-        axes = len(matrix.pattern.split("->")[0].split())
-        if weight.dtype not in _FLOATING or len(weight.shape) != axes:
+        if weight.dtype not in _FLOATING or len(weight.shape) != len(matrix.axes):
             problems.append(f"{weight_key!r} of the base is {weight.dtype} {weight.shape}, no weight")
             continue
         outputs = tuple(matrix.read(weight.without_data()).shape[:-1])

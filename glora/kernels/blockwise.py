@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glora import functional
 from glora.functional import WeightFactors
-from glora.kernels.factored import scaled_inputs, sort_paths
+from glora.kernels.factored import join_factors, scaled_inputs, sort_paths
 
 # Note [Blocks]
 # The gradient of a factor of an elementwise A needs dW' = g^T x entry by entry, so that A cannot be taken apart into
@@ -197,9 +197,7 @@ def _fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
 
 
 def _join(factors: list[Tensor], like: Tensor, dim: int) -> Tensor:
-    if len(factors) == 1:
-        return factors[0]
-    return torch.cat(factors, dim) if factors else like.narrow(dim, 0, 0)
+    return join_factors(factors, dim) if factors else like.narrow(dim, 0, 0)
 
 
 def _unfold(count: int, tensors: Sequence[Any], dA: list[Tensor], dB: list[Tensor]) -> list[Tensor | None]:

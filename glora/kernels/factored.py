@@ -59,7 +59,7 @@ def linear(
     if expanded:
         y = _expand(scaled, W0, scales)
     elif scales:
-        y = _product(scaled, W0, half) * (1 + rearrange(_total(scales), "o ... -> (o ...)"))
+        y = _scale_outputs(_product(scaled, W0, half), scales)
     else:
         first, bias = (None, bias) if half else (bias, None)
         y = F.linear(scaled, W0, first)
@@ -118,6 +118,11 @@ def _product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
     return _wide(F.linear(x[:, :middle], W0[:, :middle])) + F.linear(x[:, middle:], W0[:, middle:])
 
 
+def _scale_outputs(y: Tensor, scales: Sequence[Factors]) -> Tensor:
+    """Outputs scaled by the sum of vectors `(out, 1)` and constants `(1,)`."""
+    return y * (1 + rearrange(_total(scales), "o ... -> (o ...)"))
+
+
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
     pairs = [path.scaled() for path in scales if isinstance(path.tensors, tuple)]
     left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 0)
@@ -125,7 +130,7 @@ def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
     y, copied = _wide(copies[:, 0]), _wide(copies[:, 1:])
     vectors = [path for path in scales if isinstance(path.tensors, Tensor)]
     if vectors:
-        y = y * (1 + rearrange(_total(vectors), "o ... -> (o ...)"))
+        y = _scale_outputs(y, vectors)
     return y + einsum(copied, left, "n r o, o r -> n o")
 
 
@@ -137,12 +142,15 @@ def _shift(x: Tensor, paths: Sequence[Factors], out_features: int) -> tuple[Tens
         if isinstance(scaled, Tensor):  # a component of rank one
             scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, x.shape[1])
         pairs.append(scaled)
-    left, right = pairs[0]
-    if len(pairs) > 1:
-        left, right = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+    left, right = join_factors([left for left, _ in pairs], 1), join_factors([right for _, right in pairs], 0)
     if x.dtype == torch.float16:  # the thin product may overflow where W' does not
         return multiply(x, right.T), left
     return _wide(F.linear(x, right.to(x.dtype))), left
+
+
+def join_factors(factors: Sequence[Tensor], dim: int) -> Tensor:
+    """Factors side by side, as those of one product; a single one as it is, uncopied."""
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors), dim)
 
 
 def _total(paths: Sequence[Factors]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.jit._trace import is_tracing
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored
+from glora.matrices import CONV1D
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 
@@ -64,10 +65,7 @@ def force(kernel: Kernel | None) -> Generator[None]:
 
 
 # Classes of transformers whose forward is nn.Linear's function in other words.
-_LINEAR_ELSEWHERE = {
-    ("transformers.pytorch_utils", "Conv1D"),
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
-}
+_LINEAR_ELSEWHERE = {CONV1D, ("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 
 
 def has_linear_forward(base: type[nn.Module]) -> bool:

@@ -201,8 +201,9 @@ class Routing:
                 for each in (1, rows):
                     if held == [size * each for size in sizes]:
                         whole = torch.cat(parts, self.dim)
-                        order = _rows_of(self.back, each)
-                        return whole if self.in_order else whole.index_select(self.dim, order.to(whole.device))
+                        if self.in_order:
+                            return whole
+                        return whole.index_select(self.dim, _rows_of(self.back, each).to(whole.device))
                 same = all(torch.equal(part, parts[0]) for part in parts[1:])
             else:
                 same = all(type(part) is type(parts[0]) and part == parts[0] for part in parts[1:])

@@ -51,7 +51,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
         return f"its {matrix.weight} is empty, {shape}; exclude it."
-    if len(shape) != len(matrix.pattern.split("->")[0].split()):
+    if len(shape) != len(matrix.axes):
         return f"its {matrix.weight} has the shape {shape}, and {matrix.pattern!r} was registered for it; correct that."
     if at.has_own_bias and tensors[cast("str", matrix.bias)].shape != at.weight.shape[:-1]:
         return (
@@ -85,10 +85,13 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
         ties: of tensors that are not one Parameter.
     """
     reason = _unsupported_copy(head.named, ties)
-    for other, name in [place for places in head.shared.values() for place in places]:
-        why = None if reason else _unsupported_copy(other, {})
-        reason = f"its copy is {join(other.path, name)}'s too, and there: {why}" if why else reason
-    return reason
+    if reason is not None:
+        return reason
+    for other, name in head.places:
+        reason = _unsupported_copy(other, {})
+        if reason is not None:
+            return f"its copy is {join(other.path, name)}'s too, and there: {reason}"
+    return None
 
 
 def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:

@@ -59,7 +59,7 @@ def plan(
     chosen, by_name = choose(matrices, targets, config, modules)
     outputs, excluded = output_embeddings(modules), {m.key for m in select(matrices, exclude, "exclude", modules)}
     whole = {id(head.module): "trainable as a whole" for head in heads}
-    shared = [at.module for head in heads for places in head.shared.values() for at, _ in places]
+    shared = [named.module for head in heads for named, _ in head.places]
     whole = {id(module): "tied to what trains as a whole" for module in shared} | whole
     layers: list[PlannedLayer] = []
     skipped: list[Skipped] = []
@@ -122,11 +122,10 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
     wanted: dict[str, TensorSpec] = {}
     optional: set[str] = set()
     for path, layer_spec in spec.layers.items():
-        at = _described(path, layer_spec, known, reached)
+        layer = at = _described(path, layer_spec, known, reached)
         if not isinstance(at, str):
-            at = _plan_layer(at, layer_spec, ties, without_a_bias="D" if layer_spec.bias is None else "")
-        layer = at
-        if isinstance(layer, str):
+            layer = _plan_layer(at, layer_spec, ties, without_a_bias="D" if layer_spec.bias is None else "")
+        if not isinstance(layer, PlannedLayer):
             problems.append(f"{path!r}: {layer}")
             continue
         layers.append(layer)
@@ -138,16 +137,13 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
         reason = _misfit_of_head(reached.get(path), (*names, *tied_names(spec.ties, path)))
         if reason is not None:
             problems.append(f"{path!r}: {reason}")
-            continue
     problems += _misfits_of_ties(spec.ties, reached)
     if not problems:
         heads = plan_heads(modules, [replace(reached[path], path=path) for path in spec.heads])
-        overlaps = find_ties(modules, one_parameter=False)
+        problems += [f"{head.path!r}: {reason}" for head, reason in _unsupported_heads(modules, heads)]
         for head in heads:
-            reason = unsupported_head(head, overlaps)
-            problems += [f"{head.path!r}: {reason}"] if reason is not None else []
             wanted |= {join(head.path, name): like(head.named.tensors[name]) for name in head.names}
-            here = [join(at.path, name) for places in head.shared.values() for at, name in places]
+            here = [join(named.path, name) for named, name in head.places]
             new = [key for key in here if key not in spec.ties]
             problems += [f"{key!r} is tied to the head {head.path!r} here alone" for key in new]
     heads_here = [reached[path] for path in spec.heads if path in reached]
@@ -223,13 +219,19 @@ def _chosen_heads(modules: list[NamedModule], trainable: Trainable) -> list[Plan
             )
     else:
         chosen = _named_heads(modules, trainable)
-    overlaps = find_ties(modules, one_parameter=False) if chosen else {}
     heads = plan_heads(modules, chosen.values())
+    for head, reason in _unsupported_heads(modules, heads):
+        raise ValueError(f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}")
+    return heads
+
+
+def _unsupported_heads(modules: list[NamedModule], heads: list[PlannedHead]) -> Iterator[tuple[PlannedHead, str]]:
+    """The heads that cannot train as a whole, and why."""
+    overlaps = find_ties(modules, one_parameter=False) if heads else {}
     for head in heads:
         reason = unsupported_head(head, overlaps)
         if reason is not None:
-            raise ValueError(f"Every module that trainable= reaches must be fit for it; {head.path!r} is not: {reason}")
-    return heads
+            yield head, reason
 
 
 def _named_heads(modules: list[NamedModule], trainable: Trainable) -> dict[int, NamedModule]:

@@ -85,6 +85,11 @@ class PlannedHead:
         return self.named.module
 
     @property
+    def places(self) -> list[tuple[NamedModule, str]]:
+        """Everywhere else that its Parameters stand."""
+        return [place for places in self.shared.values() for place in places]
+
+    @property
     def parameters(self) -> int:
         """How many trainable numbers it has."""
         tensors = [self.named.tensors[name] for name in self.names]

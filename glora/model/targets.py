@@ -136,7 +136,8 @@ def _match(
     others += [m for m in modules if any(test(join(path, name)) for path in m.aliases for name in m.tensors)]
     if others:
         kinds = format_names(dict.fromkeys(type(m.module).__name__ for m in others))
-        below = [m for m in others if any(p.module in set(m.module.modules()) for p in places)]
+        ids = {id(p.module) for p in places}
+        below = [m for m in others if any(id(module) in ids for module in m.module.modules())]
         raise ValueError(
             f"{rule} none that can be adapted, only {kinds} ({format_names(dict.fromkeys(m.path for m in others))}). "
             + _remedy(others, below[0].path if below else None)
@@ -151,7 +152,8 @@ def _match(
 def _remedy(found: list[NamedModule], below: str | None) -> str:
     """What to do about a pattern that reaches no matrix, only these modules."""
     if below is not None:
-        return f"Name the layers below it, with a regex such as {re.escape(below) + chr(92) + '..*'!r}."
+        pattern = re.escape(below) + r"\..*"
+        return f"Name the layers below it, with a regex such as {pattern!r}."
     if any(isinstance(m.module, (nn.Embedding, nn.EmbeddingBag)) for m in found):
         return (
             "An embedding looks rows up and multiplies nothing: it has no input for C, and no bias. Train it as a "

@@ -107,8 +107,8 @@ def evolve(
                 trial.set_user_attr("error", error)
                 study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             else:
-                parameters = sum(layers[path].count(config) for path, config in configs.items())
-                study.tell(trial, [score] if budget is not None else [score, parameters], skip_if_finished=True)
+                values = [score] if budget is not None else [score, genes.parameters(configs)]
+                study.tell(trial, values, skip_if_finished=True)
             bar.update()
         best = result_of(_evaluated(study, genes))
         return best
@@ -159,9 +159,8 @@ def _evaluated(study: Any, genes: Genes) -> list[Trial]:
         if trial.state.name not in ("COMPLETE", "FAIL"):
             continue
         configs = genes.configs(trial.params)
-        parameters = sum(genes.layers[path].count(config) for path, config in configs.items())
-        score = trial.values[0] if trial.values else None
-        found.append(Trial(trial.number, without_nothing(configs), parameters, score, trial.user_attrs.get("error")))
+        score, error = trial.values[0] if trial.values else None, trial.user_attrs.get("error")
+        found.append(Trial(trial.number, without_nothing(configs), genes.parameters(configs), score, error))
     return found
 
 

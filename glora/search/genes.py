@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from glora.config import FORMS, GLoRAConfig
+from glora.config import GLoRAConfig
 from glora.search.supernet import Layer
 
 
@@ -19,6 +19,7 @@ class Genes:
 
     Attributes:
         values: name of each gene (`<path of the layer> <A to E, or rank>`) to its values, the cheapest first.
+        least: how many numbers the smallest choice has.
 
     Raises:
         ValueError: the smallest choice is over the budget, or there is nothing to choose.
@@ -35,9 +36,9 @@ class Genes:
             for gene, values in choices.items():
                 if len(values) > 1:
                     self.values[f"{path} {gene}"], self.owner[f"{path} {gene}"] = values, path
-        least = sum(layer.count(layer.space.smallest) for layer in layers.values())
-        if budget is not None and budget < least:
-            raise ValueError(f"budget={budget} must hold the smallest choice of the space, of {least} parameters.")
+        self.least = self.parameters({path: layer.space.smallest for path, layer in layers.items()})
+        if budget is not None and budget < self.least:
+            raise ValueError(f"budget={budget} must hold the smallest choice of the space, of {self.least} parameters.")
         if not self.values:
             raise ValueError("The space of a search must hold more than one choice; this one has one form everywhere.")
 
@@ -50,6 +51,10 @@ class Genes:
     def configs(self, genes: Mapping[str, Any]) -> dict[str, GLoRAConfig]:
         """Every layer's config; equal choices have equal ones, whatever a rank says where no path is low rank."""
         return {path: self.config(path, genes) for path in self.layers}
+
+    def parameters(self, configs: Mapping[str, GLoRAConfig]) -> int:
+        """How many numbers a choice of every layer has."""
+        return sum(self.layers[path].count(config) for path, config in configs.items())
 
     def count(self, path: str, genes: Mapping[str, Any]) -> int:
         """How many numbers a layer has."""
@@ -98,4 +103,4 @@ class Genes:
 
 def without_nothing(configs: Mapping[str, GLoRAConfig]) -> dict[str, GLoRAConfig]:
     """The layers that have a path, in the form that `glora.apply` takes."""
-    return {path: config for path, config in configs.items() if any(config.forms[p] != "none" for p in FORMS)}
+    return {path: config for path, config in configs.items() if config.paths}

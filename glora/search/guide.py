@@ -131,7 +131,7 @@ def knapsack(model: nn.Module, effects: Effects, budget: int) -> dict[str, GLoRA
         return found
 
     open_steps = {path: steps(path) for path in layers}
-    left = budget - sum(layer.count(layer.space.smallest) for layer in layers.values())
+    left = budget - genes.least
     while fitting := [step for found in open_steps.values() for step in found if step[1] <= left]:
         _, cost, gene, value = max(fitting, key=lambda step: step[0])
         chosen[gene], left = value, left - cost
