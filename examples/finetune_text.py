@@ -67,12 +67,12 @@ class Questions:
         return Questions(self.texts[rows], self.labels[rows])
 
 
-def read_questions(file: Path) -> tuple[list[str], list[str]]:
-    """Distinct questions and their coarse labels; a line is `LABEL:sublabel text`."""
+def read_questions(file: Path, *, fine: bool = False) -> tuple[list[str], list[str]]:
+    """Distinct questions and their labels, the coarse ones or the fine; a line is `LABEL:sublabel text`."""
     lines = file.read_text(encoding="latin-1").splitlines()[FIRST_LINE:]
     labelled = (line.split(" ", 1) for line in lines)
     # The model reads lower case only: two questions that differ in case would be the same one in train and test.
-    distinct = {text.lower(): label.split(":")[0] for label, text in labelled}
+    distinct = {text.lower(): label if fine else label.split(":")[0] for label, text in labelled}
     return list(distinct), list(distinct.values())
 
 
@@ -144,12 +144,24 @@ def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
     return 100 * float(fit(best, slice(None)).score(test_x, test.labels.numpy()))
 
 
-def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: Any, title: str) -> float:
-    """One pass over the questions in a new order; the mean loss."""
+def loss_of(model: Classifier, questions: Questions, rows: Tensor) -> Tensor:
+    """The mean loss of some questions."""
+    return F.cross_entropy(model([questions.texts[i] for i in rows]), questions.labels[rows])
+
+
+def optimizer_of(model: Classifier, train: Questions, epochs: int, lr: float) -> tuple[Any, Any]:
+    """AdamW for the adapter and the head, and its schedule: a tenth of warm-up, then linearly to zero."""
+    optimizer = torch.optim.AdamW(glora.parameters(model), lr=lr, weight_decay=0.01)
+    steps = epochs * -(-len(train) // BATCH)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+
+
+def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: Any, title: str | None = None) -> float:
+    """One pass over the questions in a new order, under a bar if it has a title; the mean loss."""
     model.train()
     losses = []
-    for rows in tqdm(batches(train.texts), desc=title, unit="batch", leave=False):
-        loss = F.cross_entropy(model([train.texts[i] for i in rows]), train.labels[rows])
+    for rows in tqdm(batches(train.texts), desc=title, unit="batch", leave=False, disable=title is None):
+        loss = loss_of(model, train, rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -161,9 +173,7 @@ def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: A
 
 def fine_tune(model: Classifier, train: Questions, test: Questions, epochs: int, lr: float) -> list[float]:
     """Train the adapters and the head; test accuracy after each epoch."""
-    optimizer = torch.optim.AdamW(glora.parameters(model), lr=lr, weight_decay=0.01)
-    steps = epochs * -(-len(train) // BATCH)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    optimizer, schedule = optimizer_of(model, train, epochs, lr)
     curve = []
     for epoch in range(1, epochs + 1):
         loss = train_epoch(model, train, optimizer, schedule, f"epoch {epoch}/{epochs}")

@@ -34,9 +34,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 from fetch import package_directory
-from finetune_text import BATCH, FIRST_LINE, TARGETS, Classifier, Questions, accuracy, batches, in_batches, report
+from finetune_text import (
+    BATCH,
+    TARGETS,
+    Classifier,
+    Questions,
+    accuracy,
+    in_batches,
+    loss_of,
+    optimizer_of,
+    read_questions,
+    report,
+    train_epoch,
+)
 from scipy.stats import spearmanr
-from torch import Tensor
 
 import glora
 from glora import GLoRAConfig
@@ -70,11 +81,10 @@ QUICK = Size(seeds=1, train=320, validation=64, test=200, supernet_epochs=1, epo
 
 def read_fine(file: Path) -> tuple[list[str], list[str]]:
     """Distinct questions and their fine labels, those that occur four times or more."""
-    lines = file.read_text(encoding="latin-1").splitlines()[FIRST_LINE:]
-    distinct = {text.lower(): label for label, text in (line.split(" ", 1) for line in lines)}
-    counts = Counter(distinct.values())
-    kept = {text: label for text, label in distinct.items() if counts[label] >= 4}
-    return list(kept), list(kept.values())
+    texts, labels = read_questions(file, fine=True)
+    counts = Counter(labels)
+    kept = [i for i, label in enumerate(labels) if counts[label] >= 4]
+    return [texts[i] for i in kept], [labels[i] for i in kept]
 
 
 def split(size: Size, seed: int) -> tuple[Questions, Questions, Questions, int]:
@@ -101,23 +111,11 @@ def load(classes: int) -> Classifier:
     return Classifier(folder / "model", classes).eval()
 
 
-def loss_of(model: Classifier, questions: Questions, rows: Tensor) -> Tensor:
-    return F.cross_entropy(model([questions.texts[i] for i in rows]), questions.labels[rows])
-
-
 def fit(model: Classifier, train: Questions, epochs: int, lr: float) -> None:
     """Train the adapter that acts, and its head."""
-    optimizer = torch.optim.AdamW(glora.parameters(model), lr=lr, weight_decay=0.01)
-    steps = epochs * -(-len(train) // BATCH)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    model.train()
+    optimizer, schedule = optimizer_of(model, train, epochs, lr)
     for _ in range(epochs):
-        for rows in batches(train.texts):
-            optimizer.zero_grad()
-            loss_of(model, train, rows).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+        train_epoch(model, train, optimizer, schedule)
 
 
 def score(model: Classifier, questions: Questions) -> float:
@@ -155,14 +153,19 @@ def attach_supernet(model: Classifier) -> Classifier:
     return glora.search.supernet(net, TARGETS, SPACE, trainable=[net.head])
 
 
-def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
-    """All rows of one seed and one budget."""
-    seed, share, size, pictures = task
+def prepare(seed: int, share: float, size: Size) -> tuple[Questions, Questions, Questions, Classifier, int]:
+    """Questions to train on, to choose by and to test on, the model, and the budget of a process."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     train, validation, test, classes = split(size, seed)
     model = load(classes)
-    budget = int(share * sum(p.numel() for p in model.encoder.parameters()))
+    return train, validation, test, model, int(share * sum(p.numel() for p in model.encoder.parameters()))
+
+
+def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
+    """All rows of one seed and one budget."""
+    seed, share, size, pictures = task
+    train, validation, test, model, budget = prepare(seed, share, size)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
 
@@ -209,11 +212,7 @@ def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
 def correlation(task: tuple[float, Size, int]) -> list[dict[str, Any]]:
     """Random choices of one budget, scored with inherited weights, and after training each of them anew; one seed."""
     share, size, count = task
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    train, validation, _, classes = split(size, 0)
-    model = load(classes)
-    budget = int(share * sum(p.numel() for p in model.encoder.parameters()))
+    train, validation, _, model, budget = prepare(0, share, size)
     net = attach_supernet(model)
     fit(net, train, size.supernet_epochs, size.supernet_lr)
     drawn = glora.search.evolve(
