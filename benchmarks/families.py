@@ -6,10 +6,9 @@ plain torch; the step is compared with full fine-tuning of the same model, inter
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import glora
+from benchmarks.timing import interleaved
 from glora import GLoRAConfig
 
 Inputs = dict[str, Tensor]
@@ -111,11 +111,9 @@ def _linear_share(model: nn.Module) -> float:
     return planned.reach.share
 
 
-def _step(model: nn.Module, inputs: Inputs) -> float:
-    start = time.perf_counter()
+def _step(model: nn.Module, inputs: Inputs) -> None:
     output(model, inputs).float().square().mean().backward()
     model.zero_grad()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -136,8 +134,8 @@ def main() -> None:
             adapted = output(model, inputs)
             with glora.merged(model):
                 difference = (output(model, inputs) - adapted).abs().max() / adapted.abs().max()
-        times = [(_step(model, inputs), _step(full, inputs)) for _ in range(15)][3:]
-        ratio = statistics.median(ours / theirs for ours, theirs in times)
+        times = interleaved({"ours": partial(_step, model, inputs), "full": partial(_step, full, inputs)}, seconds=3.0)
+        _, ratio, _ = times["ours"].ratio(times["full"])
         with torch.no_grad():
             same = torch.equal(output(glora.remove(model), inputs), base)
         removed = "to the bit" if same else "NO"
