@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,7 @@ from tests.helpers.strategies import DTYPES, configs
 def attached(kind: Kind, config: GLoRAConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = kind.build().to(dtype)
-    config_with_bias = config if kind.bias else GLoRAConfig(**{**vars(config), "C": "none", "D": "none", "E": "none"})
-    return glora.apply(model, [kind.path], config_with_bias)
+    return glora.apply(model, [kind.path], config if kind.bias else replace(config, C="none", D="none", E="none"))
 
 
 def expected(kind: Kind, W0: Tensor, b0: Tensor | None, config: GLoRAConfig, given: dict[str, Tensor]) -> Any:
@@ -168,8 +169,6 @@ def test_a_plain_checkpoint_loads_while_a_kind_is_adapted(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_two_adapters_add_up_and_switch(kind: Kind) -> None:
     model = attached(kind, GLoRAConfig(init="random"))
-    base = kind.build()
-    del base
     config = GLoRAConfig.lora(init="random", rank=3)
     glora.apply(model, [kind.path], config, name="b")
     glora.activate(model, "default")
@@ -188,7 +187,7 @@ def test_two_adapters_add_up_and_switch(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.swept], ids=str)
 def test_convolutions_are_reached_by_name_alone(kind: Kind) -> None:
     model = nn.Sequential(kind.build(), nn.Linear(2, 2))
-    with pytest.warns(UserWarning, match=r"reaches \d+% of .* not reached: .*Conv") if _small(model) else _silent():
+    with pytest.warns(UserWarning, match=r"reaches \d+% of .* not reached: .*Conv") if _small(model) else nullcontext():
         glora.apply(model)
     assert {key.split(".")[0] for key in glora.state_dict(model)} == {"1"}
 
@@ -196,12 +195,6 @@ def test_convolutions_are_reached_by_name_alone(kind: Kind) -> None:
 def _small(model: nn.Module) -> bool:
     sizes = [p.numel() for p in model.parameters() if p.ndim > 1]
     return sizes[-1] < sum(sizes) / 2
-
-
-def _silent() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 @given(st.sampled_from(KINDS), st.sampled_from(["list", "regex", "predicate", "mapping"]))
