@@ -1,7 +1,8 @@
-"""A batch for four adapters and the base: `glora.route` beside PEFT's `adapter_names`, and one adapter for all."""
+"""A batch for several adapters and the base: `glora.route` beside PEFT's `adapter_names`, and one adapter for all."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,14 @@ from benchmarks import report
 from benchmarks.peers import peft_model
 from benchmarks.timing import interleaved
 
-NAMES = ["a", "b", "c", "d"]
 
-
-def subjects(width: int, batch: int, tokens: int, rank: int, device: str) -> dict[str, Callable[[], object]]:
+def subjects(
+    width: int, batch: int, tokens: int, adapters: int, rank: int, device: str
+) -> dict[str, Callable[[], object]]:
     """Name to a forward of three layers; each sample's adapter goes round."""
+    names = [f"adapter{number}" for number in range(adapters)]
     x = torch.randn(batch, tokens, width, device=device)
-    ours: list[str | None] = [[*NAMES, None][i % 5] for i in range(batch)]
+    ours: list[str | None] = [[*names, None][i % (adapters + 1)] for i in range(batch)]
     theirs = [name or "__base__" for name in ours]
     calls: dict[str, Callable[[], object]] = {}
     for label, config, peft_config in (
@@ -27,11 +29,11 @@ def subjects(width: int, batch: int, tokens: int, rank: int, device: str) -> dic
         ("GLoRA", glora.GLoRAConfig(rank=rank), "GloraConfig"),
     ):
         model: nn.Module = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
-        for name in NAMES:
+        for name in names:
             glora.apply(model, config=config, name=name)
         plain = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
         peer: Any = peft_model(plain, peft_config, rank, target_modules=["0", "1", "2"]).eval()
-        for name in NAMES:
+        for name in names:
             peer.add_adapter(name, peer.peft_config["default"])
 
         def routed(model: nn.Module = model) -> None:
@@ -52,15 +54,19 @@ def subjects(width: int, batch: int, tokens: int, rank: int, device: str) -> dic
 
 def main() -> None:
     options = report.start(report.options_of("route", __doc__))
-    width, batch, tokens, seconds = (256, 10, 8, 4.0) if options.quick else (1024, 20, 64, 40.0)
-    size = {"width": width, "batch": batch, "tokens": tokens, "rank": 8}
-    times = interleaved(subjects(**size, device=options.device), seconds=seconds, device=options.device)
+    width, batch, seconds = (256, 10, 2.0) if options.quick else (1024, 64, 20.0)
     rows: list[dict[str, Any]] = []
-    for name, timing in times.items():
-        _, ratio, _ = timing.ratio(times[f"PEFT {name.split()[1].rstrip(',')}, names"])
-        rows.append({**size, "call": name, "forward_ms": 1e3 * timing.median, "forward_to_PEFT": ratio})
-    title = f"a forward of 3 layers of {width}, batch {batch} x {tokens}, four adapters and the base, rank 8"
-    report.table(title, rows, leave_out=list(size))
+    for tokens, adapters in itertools.product([8] if options.quick else [64, 1], [4] if options.quick else [1, 4, 16]):
+        size = {"width": width, "batch": batch, "tokens": tokens, "adapters": adapters, "rank": 8}
+        times = interleaved(subjects(**size, device=options.device), seconds=seconds, device=options.device)
+        found: list[dict[str, Any]] = []
+        for name, timing in times.items():
+            low, ratio, high = timing.ratio(times[f"PEFT {name.split()[1].rstrip(',')}, names"])
+            row = {**size, "call": name, "forward_ms": 1e3 * timing.median}
+            found.append(row | {"forward_to_PEFT": ratio, "from": low, "to": high})
+        title = f"a forward of 3 layers of {width}, batch {batch} x {tokens}, {adapters} adapters and the base, rank 8"
+        report.table(title, found, leave_out=list(size))
+        rows += found
     report.write_csv(options.out / "route.csv", rows, options.about)
 
 

@@ -51,15 +51,15 @@ def linear(
     """
     rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
-    half, in_place = dtype in (torch.bfloat16, torch.float16), not _is_traced()
+    half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
     if inputs and not scales and not half:
-        scaled, inputs = rows * (1 + _total(inputs).squeeze(0)), []
+        scaled, inputs = rows * (1 + total_of(inputs).squeeze(0)), []
     else:  # in half precision a small change of the input would be rounded away
         scaled = rows
     if expanded:
         y = _expand(scaled, W0, scales)
     elif scales:
-        y = _scale_outputs(_product(scaled, W0, half), scales)
+        y = _scale_outputs(product(scaled, W0, half), scales)
     else:
         first, bias = (None, bias) if half else (bias, None)
         y = F.linear(scaled, W0, first)
@@ -105,22 +105,22 @@ def sort_paths(
 
 def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
     """What paths that scale the input's channels add to it, `(..., in)`."""
-    return (x * _total(paths).squeeze(0)).to(x.dtype)
+    return (x * total_of(paths).squeeze(0)).to(x.dtype)
 
 
-def _product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
-    """`x W0^T`, as it may be scaled."""
+def product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
+    """`x W0^T`, as it may be scaled: in half precision as a wide sum."""
     if not half:
         return F.linear(x, W0)
     # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away, for
     # all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
-    middle = x.shape[1] // 2
-    return _wide(F.linear(x[:, :middle], W0[:, :middle])) + F.linear(x[:, middle:], W0[:, middle:])
+    middle = x.shape[-1] // 2
+    return _wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
 
 
 def _scale_outputs(y: Tensor, scales: Sequence[Factors]) -> Tensor:
     """Outputs scaled by the sum of vectors `(out, 1)` and constants `(1,)`."""
-    return y * (1 + rearrange(_total(scales), "o ... -> (o ...)"))
+    return y * (1 + rearrange(total_of(scales), "o ... -> (o ...)"))
 
 
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
@@ -136,16 +136,21 @@ def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
 
 def _shift(x: Tensor, paths: Sequence[Factors], out_features: int) -> tuple[Tensor, Tensor]:
     """What paths B add to the output, `x B^T`, as factors of one thin product: `(tokens, r)` and `(out, r)`."""
+    left, right = shift_factors(paths, out_features, x.shape[1])
+    if x.dtype == torch.float16:  # the thin product may overflow where W' does not
+        return multiply(x, right.T), left
+    return _wide(F.linear(x, right.to(x.dtype))), left
+
+
+def shift_factors(paths: Sequence[Factors], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """What paths add to W0, as one pair of factors: `(out, r)` and `(r, in)`."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for path in paths:
         scaled = path.scaled()
         if isinstance(scaled, Tensor):  # a component of rank one
-            scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, x.shape[1])
+            scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, in_features)
         pairs.append(scaled)
-    left, right = join_factors([left for left, _ in pairs], 1), join_factors([right for _, right in pairs], 0)
-    if x.dtype == torch.float16:  # the thin product may overflow where W' does not
-        return multiply(x, right.T), left
-    return _wide(F.linear(x, right.to(x.dtype))), left
+    return join_factors([left for left, _ in pairs], 1), join_factors([right for _, right in pairs], 0)
 
 
 def join_factors(factors: Sequence[Tensor], dim: int) -> Tensor:
@@ -153,7 +158,7 @@ def join_factors(factors: Sequence[Tensor], dim: int) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(list(factors), dim)
 
 
-def _total(paths: Sequence[Factors]) -> Tensor:
+def total_of(paths: Sequence[Factors]) -> Tensor:
     """The sum of vectors or constants."""
     return reduce(add, [cast("Tensor", path.scaled()) for path in paths])
 
@@ -162,5 +167,6 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor))
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether a graph is compiled or torch.func transforms (Note [In place])."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore

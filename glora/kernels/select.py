@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.jit._trace import is_tracing
 
 from glora import functional
 from glora.functional import WeightFactors
-from glora.kernels import blockwise, factored
+from glora.kernels import blockwise, factored, samplewise
 from glora.matrices import CONV1D
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
@@ -101,6 +101,37 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     if kernel == "blockwise":
         return blockwise.linear(x, W0, bias, adapters, dtype)
     return factored.linear(x, W0, bias, adapters, dtype, expanded=kernel == "expanded")
+
+
+def takes_samples(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]], sizes: Sequence[int]) -> bool:
+    """Whether samples of several groups of adapters, so many each, can go through W0 together, without a W'."""
+    if x.is_nested or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
+        return False
+    rows = x.shape[0] // sum(sizes)
+    return not factored.is_traced() and all(
+        choose(x[: rows * size], W0, adapters) in ("factored", "expanded")
+        for adapters, size in zip(groups, sizes, strict=True)
+    )
+
+
+def linear_of_samples(
+    x: Tensor, W0: Tensor, biases: Sequence[Tensor | None], groups: Sequence[Sequence[WeightFactors]], owner: Tensor
+) -> Tensor:
+    """`linear` with other adapters for each sample, where `takes_samples`.
+
+    Args:
+        x: `(samples, ..., in)`, or `(samples * rows, in)`, one sample's rows after the other's.
+        W0: frozen weight, `(out, in)`.
+        biases: for each group the adapted bias, `(out,)`, or None.
+        groups: for each group the paths of the adapters that act.
+        owner: `(samples,)`, the number of each sample's group.
+
+    Returns:
+        As `linear`.
+    """
+    rows, dtype = x.reshape(len(owner), -1, W0.shape[1]), cast("torch.dtype", result_dtype(x, W0))
+    y = samplewise.linear(rows, W0, biases, groups, owner.to(x.device), dtype)
+    return y.reshape(*x.shape[:-1], W0.shape[0])
 
 
 def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -160,14 +160,14 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
+    own, at_once = cast("tuple[Any, Any]", (reading_once(base.forward), None))
     if select.has_linear_forward(base):
-        own: Any = _linear_forward(TRANSPOSED if is_transposed_linear(base) else LINEAR)
-    else:
-        own = reading_once(base.forward)
+        matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
+        own, at_once = _linear_forward(matrix), _linear_at_once(matrix)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return routed.call(self, own, args, kwargs) if routed.open_covers else own(self, *args, **kwargs)
+        return routed.call(self, own, at_once, args, kwargs) if routed.open_covers else own(self, *args, **kwargs)
 
     Parametrized.forward = forward
     Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
@@ -191,14 +191,40 @@ def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
                 f"else give the model memory first (to_empty, and load)."
             )
         bias = _tensor(self, stacks, "bias", scales, dropout)
-        stack, placed = stacks.get("weight"), self._parameters.get("weight")
-        store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
-        if not isinstance(store, Weight) or store.matrix.pattern != matrix.pattern:
+        stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
+        if store is None:
             W = cast("Tensor", _tensor(self, stacks, "weight", scales, dropout))
             return F.linear(input, matrix.read(W), bias)
         return select.linear(input, matrix.read(cast("Any", stack).original), bias, store.factors(scales, dropout))
 
     return forward
+
+
+def _linear_at_once(matrix: Matrix) -> Callable[..., Tensor | None]:
+    """The same forward for samples of several adapters; None where it has to be run for one adapter after the other."""
+
+    def forward(
+        self: nn.Module, input: Tensor, *, acting: Sequence[Scales], sizes: Sequence[int], owner: Tensor
+    ) -> Tensor | None:
+        stacks, dropout = live_stacks(self), self.training
+        stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
+        if store is None:
+            return None
+        W0 = matrix.read(cast("Any", stack).original)
+        groups = [store.factors(scales, dropout) for scales in acting]
+        if not select.takes_samples(input, W0, groups, sizes):
+            return None
+        biases = [_tensor(self, stacks, "bias", scales, dropout) for scales in acting]
+        return select.linear_of_samples(input, W0, biases, groups, owner)
+
+    return forward
+
+
+def _weight_alone(module: nn.Module, stacks: Stacks, matrix: Matrix) -> Weight | None:
+    """What adapts the weight, where it is all that computes the weight and sees it as this matrix."""
+    stack, placed = stacks.get("weight"), module._parameters.get("weight")
+    store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
+    return store if isinstance(store, Weight) and store.matrix.pattern == matrix.pattern else None
 
 
 def _scales(module: nn.Module, stacks: Stacks) -> Scales:

@@ -102,12 +102,21 @@ def scales_of(module: nn.Module, active: Scales) -> Scales:
     return cover.scales
 
 
-def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`forward(module, *args, **kwargs)`, split where a route covers the module."""
+def _call(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    at_once: Callable[..., Tensor | None] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`forward(module, *args, **kwargs)`, split where a route covers the module.
+
+    `at_once`, where the module has one, is asked first: it runs all samples together, or gives None.
+    """
     cover = cover_of(module)
     if cover is None or cover.scales is not None or cover.routing is None:
         return forward(module, *args, **kwargs)
-    return cover.routing.call(module, cover, forward, args, kwargs)
+    return cover.routing.call(module, cover, forward, at_once, args, kwargs)
 
 
 # Not compiled: which samples go where is data of each call.
@@ -135,21 +144,35 @@ class Routing:
         order = [index for group in self.groups.values() for index in group]
         self.in_order = order == sorted(order)
         self.back = torch.tensor(order).argsort()
+        numbers = {name: number for number, name in enumerate(self.groups)}
+        self.owner = torch.tensor([numbers[name] for name in self.names])  # each sample's group
         self.checkpoints = _checkpoint_frames()
         self.grad = torch.is_grad_enabled()
 
     def call(
-        self, module: nn.Module, cover: Cover, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        module: nn.Module,
+        cover: Cover,
+        forward: Callable[..., Any],
+        at_once: Callable[..., Tensor | None] | None,
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
         path = cover.paths[id(module)]
         rows = self._rows(path, (args, kwargs))
         there = {name for store in adapters_of(module).values() for name in store.parts()}
+        gone = [name for name in self.groups if name in self.known[id(module)] and name not in there]
+        if gone:
+            raise RuntimeError(f"{gone[0]!r} was deleted from {path!r} while a glora.route sends samples through it.")
+        acting: list[Scales] = [{} if name is None else {name: _ONE} for name in self.groups]
+        if at_once is not None and self.dim == 0 and len(self.groups) > 1:
+            sizes = [len(group) for group in self.groups.values()]
+            whole = at_once(module, *args, **kwargs, acting=acting, sizes=sizes, owner=self.owner)
+            if whole is not None:
+                return whole
         results: list[Any] = []
-        for name, group in self.groups.items():
-            if name in self.known[id(module)] and name not in there:
-                raise RuntimeError(f"{name!r} was deleted from {path!r} while a glora.route sends samples through it.")
-            scales = {} if name is None else {name: _ONE}
+        for group, scales in zip(self.groups.values(), acting, strict=True):
             given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group, rows)
             with covered(Cover(cover.paths, None, scales)):
                 results.append(forward(module, *given, **named))

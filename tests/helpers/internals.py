@@ -28,6 +28,7 @@ __all__ = [
     "interrupted_before",
     "is_unsupported",
     "kernels_taken",
+    "masked_tokens",
     "merge_files",
     "save_instead",
     "sum_of_contents",
@@ -66,6 +67,11 @@ def kernels_taken() -> Generator[list[Kernel]]:
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
     """How many entries of W' the blockwise kernel computes at a time."""
     return mock.patch("glora.kernels.blockwise.CPU_BLOCK", entries)
+
+
+def masked_tokens(most: int) -> AbstractContextManager[Any]:
+    """Up to how many tokens of a sample times groups a route multiplies by all groups' factors."""
+    return mock.patch("glora.kernels.samplewise.MASKED", most)
 
 
 def entries_of_a_wide_block(entries: int) -> AbstractContextManager[Any]:
