@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from glora.quantised import is_quantised, rows
+
 Fingerprint: TypeAlias = tuple[float, ...]
 """The Frobenius norm, and a sum weighted by position for each pair of `_ANGLES`."""
 
@@ -33,26 +35,29 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
 
     Returns:
         The norm and three sums; None for what has no numbers to sum, or not here: a tensor on the meta device, empty,
-        of a subclass (sharded, quantised), of no floating dtype, or not finite.
+        of a subclass (sharded) that is not quantised, of no floating dtype, or not finite. Of a quantised tensor: that
+        of the numbers it stands for.
 
     Example:
         >>> fingerprint(torch.eye(2))
         (1.41421, 0.775155, 1.27201, 0.646835)
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
+    quantised = is_quantised(tensor)
+    if (type(tensor) not in (Tensor, nn.Parameter) and not quantised) or tensor.is_meta or not tensor.numel():
         return None
     if not tensor.is_floating_point():
         return None
     # Not every other device has float64 (Apple's has not).
     device = tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
-    matrix = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
-    rows, columns = matrix.shape
+    matrix = tensor.detach()
+    matrix = matrix if quantised else matrix.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    count, columns = matrix.shape
     angles = torch.tensor(_ANGLES, dtype=torch.float64, device=device)
     right = torch.outer(_positions(0, columns, device), angles[:, 1]).cos()  # (columns, 3)
     square, sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(angles[:, 0])
     step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        block = matrix[start : start + step].to(device, torch.float64)
+    for start in range(0, count, step):
+        block = rows(matrix, slice(start, min(start + step, count))).to(device, torch.float64)
         left = torch.outer(_positions(start, start + len(block), device), angles[:, 0]).cos()  # (rows, 3)
         square += torch.dot(block.reshape(-1), block.reshape(-1))
         sums += (left * (block @ right)).sum(0)

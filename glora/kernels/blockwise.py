@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glora import functional
 from glora.functional import WeightFactors
+from glora.kernels import frozen
 from glora.kernels.factored import join_factors, scaled_inputs, sort_paths
+from glora.kernels.frozen import blocks
+from glora.quantised import dense, rows
 
 # Note [Blocks]
 # The gradient of a factor of an elementwise A needs dW' = g^T x entry by entry, so that A cannot be taken apart into
@@ -26,10 +28,9 @@ from glora.kernels.factored import join_factors, scaled_inputs, sort_paths
 # In half precision (and under half autocast) rounding W' would lose small updates: the update goes through a product of
 # its own, beside x W0^T, and is added in float32. That is the fourth product of a step; the backward pass uses W'.
 #
-# A block has about CPU_BLOCK or CUDA_BLOCK entries. At 2048 x 2048, 1024 tokens, float32, on two cores, a step was
-# timed with blocks of 2^19, 2^20, 2^21: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for
-# dW' suffers (it packs all of x for each of them); above there is little to gain, and memory to lose.
-CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
+# `frozen.blocks` gives them. At 2048 x 2048, 1024 tokens, float32, on two cores, a step was timed with blocks of 2^19,
+# 2^20, 2^21 entries: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for dW' suffers (it packs
+# all of x for each of them); above there is little to gain, and memory to lose.
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors], dtype: torch.dtype) -> Tensor:
@@ -54,7 +55,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     apply: Any = _Blocked.apply  # pyright: ignore - torch leaves it untyped
     flat = cast("Tensor", apply(x.reshape(-1, W0.shape[1]), W0, bias, dtype, len(A), *tensors))
     y = flat.reshape(*x.shape[:-1], W0.shape[0])
-    return (y + F.linear(scaled_inputs(x, inputs), W0)).to(dtype) if inputs else y
+    return (y + frozen.linear(scaled_inputs(x, inputs), W0)).to(dtype) if inputs else y
 
 
 class _Blocked(torch.autograd.Function):
@@ -64,18 +65,18 @@ class _Blocked(torch.autograd.Function):
         x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, count: int, *tensors: Tensor | None
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.to(dtype)
+            tokens = x.to(dtype)
             A, B = _fold(W0, count, tensors)
-            y = rows.new_empty(rows.shape[0], W0.shape[0])
-            for block in _blocks(W0):
-                W = W0[block]
+            y = tokens.new_empty(tokens.shape[0], W0.shape[0])
+            for block in blocks(W0):
+                W = rows(W0, block)
                 if dtype in (torch.bfloat16, torch.float16):
-                    beside = (rows @ W.to(dtype).T).float() + rows @ _update(W, A, B, block, one=False).to(dtype).T
+                    beside = (tokens @ W.to(dtype).T).float() + tokens @ _update(W, A, B, block, one=False).to(dtype).T
                     y[:, block] = beside if bias is None else beside + bias[block]
                 elif bias is None:
-                    torch.mm(rows, _weight(W, A, B, block).T, out=y[:, block])
+                    torch.mm(tokens, _weight(W, A, B, block).to(dtype).T, out=y[:, block])
                 else:
-                    torch.addmm(bias[block], rows, _weight(W, A, B, block).T, out=y[:, block])
+                    torch.addmm(bias[block].to(dtype), tokens, _weight(W, A, B, block).to(dtype).T, out=y[:, block])
             return y
 
     @staticmethod
@@ -94,18 +95,18 @@ class _Blocked(torch.autograd.Function):
         x, W0, *tensors = ctx.saved_tensors
         with torch.autocast(W0.device.type, enabled=False):
             g = grads[0].to(ctx.dtype)
-            rows = None if x is None else x.to(ctx.dtype)
+            tokens = None if x is None else x.to(ctx.dtype)
             A, B = _fold(W0, ctx.count, tensors)
             dA, dB = ([torch.zeros_like(factor) for factor in pair] for pair in (A, B))
             # In half precision the blocks' shares are added up in float32, however many there are.
             wide = functional.working_dtype(g)
             dx = g.new_empty(ctx.x_shape[0], dtype=wide) if ctx.needs_input_grad[0] else None
-            for block in _blocks(W0):
-                W = W0[block]
+            for block in blocks(W0):
+                W = rows(W0, block)
                 if dx is not None:
                     _add_product(dx, g[:, block], _weight(W, A, B, block).to(ctx.dtype), first=block.start == 0)
-                if rows is not None:
-                    dW = (g[:, block].T @ rows).to(A[0].dtype)
+                if tokens is not None:
+                    dW = (g[:, block].T @ tokens).to(A[0].dtype)
                     if B[0].shape[1]:
                         dB[0][block] = dW @ B[1].T
                         dB[1].addmm_(B[0][block].T, dW)
@@ -113,7 +114,7 @@ class _Blocked(torch.autograd.Function):
                     dA[0][block] = dW @ A[1].T
                     dA[1].addmm_(A[0][block].T, dW)
             dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-            dfactors = _unfold(ctx.count, tensors, dA, dB) if rows is not None else [None] * len(tensors)
+            dfactors = _unfold(ctx.count, tensors, dA, dB) if tokens is not None else [None] * len(tensors)
         return (None if dx is None else dx.to(ctx.x_shape[1]), None, dbias, None, None, *dfactors)
 
 
@@ -128,13 +129,13 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
     with torch.enable_grad(), torch.autocast(g.device.type, enabled=False):
         x, W0, *tensors = ctx.saved_tensors
         if x is None:  # the gradient of x does not depend on x
-            x = W0.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
+            x = g.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
         # Aliases: x may itself come from a factor, through an earlier layer, and that path is not this function's.
         aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *tensors)]
         x, *tensors = aliases
         A, B = _fold(W0, ctx.count, tensors)
         shift = (B[0], B[1]) if B[0].shape[1] else None
-        W = cast("Tensor", functional.weight_update(W0, (A[0], A[1]), shift)).to(W0.dtype)
+        W = cast("Tensor", functional.weight_update(dense(W0), (A[0], A[1]), shift)).to(W0.dtype)
         y = x.to(ctx.dtype) @ W.to(ctx.dtype).T
         wanted = [i for i in (0, *range(5, len(ctx.needs_input_grad))) if ctx.needs_input_grad[i]]
         sources = [x if i == 0 else tensors[i - 5] for i in wanted]
@@ -142,13 +143,6 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
         found = dict(zip(wanted, grads, strict=True))
         dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return (found.get(0), None, dbias, None, None, *(found.get(i) for i in range(5, len(ctx.needs_input_grad))))
-
-
-def _blocks(W0: Tensor) -> list[slice]:
-    out_features, in_features = W0.shape
-    most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
-    step = -(-out_features // -(-out_features // most))  # of equal size: a small block costs more than its share
-    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
 def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice, *, one: bool) -> Tensor:
@@ -183,7 +177,9 @@ def _fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
     """
     out_features, in_features = W0.shape
     wide = functional.working_dtype(W0, *tensors[::3])
-    column, row = W0.new_ones(out_features, 1, dtype=wide), W0.new_ones(1, in_features, dtype=wide)
+    device = W0.device
+    column = torch.ones(out_features, 1, dtype=wide, device=device)
+    row = torch.ones(1, in_features, dtype=wide, device=device)
     sides: list[list[list[Tensor]]] = [[[], []], [[], []]]
     for number in range(len(tensors) // 3):
         left, right, scale = tensors[3 * number : 3 * number + 3]

@@ -13,6 +13,8 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from glora.functional import Factors, WeightFactors, multiply, working_dtype
+from glora.kernels import frozen
+from glora.quantised import is_quantised
 
 # torch.compile guards on the table of the types that einops has met: fill it before anything is compiled.
 for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
@@ -62,9 +64,9 @@ def linear(
         y = _scale_outputs(product(scaled, W0, half), scales)
     else:
         first, bias = (None, bias) if half else (bias, None)
-        y = F.linear(scaled, W0, first)
+        y = frozen.linear(scaled, W0, first)
     # Term by term in float32 at least, and rounded once: a small update beside a large y.
-    for term in (bias, F.linear(scaled_inputs(rows, inputs), W0) if inputs else None):
+    for term in (bias, frozen.linear(scaled_inputs(rows, inputs), W0) if inputs else None):
         if term is not None:
             y = y.add_(term) if in_place and y.dtype == working_dtype(y, term) else y + _wide(term)
     if shifts:
@@ -93,7 +95,7 @@ def sort_paths(
                 if dtype == torch.float16:  # whose range `W0 L` may leave where `W0 L R` does not
                     largest = left.detach().abs().amax()
                     size = torch.where(largest > 0, largest, 1.0)
-                shifts.append(Factors((W0 @ (left / size).to(W0.dtype), right), size))
+                shifts.append(Factors((frozen.thin_product(W0, left / size), right), size))
             elif isinstance(A.tensors, Tensor) and product == "matmul" and A.tensors.ndim > 1:
                 inputs.append(A)
             else:
@@ -111,9 +113,12 @@ def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
 def product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
     """`x W0^T`, as it may be scaled: in half precision as a wide sum."""
     if not half:
-        return F.linear(x, W0)
+        return frozen.linear(x, W0)
     # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away, for
     # all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
+    if is_quantised(W0):  # whose columns cannot be cut anywhere
+        first = x * (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2)
+        return _wide(frozen.linear(first, W0)) + frozen.linear(x - first, W0)
     middle = x.shape[-1] // 2
     return _wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
 
@@ -126,7 +131,9 @@ def _scale_outputs(y: Tensor, scales: Sequence[Factors]) -> Tensor:
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
     pairs = [path.scaled() for path in scales if isinstance(path.tensors, tuple)]
     left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 0)
-    copies = F.linear(torch.cat([x.unsqueeze(1), x.unsqueeze(1) * right.to(x.dtype)], 1), W0)  # (tokens, 1 + r, out)
+    copies = frozen.linear(
+        torch.cat([x.unsqueeze(1), x.unsqueeze(1) * right.to(x.dtype)], 1), W0
+    )  # (tokens, 1 + r, out)
     y, copied = _wide(copies[:, 0]), _wide(copies[:, 1:])
     vectors = [path for path in scales if isinstance(path.tensors, Tensor)]
     if vectors:

@@ -9,13 +9,14 @@ from typing import Literal, TypeAlias, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored, samplewise
+from glora.kernels.frozen import in_transform
 from glora.matrices import CONV1D
+from glora.quantised import dense, is_quantised
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 
@@ -91,13 +92,13 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
         RuntimeError: what `torch.nn.functional.linear` raises for a wrong input.
     """
     if x.is_nested:  # before its shape is asked for, which not every nested tensor has
-        return F.linear(x, functional.adapted_weight(W0, adapters), bias)
+        return _dense(x, W0, bias, adapters)
     dtype = result_dtype(x, W0)
     if dtype is None or x.shape[-1] != W0.shape[1] or not adapters:
         return F.linear(x, W0, bias)  # the base layer; or it raises as nn.Linear does
     kernel = choose(x, W0, adapters)
     if kernel == "dense":
-        return F.linear(x, functional.adapted_weight(W0, adapters), bias)
+        return _dense(x, W0, bias, adapters)
     if kernel == "blockwise":
         return blockwise.linear(x, W0, bias, adapters, dtype)
     return factored.linear(x, W0, bias, adapters, dtype, expanded=kernel == "expanded")
@@ -105,7 +106,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 
 def takes_samples(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]], sizes: Sequence[int]) -> bool:
     """Whether samples of several groups of adapters, so many each, can go through W0 together, without a W'."""
-    if x.is_nested or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
+    if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
         return False
     rows = x.shape[0] // sum(sizes)
     return not factored.is_traced() and all(
@@ -136,7 +137,7 @@ def linear_of_samples(
 
 def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     """The kernel for these paths and this input (Note [Kernels])."""
-    if _forced == "dense" or W0.requires_grad or type(W0) not in (nn.Parameter, Tensor):
+    if _forced == "dense" or W0.requires_grad or not (type(W0) in (nn.Parameter, Tensor) or is_quantised(W0)):
         return "dense"
     rank = 0  # of all elementwise A together
     for A, _, product in adapters:
@@ -144,7 +145,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    if _in_transform() or is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+    if in_transform() or is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"
@@ -154,6 +155,13 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     return "expanded" if tokens * (rank + 1) <= EXPANDED_ROWS else "blockwise"
 
 
+def _dense(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors]) -> Tensor:
+    weight = functional.adapted_weight(dense(W0), adapters)
+    if is_quantised(W0):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 def result_dtype(x: Tensor, W0: Tensor) -> torch.dtype | None:
     """The dtype of `F.linear(x, W0)`; None where it raises, since theirs differ."""
     dtypes = x.dtype, W0.dtype
@@ -161,11 +169,4 @@ def result_dtype(x: Tensor, W0: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)  # for every floating dtype but float64
         dtypes = tuple(half if t.is_floating_point() and t.dtype != torch.float64 else t.dtype for t in (x, W0))
-    return dtypes[0] if dtypes[0] == dtypes[1] else None
-
-
-def _in_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which blocks have no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore
+    return dtypes[0] if dtypes[0] == dtypes[1] or is_quantised(W0) else None  # some of which take any x

@@ -23,9 +23,7 @@ from glora.layer.parametrization import (
     Scales,
     Stacks,
     Weight,
-    adapters_of,
     biases_of,
-    has_adapted_class,
     live_stacks,
 )
 from glora.layer.reading import once, reading_once
@@ -66,30 +64,6 @@ def adapted_class(module: nn.Module) -> type[nn.Module]:
     if found is None:
         found = _classes[base] = _make_class(base)
     return found
-
-
-def register(module: nn.Module, name: str, store: Adapters) -> None:
-    """Put adapters on a tensor of a module, as torch's `register_parametrization` does; takes no memory of its size."""
-    adapted = adapted_class(module)
-    lists = module._modules.get("parametrizations")
-    lists = nn.ModuleDict() if lists is None else cast("nn.ModuleDict", lists)
-    place = cast("dict[str, Tensor | None]", module._parameters if name in module._parameters else module._buffers)
-    # unsafe: torch would otherwise compute the tensor once, to check a dtype that we know.
-    lists[name] = parametrize.ParametrizationList([store], cast("Tensor", place[name]), unsafe=True)
-    own = [*module._parameters, *module._buffers]
-    lists._modules = dict(sorted(lists._modules.items(), key=lambda item: own.index(item[0])))
-    # In this order, since a forward pass may be under way (Note [Never torn]).
-    module._modules["parametrizations"] = lists
-    module.__class__ = adapted if not has_adapted_class(module) else type(module)
-    place[name] = None
-
-
-def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
-    """Take the adapters off a tensor: its computed value stays (`keep_value`), or the original, by torch's own call."""
-    store = adapters_of(module)[name]
-    parametrize.remove_parametrizations(module, name, leave_parametrized=keep_value)
-    if isinstance(store, Bias) and store.created and not keep_value:
-        module.register_parameter(name, None)
 
 
 def read(module: nn.Module, name: str) -> Tensor:
@@ -322,6 +296,6 @@ def _assign(module: nn.Module, name: str, value: object) -> None:
         return
     raise RuntimeError(
         f"`{name}` of this {type(module).__name__} is computed from glora adapters and cannot be assigned (as tying "
-        f"weights does). Assign before glora.apply, or after glora.merge(model) or glora.remove(model); the frozen "
-        f"tensor itself is `parametrizations.{name}.original`."
+        f"and quantising do). Assign before glora.apply, or after glora.merge(model) or glora.remove(model); the "
+        f"frozen tensor itself is `parametrizations.{name}.original`."
     )

@@ -17,9 +17,11 @@ from torch.nn.utils import parametrize
 from glora import functional
 from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors, working_dtype
+from glora.kernels.frozen import thin_product
 from glora.kernels.matvec import wide_matvec
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
+from glora.quantised import dense, is_quantised
 
 Scales: TypeAlias = Mapping[str, Tensor]
 """Adapter name to scale: the adapters that act."""
@@ -148,7 +150,7 @@ class Weight(Adapters):
         """The adapted weight, of W0's shape and dtype; W0 itself where no adapter acts."""
         factors, matrix = self.factors(self.acting.scales if scales is None else scales, dropout), self.matrix
         if matrix.is_plain:
-            return functional.adapted_weight(W0, factors)
+            return functional.adapted_weight(dense(W0) if factors else W0, factors)
         read = matrix.read(W0)
         updates = [u.expand_as(read) for u in functional.weight_updates(read, factors) if u is not None]
         return functional.add(W0, [matrix.write(update, W0) for update in updates])
@@ -218,6 +220,8 @@ class Bias(Adapters):
 
 
 def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    if is_quantised(W0):
+        return thin_product(W0, functional.whole(C)).squeeze(1)
     if W0.dtype in (torch.float32, torch.float64) or W0.ndim > 2:
         return functional.prompted(W0, C)
     return wide_matvec(W0, functional.whole(C).squeeze(1))  # Note [No wide copy]

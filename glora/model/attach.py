@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.layer.adapted import adapted_class, register
+from glora.layer.adapted import adapted_class
 from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Bias, Paths, Weight, adapters_of
+from glora.layer.registration import register
 from glora.matrices import Matrix
 from glora.model import freezing
 from glora.model.adapters import set_scales

@@ -17,11 +17,14 @@ from glora.layer.heads import Head
 from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
+from glora.quantised import is_quantised, rows
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
 
+# What torchao's tensors call what they do to their inputs.
+_ON_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +49,11 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
-        if is_traceable_wrapper_subclass(tensor):
+        if is_quantised(tensor):
+            reason = _unsupported_quantised(at, name, tensor)
+            if reason is not None:
+                return f"its {name} is quantised (a {type(tensor).__name__}), and {reason}"
+        elif is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
@@ -75,6 +82,27 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     if config.rank_dropout and (own_forward or never_called):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
+
+
+def _unsupported_quantised(at: NamedMatrix, name: str, tensor: Tensor) -> str | None:
+    """Why this quantised tensor cannot take paths, and what to do about it; None if it can (Note [Quantised])."""
+    if name != at.matrix.weight or not at.matrix.is_linear:
+        return "a linear layer's `weight` is all that can be; leave it out with exclude=."
+    if not has_linear_forward(parametrize.type_before_parametrizations(at.module)):
+        return "the layer's forward is its own, where nn.Linear's is needed; leave it out with exclude=."
+    inputs = next((name for name in _ON_INPUTS if getattr(tensor, name, None) is not None), None)
+    if inputs is not None:
+        return f"it quantises or rescales its inputs too ({inputs}), where W0 alone may be; quantise weights only."
+    if tensor.is_meta:
+        return None
+    try:
+        found = rows(tensor.detach(), slice(0, 1)).shape
+    except Exception as error:
+        return (
+            f"a block of its rows cannot be dequantised ({type(error).__name__}: {str(error)[:100]}); quantise to a "
+            f"kind that can be cut, as torchao's Int8WeightOnlyConfig and IntxWeightOnlyConfig make."
+        )
+    return None if found == (1, tensor.shape[1]) else f"its first row dequantises to the shape {tuple(found)}."
 
 
 def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
@@ -199,7 +227,7 @@ def refuse_stacked(modules: list[NamedModule]) -> None:
             continue
         sharded = named.module not in stashed and not has_adapted_class(named.module)
         for name, stack in stacks_of(named.module).items():
-            if sharded or is_traceable_wrapper_subclass(stack.original):
+            if sharded or (is_traceable_wrapper_subclass(stack.original) and not is_quantised(stack.original)):
                 raise RuntimeError(
                     f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
                     f"sharded (a {type(stack.original).__name__}). Save the adapter from all ranks, glora.save(model, "

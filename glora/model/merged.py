@@ -9,18 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from glora.layer.adapted import read, unregister
+from glora.layer.adapted import read
 from glora.layer.heads import Head
 from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
+from glora.layer.registration import unregister
 from glora.model import freezing
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
 from glora.model.exports import stop_watching, warn_of_created_biases
 from glora.model.modules import Model, NamedModule, named_modules
+from glora.quantised import is_quantised
 from glora.text import quote_names
 
 
-def merge(model: Model) -> Model:
+def merge(model: Model, *, dequantize: bool = False) -> Model:
     """Bake the active adapters in: plain layers again, with W' and b' for weights and no cost at inference.
 
     The same as torch's `parametrize.remove_parametrizations` on every adapted tensor, after a check of all of them.
@@ -29,12 +31,14 @@ def merge(model: Model) -> Model:
 
     Args:
         model: the model, or a part of it.
+        dequantize: where an adapter acts on a quantised weight, leave W' of the dequantised W0, a new float Parameter.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a W' or b' that is not finite after its rounding. Nothing has changed then.
+        ValueError: a W' or b' that is not finite after its rounding; an adapter that acts on a quantised weight, unless
+            `dequantize`. Nothing has changed then.
         RuntimeError: inside `glora.merged` or `glora.route`, or another parametrization stacked on an adapter.
 
     Warns:
@@ -52,7 +56,13 @@ def merge(model: Model) -> Model:
         True
     """
     refuse_while_swapped(model)
-    modules = _mergeable_modules(model)
+    modules = _mergeable_modules(
+        model,
+        "Pass dequantize=True to get float weights (quantise them again then), or go on without a merge: the model "
+        "runs, trains and saves as it is."
+        if not dequantize
+        else None,
+    )
     dropped = sorted({name for n in modules if n.adapters for name in n.adapter_names - set(n.acting.scales)})
     if dropped:  # before anything changes: a warning may be an error
         warnings.warn(
@@ -90,7 +100,7 @@ def merged(model: Model) -> Generator[Model]:
         The model.
 
     Raises:
-        ValueError: as `glora.merge`; nothing has changed then.
+        ValueError: as `glora.merge`, for quantised weights always; nothing has changed then.
         RuntimeError: inside `glora.route`, or another parametrization stacked on an adapter.
 
     Example:
@@ -101,7 +111,11 @@ def merged(model: Model) -> Generator[Model]:
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     refuse_while_routed(model)
-    modules = _mergeable_modules(model)
+    modules = _mergeable_modules(
+        model,
+        "Run the model as it is: adapters on quantised weights need no merge; or glora.merge(copy.deepcopy(model), "
+        "dequantize=True).",
+    )
     with torch.inference_mode(False), torch.no_grad():
         # All memory is taken before the first module is swapped.
         carriers = [named.module for named in modules if named.adapters and named.module not in stashed]
@@ -122,10 +136,14 @@ def _restore(carriers: list[nn.Module]) -> None:
         restore(module)
 
 
-def _mergeable_modules(model: nn.Module) -> list[NamedModule]:
+def _mergeable_modules(model: nn.Module, if_quantised: str | None) -> list[NamedModule]:
     """The model's modules; raise unless every merged tensor is finite and ours alone to merge.
 
     Each is computed, looked at and dropped.
+
+    Args:
+        model: the model.
+        if_quantised: what to do instead where W0 is quantised; None to allow it.
     """
     modules = named_modules(model)
     refuse_stacked(modules)
@@ -136,6 +154,12 @@ def _mergeable_modules(model: nn.Module) -> list[NamedModule]:
         for name, store in named.adapters.items():
             if isinstance(store, Head) or not store.is_active():
                 continue
+            if if_quantised is not None and is_quantised(named.tensors[name]):
+                raise ValueError(
+                    f"W' of a quantised W0 has no quantised form; `{name}` of {named.path or 'the model itself'!r} is "
+                    f"quantised ({type(named.tensors[name]).__name__}), and an adapter acts on it. Nothing was merged. "
+                    f"{if_quantised}"
+                )
             if (id(named.module), name) in ties:
                 raise ValueError(
                     f"A merge must change adapted layers alone; `{name}` of {named.path or 'the model itself'!r} is "

@@ -66,7 +66,7 @@ def kernels_taken() -> Generator[list[Kernel]]:
 
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
     """How many entries of W' the blockwise kernel computes at a time."""
-    return mock.patch("glora.kernels.blockwise.CPU_BLOCK", entries)
+    return mock.patch("glora.kernels.frozen.CPU_BLOCK", entries)
 
 
 def masked_tokens(most: int) -> AbstractContextManager[Any]:
