@@ -42,13 +42,22 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
             "accelerate has offloaded its weights; take that off (accelerate.hooks.remove_hook_from_submodules), "
             "attach or load, and offload then, with preload_module_classes=['ParametrizedLinear']."
         )
+    kind = parametrize.type_before_parametrizations(layer)
+    if kind.__module__.startswith("bitsandbytes."):
+        return (
+            f"it is bitsandbytes' {kind.__name__}, whose weight means nothing without the state that its own forward "
+            f"keeps; quantise with torchao (Int8WeightOnlyConfig, IntxWeightOnlyConfig), or adapt a float copy."
+        )
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             return f"its {name} is lazy; run one batch through the model first."
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
-            return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
+            return (
+                f"its {name} is {tensor.dtype}, which says nothing of scales (or is complex); quantise with torchao, "
+                f"whose tensors know theirs, or adapt a float copy of the layer."
+            )
         if is_quantised(tensor):
             reason = _unsupported_quantised(at, name, tensor)
             if reason is not None:
@@ -76,7 +85,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
             "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
             "remove those of the bias too."
         )
-    own_forward = not has_linear_forward(parametrize.type_before_parametrizations(layer)) or "forward" in vars(layer)
+    own_forward = not has_linear_forward(kind) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
     never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if config.rank_dropout and (own_forward or never_called):

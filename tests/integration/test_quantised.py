@@ -33,8 +33,6 @@ def config_of(kind: str) -> Any:
         "int4 in groups": lambda: ao.IntxWeightOnlyConfig(
             weight_dtype=torch.int4, granularity=granularity.PerGroup(32)
         ),
-            weight_dtype=torch.int4, granularity=granularity.PerGroup(32)
-        ),
         "float8": lambda: ao.Float8WeightOnlyConfig(),
         "int8, inputs too": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
     }[kind]()
@@ -131,3 +129,20 @@ def test_quantised_after_a_merge_and_not_while_attached() -> None:
     quantise(glora.merge(model), "int8")
     torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
     assert type(model[0].weight) is not nn.Parameter
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_bitsandbytes_is_refused_by_name(kind: str) -> None:
+    library: Any = pytest.importorskip("bitsandbytes")
+    options: dict[str, Any] = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    layer = getattr(library.nn, kind)(64, 32, **options)
+    for state in ("before it is quantised", "quantised", "used"):
+        if state == "quantised":
+            layer.to("cpu")
+        elif state == "used":
+            layer(torch.randn(3, 64))
+        for config in (RANDOM, GLoRAConfig.bitfit()):
+            with pytest.raises(ValueError, match=f"it is bitsandbytes' {kind}, .*quantise with torchao"):
+                glora.apply(nn.Sequential(layer), ["0"], config)
+    model = nn.Sequential(layer, nn.Linear(32, 4))
+    assert [row.path for row in glora.plan(model).skipped] == ["0"]

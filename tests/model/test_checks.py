@@ -64,8 +64,8 @@ def pruned_bias(model: Pair) -> None:
 
 UNFIT: dict[Callable[[Pair], None], str] = {
     lazy: "lazy.*run one batch",
-    integers: "int8.*quantised.*float copy",
-    eight_bit_floats: "float8.*quantised.*float copy",
+    integers: "int8.*quantise with torchao.*float copy",
+    eight_bit_floats: "float8.*quantise with torchao.*float copy",
     wrapped_tensor: "TwoTensor.*attach to a float copy",
     weight_norm: "parametrized by something else.*remove",
     older_weight_norm: "weight_norm.*undo",
