@@ -35,3 +35,8 @@ def rows(tensor: Tensor, block: slice) -> Tensor:
 def is_whole(tensor: Tensor, block: slice) -> bool:
     """Whether a block of rows is all of them."""
     return (block.start, block.stop) == (0, len(tensor))
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The plain tensor whose memory is the tensor's own: one that holds the numbers, where it is quantised."""
+    return getattr(tensor, cast("Any", tensor).__tensor_flatten__()[0][0]) if is_quantised(tensor) else tensor

@@ -145,6 +145,33 @@ def test_a_merge_is_refused_unless_it_may_dequantise() -> None:
     assert model[0].parametrizations.weight.original is W0
 
 
+def test_a_merge_while_a_graph_holds_the_weight() -> None:
+    model = attach(quantised(), LORA)
+    loss = model(x := torch.randn(3, 64, requires_grad=True)).sum()
+    glora.merge(model, dequantize=True)
+    loss.backward()
+    assert x.grad is not None
+
+
+def test_a_route_of_forms_that_need_no_w_prime() -> None:
+    model, x = quantised(), torch.randn(4, 64)
+    for name in ("a", "b"):
+        attach(model, GLoRAConfig.lora(rank=2, init="random"), name=name)
+    expected: list[Tensor] = []
+    for sample, name in zip(x, ("a", "b", None, "a"), strict=True):
+        glora.activate(model, name or {})
+        expected.append(model(sample))
+    with glora.route(model, ["a", "b", None, "a"]):
+        torch.testing.assert_close(model(x), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_quantised_weights_are_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantise_rows(model)
+    model[1].weight = model[0].weight
+    refused(model, "its weight is tied to 1.weight", ["0"])
+
+
 def test_a_merge_of_biases_alone_keeps_the_quantised_weight() -> None:
     model = quantised()
     W0 = model[0].weight

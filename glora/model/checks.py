@@ -17,7 +17,7 @@ from glora.layer.heads import Head
 from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
-from glora.quantised import is_quantised, rows
+from glora.quantised import is_quantised, numbers, rows
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -181,7 +181,8 @@ def find_ties(modules: list[NamedModule], *, one_parameter: bool = True) -> Ties
     # Address space, first byte, byte behind the last; whose it is; which Parameter.
     spans: list[tuple[int, int, int, int, str, str, int]] = []
     for named in modules:
-        for name, tensor in named.tensors.items():
+        for name, held in named.tensors.items():
+            tensor = held if is_lazy(held) else numbers(held)
             if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
                 continue
             if tensor.numel():
@@ -190,7 +191,7 @@ def find_ties(modules: list[NamedModule], *, one_parameter: bool = True) -> Ties
                 start = address + int(tensor.storage_offset()) * size
                 reach = 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
                 space = 0 if address else storage._cdata
-                which = id(tensor) if isinstance(tensor, nn.Parameter) and not one_parameter else 0
+                which = id(held) if isinstance(held, nn.Parameter) and not one_parameter else 0
                 spans.append((space, start, start + reach * size, id(named.module), name, named.path, which))
     ties: Ties = {}
     reaching: list[tuple[int, int, int, int, str, str, int]] = []

@@ -45,7 +45,7 @@ class Int8Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             x, W, bias = (*args, None)[:3]
-            y = x @ W.numbers.to(x.dtype).T * W.scale.to(x.dtype).T
+            y = x @ W.numbers.to(x.dtype).T * W.scale.to(x.dtype).flatten()
             return y if bias is None else y + bias
         return super().__torch_function__(func, types, args, kwargs or {})
 
