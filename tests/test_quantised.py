@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import GLoRAConfig
+from glora.fingerprint import fingerprint
 from tests.helpers.calls import LORA, RANDOM, attach, refused, warned
 from tests.helpers.quantised import FORMS, Int8Rows, block, differences, most_floats, quantise_rows
 from tests.helpers.state import unchanged
@@ -163,6 +164,18 @@ def test_a_route_of_forms_that_need_no_w_prime() -> None:
         expected.append(model(sample))
     with glora.route(model, ["a", "b", None, "a"]):
         torch.testing.assert_close(model(x), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_is_multiplied_in_float32_in_autocast_too() -> None:
+    model = attach(quantised(), GLoRAConfig.prompt(init="random"))
+    bias = model[0].bias
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model[0].bias, bias)
+
+
+def test_its_fingerprint_is_that_of_the_numbers_it_stands_for() -> None:
+    weight = quantised()[0].weight
+    assert fingerprint(weight) == fingerprint(weight.dequantize()) != fingerprint(quantised()[0].weight)
 
 
 def test_tied_quantised_weights_are_named() -> None:
