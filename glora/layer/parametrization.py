@@ -33,6 +33,8 @@ Scales: TypeAlias = Mapping[str, Tensor]
 # An adapter's scale w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
 # compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
 # Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
+# It is a Parameter that asks for no gradient: torch.compile takes a plain tensor of this kind for a Python number,
+# finds that nobody uses it as one, and traces the whole graph again.
 
 
 class Acting:
