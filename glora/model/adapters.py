@@ -107,10 +107,9 @@ def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
 
 def set_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
     """Let exactly these adapters act, everywhere in the model; nothing is checked."""
-    numbers = {
+    tensors = {
         name: torch.tensor(scale, dtype=torch.float64, device="cpu") for name, scale in scales.items() if scale != 0
     }
-    tensors = {name: nn.Parameter(number, requires_grad=False) for name, number in numbers.items()}
     carriers = adapted_modules(model)
     for named in carriers:
         named.keep_scales(tensors)
