@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import glora
-from tests.helpers.calls import RANDOM
+from glora import GLoRAConfig
+from tests.helpers.calls import RANDOM, attach
 from tests.helpers.kernels import KINDS
 from tests.helpers.models import adapted_block, block
 
@@ -76,3 +78,24 @@ def test_a_form_is_traced_once(config: glora.GLoRAConfig, dtype: torch.dtype) ->
     compilations = torch._dynamo.utils.get_compilation_metrics()
     assert compilations
     assert not any(compilation.restart_reasons for compilation in compilations)
+
+
+def test_adapters_beyond_torchs_limit_run_uncompiled_and_right_and_a_higher_limit_compiles_each_once() -> None:
+    # A graph for each set of adapters: their names are keys that it is guarded by.
+    limit = torch._dynamo.config.recompile_limit if TORCH >= (2, 6) else torch._dynamo.config.cache_size_limit
+    names = [f"a{i}" for i in range(limit + 2)]
+    model: nn.Module = nn.Sequential(nn.Linear(6, 5))
+    for name in names:
+        attach(model, GLoRAConfig.lora(rank=1, init="random"), name=name)
+    x, found = torch.randn(3, 6), list[int]()
+    for allowed in (limit, len(names)):
+        torch._dynamo.reset()
+        graphs = CompileCounter()
+        with torch._dynamo.config.patch({"recompile_limit" if TORCH >= (2, 6) else "cache_size_limit": allowed}):
+            compiled = torch.compile(model, backend=graphs)
+            for _ in range(2):
+                for name in names:
+                    glora.activate(model, name)
+                    torch.testing.assert_close(compiled(x), model(x))
+        found.append(graphs.frame_count)
+    assert found == [limit, len(names)]
