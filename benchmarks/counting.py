@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 # Position of the two factors among the arguments of each product that dispatch can see.
 _FACTORS = {
-    **dict.fromkeys(["mm", "bmm", "mv", "dot", "vdot"], 0),
+    # matmul: whole where autograd does not take it apart, inside of an operator of one's own.
+    **dict.fromkeys(["mm", "bmm", "mv", "dot", "vdot", "matmul"], 0),
     **dict.fromkeys(["addmm", "addmm_", "addmv", "addmv_", "baddbmm", "baddbmm_", "addbmm", "addbmm_"], 1),
 }
 

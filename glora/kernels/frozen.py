@@ -18,7 +18,7 @@ from glora.quantised import dense, is_quantised, is_whole, rows
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
 
 
-def blocks(W0: Tensor) -> list[slice]:
+def row_blocks(W0: Tensor) -> list[slice]:
     """Blocks of rows that together are all of W0's."""
     out_features, in_features = W0.shape
     most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // in_features)
@@ -70,12 +70,12 @@ class _Product(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if transposed:
                 # In half precision the blocks' shares are added up in float32, however many there are.
-                shares = [(x[:, block] @ rows(W0, block).to(x.dtype)).to(working_dtype(x)) for block in blocks(W0)]
+                shares = [(x[:, block] @ rows(W0, block).to(x.dtype)).to(working_dtype(x)) for block in row_blocks(W0)]
                 return reduce(add, shares).to(x.dtype)
             if x.dtype == W0.dtype:
-                parts = [F.linear(x, W0 if is_whole(W0, block) else W0[block]) for block in blocks(W0)]
+                parts = [F.linear(x, W0 if is_whole(W0, block) else W0[block]) for block in row_blocks(W0)]
             else:  # not every kernel takes this
-                parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in blocks(W0)]
+                parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in row_blocks(W0)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
@@ -91,6 +91,4 @@ class _Product(torch.autograd.Function):
 
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, for which blocks have no rule."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore

@@ -31,6 +31,8 @@ def wide_matvec(matrix: Tensor, vector: Tensor, *, transposed: bool = False) -> 
         >>> wide_matvec(torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([1.0, 2.0, 0.001]))
         tensor([3.0010, 3.0010])
     """
+    if torch.compiler.is_compiling():
+        return ((matrix.T if transposed else matrix).to(vector.dtype) * vector).sum(1)
     apply: Any = _WideMatvec.apply  # pyright: ignore - torch leaves it untyped
     return cast("Tensor", apply(matrix, vector, transposed))
 

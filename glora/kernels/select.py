@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, cast
 
@@ -34,9 +34,12 @@ Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 #   lost or drew from 63 on. In float16 a rescaled copy may overflow where W' does not: not there.
 # - dense: W' as anybody reads it from `layer.weight`, for what the others do not cover: a W0 that trains or is no plain
 #   tensor; in place of blockwise under torch.func's transforms and forward-mode derivatives (it would need rules of its
-#   own), and for nested tensors; and while a graph is taken that cannot hold a block's writes: torch.jit's tracing (of
-#   which `torch.onnx.export(dynamo=False)` is one) loses them without a word, dynamo needs a gradient for blockwise.
+#   own), and for nested tensors; and while a graph is taken that is to run elsewhere: torch.jit's tracing (of which
+#   `torch.onnx.export(dynamo=False)` is one) loses a block's writes without a word, and torch.export would leave an
+#   operator of glora's in it (Note [Opaque]).
 EXPANDED_ROWS = 48
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
 
 _forced: Kernel | None = None
 
@@ -145,7 +148,8 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    if in_transform() or is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+    without_operator = torch.compiler.is_compiling() and is_quantised(W0)  # Note [Opaque]
+    if in_transform() or is_tracing() or is_exporting() or (without_operator and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"

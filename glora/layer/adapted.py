@@ -127,8 +127,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
             # The default would ask __getstate__, which refuses.
-            replica = type(self).__new__(type(self))
-            memo[id(self)] = replica
+            memo[id(self)] = replica = type(self).__new__(type(self))
             replica.__dict__ = copy.deepcopy(self.__dict__, memo)
             return replica
 
@@ -206,7 +205,7 @@ def _scales(module: nn.Module, stacks: Stacks) -> Scales:
     for stack in stacks.values():
         first = stack._modules["0"]
         if isinstance(first, Adapters):
-            active = first.acting.scales
+            active = first.acting.of_a_call()
             return routed.scales_of(module, active) if routed.open_covers else active
     return {}
 

@@ -7,7 +7,6 @@ together.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
@@ -19,33 +18,15 @@ from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors, working_dtype
 from glora.kernels.frozen import thin_product
 from glora.kernels.matvec import wide_matvec
+from glora.layer.acting import Acting, Scales
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.quantised import dense, is_quantised
-
-Scales: TypeAlias = Mapping[str, Tensor]
-"""Adapter name to scale: the adapters that act."""
 
 # Note [Named adapters live in one parametrization]
 # Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
 # against one W0, whatever their order: W0 + sum_i w_i (W0 * A_i + B_i). So they live side by side in one
 # parametrization, under their names, and `Acting` says which act.
-
-# Note [Scales are tensors]
-# An adapter's scale w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
-# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
-# Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
-
-
-class Acting:
-    """The adapters that act on one module; its tensors share this object, so that one assignment switches them all.
-
-    Attributes:
-        scales: replaced, never changed: a forward pass takes it once and keeps to it.
-    """
-
-    def __init__(self) -> None:
-        self.scales: Scales = {}
 
 
 class Adapters(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
-from glora.kernels import matvec, select
+from glora.kernels import blocks, matvec, select
 from glora.kernels.select import Kernel
 from glora.model import exports
 
@@ -25,6 +25,7 @@ __all__ = [
     "entries_of_a_block",
     "entries_of_a_wide_block",
     "force_kernel",
+    "inside_operators",
     "interrupted_before",
     "is_unsupported",
     "kernels_taken",
@@ -67,6 +68,24 @@ def kernels_taken() -> Generator[list[Kernel]]:
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
     """How many entries of W' the blockwise kernel computes at a time."""
     return mock.patch("glora.kernels.frozen.CPU_BLOCK", entries)
+
+
+@contextmanager
+def inside_operators(context: AbstractContextManager[Any]) -> Generator[None]:
+    """Enters `context` in the blockwise kernel too where it is an operator that a compiled graph calls."""
+
+    def within(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            with context:
+                return function(*given)
+
+        return call
+
+    with (
+        mock.patch.object(blocks, "forward", within(blocks.forward)),
+        mock.patch.object(blocks, "backward", within(blocks.backward)),
+    ):
+        yield
 
 
 def masked_tokens(most: int) -> AbstractContextManager[Any]:

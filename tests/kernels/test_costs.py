@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import glora
 from benchmarks.counting import count_passes, count_products, count_saved
+from tests.helpers import internals
 from tests.helpers.calls import FORMS, attach, factors_of, only
 
 
@@ -53,6 +57,39 @@ def test_a_training_step_costs_what_was_promised(
     W0 = 1024 * 1024 * layer.weight.element_size()
     assert products.flops / (2 * N * 1024 * 1024) <= units
     assert saved.bytes / W0 <= share
+
+
+@pytest.mark.parametrize(("config", "count", "half", "units", "share"), BUDGET)
+def test_a_compiled_training_step_costs_the_same(
+    config: glora.GLoRAConfig, count: int, half: str | None, units: float, share: float
+) -> None:
+    torch._dynamo.reset()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(half or "", torch.float32)
+    layer, products = one(config, count, dtype), count_products()
+    x = torch.randn(N, 1024, dtype=dtype, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16) if half == "autocast" else contextlib.nullcontext()
+
+    # No mode may be on around a compiled function: the products are counted in what is compiled.
+    def compile_counting(graph: torch.fx.GraphModule, _: object) -> Any:
+        def run(given: list[Any]) -> Any:
+            with products:
+                return graph(*given)
+
+        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+        return run
+
+    backend = aot_autograd(
+        fw_compiler=compile_counting,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    with internals.inside_operators(products):
+        with count_saved([x, *layer.parameters()]) as saved, autocast:
+            y = compiled(x)
+        torch.autograd.grad(y, [x, *factors_of(layer)], torch.ones_like(y))
+    assert 1.9 <= products.flops / (2 * N * 1024 * 1024) <= units
+    assert saved.bytes / (1024 * 1024 * layer.weight.element_size()) <= share
 
 
 # Bytes of the outputs' size that are read or written, forward and backward, in outputs. Forward: the product writes 1,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import glora
-from tests.helpers.calls import factors_of
+from tests.helpers import internals
+from tests.helpers.calls import FORMS, attach, factors_of, only
 from tests.helpers.kernels import KINDS, call_layer, run_kernel
 from tests.helpers.strategies import Case, cases
 
@@ -37,15 +38,50 @@ def test_double_backward_through_a_layer_used_twice() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("kernel", [None, "dense"])
-def test_compiled_without_a_break_and_equal(name: str, kernel: Any) -> None:
+@pytest.mark.parametrize(("kernel", "block"), [(None, 2**21), (None, 11), ("dense", 2**21)])
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_compiled_without_a_break_and_equal(tokens: int, kernel: Any, block: int, name: str) -> None:
     torch._dynamo.reset()
     layer = glora.apply(nn.Linear(6, 5), config=KINDS[name])
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for grad in (True, False):
-        x = torch.randn(7, 6, requires_grad=True)
-        for a, b in zip(run_kernel(compiled, x, kernel, grad), run_kernel(layer, x, kernel, grad), strict=True):
-            torch.testing.assert_close(a, b)
+        x = torch.randn(tokens, 6, requires_grad=True)
+        with internals.entries_of_a_block(block):
+            for a, b in zip(run_kernel(compiled, x, kernel, grad), run_kernel(layer, x, kernel, grad), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_compiled_with_any_forms_of_several_adapters_on_tensors_that_do_not_all_train() -> None:
+    layer: nn.Module = nn.Linear(6, 5)
+    for i, B in enumerate(FORMS["B"]):
+        attach(layer, only(A="lora", B=B, C="vector", E="vector", rank=1 + i, init="random"), name=f"a{i}")
+    glora.activate(layer, {f"a{i}": 0.5 + i for i in range(4)})
+    x = torch.randn(7, 6)
+    for asking in ("all", "x", "factors", "biases"):
+        torch._dynamo.reset()
+        x.requires_grad_(asking in ("all", "x"))
+        for name in glora.adapters(layer):
+            for key, factor in glora.named_parameters(layer, name):
+                factor.requires_grad_(asking in ("all", "factors") or (asking == "biases" and key[0] in "CE"))
+        sources = [tensor for tensor in (x, *factors_of(layer)) if tensor.requires_grad]
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        found, wanted = (torch.autograd.grad(run(x).cos().sum(), sources) for run in (compiled, layer))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_torch_func_transforms_inside_of_what_is_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    layer, x = glora.apply(nn.Linear(6, 5), config=KINDS[name]), torch.randn(3, 6)
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x)
+
+    def tangent(x: Tensor) -> Tensor:
+        return torch.func.jvp(call, (x,), (x,))[1]
+
+    for function in (torch.func.vmap(call), torch.func.vmap(torch.func.jacrev(call)), tangent):
+        torch.testing.assert_close(torch.compile(function, backend="aot_eager")(x), function(x))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -115,3 +115,25 @@ def test_an_adapter_cast_to_half_precision_still_computes_in_single(
     assert (layer(x) - wide(x.float())).norm() <= torch.finfo(half).eps * wide(x.float()).norm()
     layer(x).float().square().sum().backward()
     assert {factor.grad.dtype for factor in glora.parameters(layer)} == {half}
+
+
+@halves
+@modes
+@kinds
+def test_compiled_it_is_the_same_to_the_last_rounding(
+    config: glora.GLoRAConfig, autocast: bool, half: torch.dtype
+) -> None:
+    torch._dynamo.reset()
+    layer, context = half_layer(24, 32, config, half, autocast)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(60, 32).to(half).requires_grad_()
+    factors, found = list(glora.parameters(layer)), list[list[Tensor]]()
+    for run in (compiled, layer):
+        with context:
+            y = run(x)
+            with torch.no_grad():
+                without = run(x)
+        found.append([y, without, *torch.autograd.grad(y.float().square().sum(), [x, *factors])])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= 2 * torch.finfo(half).eps * b.double().norm()
