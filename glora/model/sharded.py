@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from glora.model.modules import adapted_matrices, adapted_modules
+from glora.sharding import divided_like, gathered, is_sharded
 
 # Note [All ranks together]
 # Gathering a tensor is a collective: every rank takes part, in the same order. So every rank calls `glora.save`; one
 # tensor at a time is whole, and no rank leaves before the file is there, or all raise.
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which each rank holds a part."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank."""
-    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
-
-
 def write_into(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
-    value = whole(value)
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        own: Any = tensor
-        # src_data_rank=None: every rank has the whole, and takes its part without asking the others.
-        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
-    tensor.copy_(value)
+    tensor.copy_(divided_like(tensor, gathered(value)))
 
 
 def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
@@ -43,15 +26,15 @@ def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tens
         write(dict(tensors))
         return
     first = dist.get_rank() == 0
-    gathered: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        value = whole(tensor)
+        value = gathered(tensor)
         if first:
-            gathered[key] = value.cpu()
+            kept[key] = value.cpu()
     failure: list[BaseException | None] = [None]
     if first:
         try:
-            write(gathered)
+            write(kept)
         except Exception as error:
             failure[0] = error
     dist.broadcast_object_list(failure, src=0)
