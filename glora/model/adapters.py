@@ -15,6 +15,7 @@ from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
 from glora.model.modules import Model, NamedModule, adapted_modules, all_or_nothing
 from glora.model.replicas import watch
+from glora.model.sharded import settle
 from glora.spec import join
 from glora.text import quote_names
 
@@ -245,6 +246,7 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         0.0
     """
     refuse_while_swapped(model)
+    settle(model)
     name = resolve_name(model, name)
     carriers = adapted_modules(model)
     with torch.inference_mode(False):

@@ -14,7 +14,7 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
-from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
+from glora.layer.parametrization import stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
 from glora.spec import join
@@ -197,15 +197,7 @@ def refuse_stacked(modules: list[NamedModule]) -> None:
     for named in modules:
         if not named.adapters:
             continue
-        sharded = named.module not in stashed and not has_adapted_class(named.module)
         for name, stack in stacks_of(named.module).items():
-            if sharded or is_traceable_wrapper_subclass(stack.original):
-                raise RuntimeError(
-                    f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
-                    f"sharded (a {type(stack.original).__name__}). Save the adapter from all ranks, glora.save(model, "
-                    f"directory), and merge offline: the command `glora merge base directory out`, or glora.load and "
-                    f"glora.merge in a model that is not sharded."
-                )
             other = list(stack)[1 if name in named.adapters else 0 :]
             if other:
                 raise RuntimeError(

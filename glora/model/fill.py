@@ -10,6 +10,7 @@ from torch import nn
 from glora.model.adapters import activate, adapter_tensors, adapters, parameters, zero_created_biases
 from glora.model.describe import describe
 from glora.model.modules import Model, adapted_modules
+from glora.model.sharded import settle
 from glora.model.state import load_state_dict
 from glora.sharding import is_sharded
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
@@ -25,6 +26,7 @@ def is_filled_by_load(model: nn.Module, name: str) -> bool:
     """Whether the model is sharded and has an adapter of this name (Note [Load after sharding])."""
     if name not in adapters(model):
         return False
+    settle(model)
     return any(is_sharded(tensor) for tensor in adapter_tensors(model, name).values())
 
 

@@ -1,8 +1,9 @@
-"""Tensors that fully_shard has spread over ranks: read whole, written from whole ones, saved once."""
+"""Tensors that fully_shard has divided over ranks: written from whole ones, and saved once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,7 +43,19 @@ def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tens
         raise failure[0]
 
 
-def refuse_flat(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
+    """Let each rank hold its parts alone: after a forward pass without a backward one, a root still has wholes.
+
+    Raises:
+        RuntimeError: FullyShardedDataParallel has flattened the tensors of adapted layers.
+    """
+    _refuse_flat(model)
+    for module in model.modules():
+        if is_fully_sharded(module):
+            cast("Any", module).reshard()
+
+
+def _refuse_flat(model: nn.Module) -> None:
     """Raise RuntimeError where FullyShardedDataParallel has flattened the tensors of adapted layers."""
     for named in adapted_modules(model):
         weights = [named.tensors.get(at.matrix.weight) for at in adapted_matrices(named)]
@@ -56,3 +69,8 @@ def refuse_flat(model: nn.Module) -> None:
 
 def _has_flat(model: nn.Module) -> bool:
     return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called on this module."""
+    return hasattr(type(module), "_get_fsdp_state")

@@ -71,8 +71,6 @@ def trained_and_saved(_: int, folder: str) -> None:
         whole = fresh(config)
         glora.load_state_dict(whole, glora.state_dict(model))
         same(glora.state_dict(whole), glora.state_dict(alone))
-        with pytest.raises(RuntimeError, match="is sharded.*glora merge base directory out"):
-            glora.merge(model)
         dist.barrier()
 
 

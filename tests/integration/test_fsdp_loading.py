@@ -70,6 +70,15 @@ def base_weights(rank: int, folder: str) -> None:
                 assert all(tensor.is_meta for tensor in glora.state_dict(model).values())
             else:
                 equal(glora.state_dict(model), before)
+    # Whole tensors that a root keeps after a forward pass are not what is written into, or read.
+    model, other = attached(), attached(shard=False, seed=1)
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    glora.load_state_dict(model, glora.state_dict(other))
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    assert all(hasattr(tensor, "full_tensor") for tensor in glora.state_dict(model).values())
+    equal(glora.state_dict(model), glora.state_dict(other))
     # And out: the whole state, which an attached model in one process takes.
     model, alone = attached(), attached(shard=False, seed=1)
     alone.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
@@ -108,6 +117,8 @@ def files(rank: int, folder: str) -> None:
                 tensor.data.fill_(9.0 + rank)  # what `to_empty` may leave
         base = whole(glora.base_state_dict(expected))
         set_model_state_dict(model, dict(base), options=StateDictOptions(full_state_dict=True))
+        with torch.no_grad():
+            model(x)  # after which the root keeps whole tensors
         assert glora.load(model, folder) is model
         torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)
         equal(glora.state_dict(model), glora.state_dict(expected))
