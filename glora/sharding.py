@@ -34,3 +34,13 @@ def divided_like(tensor: Tensor, value: Tensor, *, from_first: bool = False) -> 
     source = 0 if from_first else None
     value = value.detach().to(own.device_mesh.device_type, own.dtype)
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=source)
+
+
+def replicated_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A tensor that stands whole on every rank that holds a part of `tensor`, or itself where that is whole."""
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = cast("Any", tensor).device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)

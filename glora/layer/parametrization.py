@@ -20,6 +20,7 @@ from glora.functional import Factors, WeightFactors, working_dtype
 from glora.kernels.matvec import wide_matvec
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
+from glora.sharding import replicated_like
 
 Scales: TypeAlias = Mapping[str, Tensor]
 """Adapter name to scale: the adapters that act."""
@@ -111,6 +112,7 @@ class Paths(nn.Module):
         *batch, out_features, in_features = weight.shape
         shapes, dtype = config.shapes(out_features, in_features, names, tuple(batch)), working_dtype(weight)
         tensors = {key: torch.empty(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
+        tensors = {key: replicated_like(weight, tensor) for key, tensor in tensors.items()}
         for name in names:
             if config.forms[name] == "lora":
                 path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)

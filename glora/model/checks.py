@@ -17,6 +17,8 @@ from glora.layer.heads import Head
 from glora.layer.parametrization import stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
+from glora.model.sharded import is_tensor_parallel
+from glora.sharding import is_sharded
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -46,7 +48,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype} (quantised or complex); adapt a float copy of the layer."
-        if is_traceable_wrapper_subclass(tensor):
+        if is_traceable_wrapper_subclass(tensor) and not is_tensor_parallel(layer, tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
@@ -72,6 +74,8 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     own_forward = not has_linear_forward(parametrize.type_before_parametrizations(layer)) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
     never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if config.rank_dropout and is_sharded(tensors[matrix.weight]):
+        return "its weight is divided by parallelize_module, and rank dropout would differ by rank; use rank_dropout=0."
     if config.rank_dropout and (own_forward or never_called):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
@@ -115,7 +119,7 @@ def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:
 def _before(tensor: Tensor) -> str:
     """What to do in place of adapting a tensor that is sharded or quantised already."""
     if isinstance(tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
-        return "attach or load first, then fully_shard; for tensor parallelism merge first, then parallelize_module."
+        return "attach or load before fully_shard, and after parallelize_module where that divides it too."
     return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 

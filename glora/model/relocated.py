@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.model.modules import NamedModule
-from glora.model.sharded import is_fully_sharded
+from glora.model.sharded import is_fully_sharded, is_tensor_parallel
 
 
 # Note [Taken off part by part]
@@ -23,7 +23,9 @@ def refuse_divided(model: nn.Module, modules: Iterable[NamedModule], *, for_good
     for named in modules:
         for name in named.adapters:
             original = named.tensors[name]
-            if not is_traceable_wrapper_subclass(original) or (for_good and id(original) in managed):
+            if not is_traceable_wrapper_subclass(original):
+                continue
+            if for_good and (id(original) in managed or is_tensor_parallel(named.module, original)):
                 continue
             rule = (
                 "fully_shard must have divided what is to be merged or freed of its adapters, and the call be on the "

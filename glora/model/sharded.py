@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from glora.model.modules import adapted_matrices, adapted_modules
 from glora.sharding import divided_like, gathered, is_sharded
 
+# Note [Tensor parallel]
+# parallelize_module makes a layer's weights and inputs DTensors, each as its style divides it; adapters are attached
+# then. Their factors are DTensors that stand whole on every rank (they are thin), and W' is computed of DTensors, by
+# the dense kernel: torch knows which rank needs what, forward and backward, for every form and style. The other order
+# fails in torch, which registers what `named_parameters` lists, and takes no name with a dot.
+
 # Note [All ranks together]
 # Gathering a tensor is a collective: every rank takes part, in the same order. So every rank calls `glora.save`; one
 # tensor at a time is whole, and no rank leaves before the file is there, or all raise.
@@ -74,3 +80,8 @@ def _has_flat(model: nn.Module) -> bool:
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether fully_shard was called on this module."""
     return hasattr(type(module), "_get_fsdp_state")
+
+
+def is_tensor_parallel(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether parallelize_module alone has divided this tensor of a module; fully_shard on top needs a second mesh."""
+    return "_distribute_module_applied" in vars(module) and cast("Any", tensor).device_mesh.ndim == 1

@@ -140,7 +140,7 @@ def files(rank: int, folder: str) -> None:
     with pytest.raises(glora.AdapterFileError, match="in the file alone"):
         glora.load(sharded(glora.apply(net(), ["0"], CREATED, trainable=["3"])), folder)
     for name in ("default", "second"):
-        with pytest.raises(glora.AdapterFileError, match="attach or load first, then fully_shard"):
+        with pytest.raises(glora.AdapterFileError, match="attach or load before fully_shard"):
             glora.load(sharded(net()), folder, name)
     # What is whole is attached to, and never written into.
     with pytest.raises(ValueError, match="'default' is attached already"):
