@@ -80,8 +80,8 @@ def merge(model: Model) -> Model:
                     value = read(named.module, name)
                     if not is_sharded(value):
                         value.data = value.data.clone()
-        relocate(model)
     freezing.restore(modules)
+    relocate(model)
     stop_watching(model)
     return model
 

@@ -41,7 +41,7 @@ def refuse_divided(model: nn.Module, modules: Iterable[NamedModule], *, for_good
 
 
 def relocate(model: nn.Module) -> None:
-    """Tell fully_shard where its parameters stand now, after adapters came off."""
+    """Tell fully_shard where its parameters stand now, after adapters came off and flags came back."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -64,6 +64,9 @@ def relocate(model: nn.Module) -> None:
                     handle.remove()
                 handles.clear()
             group._register_state_dict_hooks()
+            # Gradients are reduced in the dtype of what trained; now the base may, in half precision.
+            if len({record.sharded_param.dtype for record in kept if record.sharded_param.requires_grad}) == 1:
+                group._init_mp_dtypes()
 
 
 def _parameter(record: Any) -> object:

@@ -84,4 +84,5 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 def is_tensor_parallel(module: nn.Module, tensor: Tensor) -> bool:
     """Whether parallelize_module alone has divided this tensor of a module; fully_shard on top needs a second mesh."""
-    return "_distribute_module_applied" in vars(module) and cast("Any", tensor).device_mesh.ndim == 1
+    applied = "_distribute_module_applied" in vars(module)
+    return applied and is_sharded(tensor) and cast("Any", tensor).device_mesh.ndim == 1

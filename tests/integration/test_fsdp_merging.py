@@ -98,11 +98,17 @@ def in_half_precision(_: int) -> None:
     for config in CONFIGS.values():
         for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)):
             sharded = net(config, torch.bfloat16)
-            fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+            mesh = init_device_mesh("cpu", (2,))
+            for module in (sharded.norm, sharded.head, sharded):  # fully_shard takes one dtype of what trains together
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+            with torch.no_grad():
+                sharded(torch.randn(4, 6, dtype=torch.bfloat16))
             glora.merge(sharded)
             expected = glora.merge(net(config, torch.bfloat16))
             for key, tensor in whole(sharded.state_dict()).items():
                 assert torch.equal(tensor, expected.state_dict()[key])
+            step(sharded, torch.randn(4, 6, dtype=torch.bfloat16))  # of the base, whose dtype is another
+            assert all(p.grad is not None for p in sharded.parameters() if p.requires_grad)
 
 
 def test_a_merge_in_half_precision_rounds_once() -> None:

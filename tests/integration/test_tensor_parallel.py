@@ -105,6 +105,8 @@ def refusals(_: int) -> None:
         attach(parallel(plain()), GLoRAConfig(rank_dropout=0.1))
     with pytest.raises(RuntimeError, match="Inside glora.merged layers have whole"):
         glora.merged(attach(parallel(plain()), RANDOM)).__enter__()
+    with pytest.raises(RuntimeError, match="cannot be routed through layers that parallelize_module"):
+        glora.route(attach(parallel(plain()), RANDOM), ["default"]).__enter__()
     # Merged first, it is a plain model.
     x, merged = torch.randn(4, 6), glora.merge(attach(plain(), RANDOM))
     expected = merged(x)
