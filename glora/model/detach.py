@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glora.layer.adapted import unregister
+from glora.layer.removal import unregister
 from glora.model import freezing
 from glora.model.adapters import adapters, resolve_name
 from glora.model.checks import refuse_stacked, refuse_while_swapped

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from glora.layer.adapted import read, unregister
+from glora.layer.adapted import read
 from glora.layer.heads import Head
 from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
+from glora.layer.removal import unregister
 from glora.model import freezing
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
 from glora.model.exports import stop_watching, warn_of_created_biases

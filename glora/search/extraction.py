@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.layer.adapted import unregister
+from glora.layer.removal import unregister
 from glora.model.checks import refuse_stacked
 from glora.model.modules import Model, adapted_modules, all_or_nothing
 from glora.search.entangled import Entangled
