@@ -30,6 +30,7 @@ from glora.files.container import (
 from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
+from glora.model.fill import fill_spec, is_filled_by_load
 from glora.model.modules import Model
 from glora.model.sharded import save_together
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
@@ -101,6 +102,9 @@ def load(
     dtype, and that the model has each layer with the shape that was adapted. Nothing is unpickled. The rest of the
     model is frozen, as by `glora.apply`, and the adapter is the only active one.
 
+    A model under `fully_shard` takes no new adapter: it has the adapter already, by this name (attached on the meta
+    device, say), and every rank calls `load` to fill it (Note [Load after sharding]).
+
     Args:
         model: the model. Tensors go to each layer's device; on the meta device, whose layers have no memory yet, they
             stay on the CPU until the model is moved.
@@ -127,7 +131,10 @@ def load(
             which counts.
     """
     file = adapter_file(directory)
-    return attach_spec(model, read(file), file, name=name, trainable=trainable, strict=strict)
+    spec = read(file)
+    if is_filled_by_load(model, name):
+        return fill_spec(model, spec, file, name, trainable=trainable)
+    return attach_spec(model, spec, file, name=name, trainable=trainable, strict=strict)
 
 
 def write(directory: Path, adapter: AdapterSpec) -> None:

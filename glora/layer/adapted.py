@@ -111,7 +111,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             if "." in name:  # torch's parallelize_module registers what `named_parameters` lists
                 raise RuntimeError(
                     f"Tensor parallelism (parallelize_module) cannot divide tensors that glora adapters are on, here "
-                    f"{name!r}. Call glora.merge(model) first and parallelize_module then; to train, use fully_shard."
+                    f"{name!r}. Call parallelize_module on the plain model, and then glora.apply or glora.load."
                 )
             super().register_parameter(name, param)
             _keep_frozen(self, name, param)

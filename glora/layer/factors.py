@@ -7,6 +7,7 @@ when, is the business of whoever reads them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from glora.config import GLoRAConfig
 from glora.functional import Factors, working_dtype
 from glora.quantised import dense
+from glora.sharding import divided_like, gathered, is_sharded
 
 
 class LowRank(nn.Module):
@@ -51,7 +53,7 @@ class LowRank(nn.Module):
         """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
         if size is None:
             nn.init.zeros_(self.left)
-            nn.init.kaiming_uniform_(self.right.flatten(0, -2), a=math.sqrt(5))  # each row goes by its own length
+            _fill(self.right, _kaiming)
         else:
             each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[-1])))
             _draw(self.left, each)
@@ -100,13 +102,31 @@ def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
     if path in "ACD":
         whole = (path, config.A, config.product) == ("A", "lora", "matmul")
         return 0.1 / math.sqrt(in_features) if whole else 0.1
-    norm = dense(weight.detach()).to(working_dtype(weight)).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
+    weight = dense(gathered(weight.detach()))
+    norm = weight.to(working_dtype(weight)).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
     # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
     norm = norm if norm > 0 else math.sqrt(out_features)
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))
 
 
 def _draw(factor: Tensor, size: float) -> None:
-    # Away from zero in every entry (0.5 to 1.5 of `size`, either sign): even a layer of 1 x 1 is moved.
-    factor.uniform_(0.5 * size, 1.5 * size)
-    factor.mul_(torch.empty_like(factor).bernoulli_(0.5).mul_(2).sub_(1))
+    def draw(tensor: Tensor) -> None:
+        # Away from zero in every entry (0.5 to 1.5 of `size`, either sign): even a layer of 1 x 1 is moved.
+        tensor.uniform_(0.5 * size, 1.5 * size)
+        tensor.mul_(torch.empty_like(tensor).bernoulli_(0.5).mul_(2).sub_(1))
+
+    _fill(factor, draw)
+
+
+def _kaiming(right: Tensor) -> None:
+    nn.init.kaiming_uniform_(right.flatten(0, -2), a=math.sqrt(5))  # each row goes by its own length
+
+
+def _fill(factor: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """Fill a factor at random; a sharded one with parts of one draw (ranks of one seed would draw equal parts)."""
+    if is_sharded(factor) and not factor.is_meta:
+        drawn = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
+        fill(drawn)
+        factor.copy_(divided_like(factor, drawn, from_first=True))
+    else:
+        fill(factor)

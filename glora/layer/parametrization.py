@@ -22,6 +22,7 @@ from glora.layer.acting import Acting, Scales
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.quantised import dense, is_quantised
+from glora.sharding import replicated_like
 
 # Note [Named adapters live in one parametrization]
 # Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
@@ -94,6 +95,7 @@ class Paths(nn.Module):
         *batch, out_features, in_features = weight.shape
         shapes, dtype = config.shapes(out_features, in_features, names, tuple(batch)), working_dtype(weight)
         tensors = {key: torch.empty(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
+        tensors = {key: replicated_like(weight, tensor) for key, tensor in tensors.items()}
         for name in names:
             if config.forms[name] == "lora":
                 path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 from glora.layer.adapted import adapted_class, read
 from glora.layer.parametrization import Adapters, Bias, adapters_of, has_adapted_class, live_stacks
 from glora.quantised import is_quantised
+from glora.sharding import is_sharded
 
 
 def register(module: nn.Module, name: str, store: Adapters) -> None:
@@ -40,11 +42,31 @@ def _parametrization(store: Adapters, original: Tensor) -> parametrize.Parametri
 
 def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
     """Take the adapters off a tensor: its computed value stays (`keep_value`), or the original, by torch's own call."""
-    store, original = adapters_of(module)[name], live_stacks(module)[name].original
-    # A quantised original cannot take the value (Note [Quantised]): another Parameter does.
-    value = read(module, name) if keep_value and is_quantised(original) else None
+    store, original, kind = adapters_of(module)[name], live_stacks(module)[name].original, type(module)
+    # Torch's removal writes the value into the original's memory. A quantised one cannot take it (Note [Quantised]):
+    # another Parameter does. With one that is sharded it exchanges the memory, which fully_shard goes on using.
+    value = read(module, name) if keep_value and (is_quantised(original) or is_sharded(original)) else None
+    if value is not None and is_sharded(original):
+        with torch.no_grad():
+            original.copy_(value)
     parametrize.remove_parametrizations(module, name, leave_parametrized=keep_value and value is None)
-    if value is not None and value is not original:
+    if value is not None and value is not original and is_quantised(original):
         module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
     if isinstance(store, Bias) and store.created and not keep_value:
         module.register_parameter(name, None)
+    if type(module) is not kind and "_glora_adapted" not in vars(kind):
+        module.__class__ = _on_base_class(kind)
+
+
+_plain_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def _on_base_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that somebody (fully_shard) has put on top of one of ours, on top of its base class instead."""
+    found = _plain_classes.get(kind)
+    if found is None:
+        bases = tuple([base.__bases__[0] if "_glora_adapted" in vars(base) else base for base in kind.__bases__])
+        attributes = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+        made = type(bases[-1])(kind.__name__.replace("Parametrized", ""), bases, attributes)
+        found = _plain_classes[kind] = cast("type[nn.Module]", made)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import cast
 
@@ -13,8 +13,9 @@ from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
-from glora.model.modules import Model, adapted_modules, all_or_nothing
+from glora.model.modules import Model, NamedModule, adapted_modules, all_or_nothing
 from glora.model.replicas import watch
+from glora.model.sharded import settle
 from glora.spec import join
 from glora.text import quote_names
 
@@ -245,9 +246,12 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         0.0
     """
     refuse_while_swapped(model)
+    settle(model)
     name = resolve_name(model, name)
+    carriers = adapted_modules(model)
     with torch.inference_mode(False):
-        for named in adapted_modules(model):
+        zero_created_biases(carriers)
+        for named in carriers:
             for tensor_name, store in named.adapters.items():
                 part = store.parts().get(name)
                 if isinstance(part, Paths):
@@ -256,3 +260,12 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
                 elif isinstance(part, HeadCopy):
                     part.reset_parameters(named.tensors[tensor_name])
     return model
+
+
+@torch.no_grad()
+def zero_created_biases(carriers: Iterable[NamedModule]) -> None:
+    """Make created biases zeros again: `to_empty` leaves anything in them, and no file holds them."""
+    for named in carriers:
+        for tensor_name, store in named.adapters.items():
+            if isinstance(store, Bias) and store.created:
+                named.tensors[tensor_name].zero_()

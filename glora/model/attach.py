@@ -22,8 +22,10 @@ from glora.model.exports import watch_saving
 from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
 from glora.model.plan import plan, plan_spec
 from glora.model.planned import Plan, PlannedLayer
+from glora.model.sharded import write_into
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.task_heads import warn_of_adapted_heads
+from glora.sharding import replicated_like
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, format_problems
 
@@ -199,7 +201,7 @@ def _build(
             if layer.creates_bias and tensor_name == matrix.bias:
                 # Allocate on the CPU when loading onto the meta device, beside what is loaded (see _fill).
                 device = "cpu" if weight.is_meta and values is not None else weight.device
-                created = torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device)
+                created = replicated_like(weight, torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device))
             parts.append(_Part(layer.named, tensor_name, paths, matrix, created))
     for head in planned.heads:
         for tensor_name in head.names:
@@ -220,7 +222,7 @@ def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
         content.to_empty(device="cpu")
         own = content.state_dict()
     for key, tensor in own.items():
-        tensor.copy_(values[key])
+        write_into(tensor, values[key])
 
 
 def _register(part: _Part, name: str) -> None:

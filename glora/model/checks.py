@@ -14,10 +14,12 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
-from glora.layer.parametrization import has_adapted_class, stacks_of, stashed
+from glora.layer.parametrization import stacks_of, stashed
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
+from glora.model.sharded import is_tensor_parallel
 from glora.quantised import is_quantised, numbers, rows
+from glora.sharding import is_sharded
 from glora.spec import join
 
 # (module id, tensor name) to the other tensor's path
@@ -62,7 +64,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
             reason = _unsupported_quantised(at, name, tensor)
             if reason is not None:
                 return f"its {name} is quantised (a {type(tensor).__name__}), and {reason}"
-        elif is_traceable_wrapper_subclass(tensor):
+        elif is_traceable_wrapper_subclass(tensor) and not is_tensor_parallel(layer, tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
@@ -88,6 +90,8 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     own_forward = not has_linear_forward(kind) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
     never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if config.rank_dropout and is_sharded(tensors[matrix.weight]):
+        return "its weight is divided by parallelize_module, and rank dropout would differ by rank; use rank_dropout=0."
     if config.rank_dropout and (own_forward or never_called):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
@@ -152,7 +156,7 @@ def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:
 def _before(tensor: Tensor) -> str:
     """What to do in place of adapting a tensor that is sharded or quantised already."""
     if isinstance(tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
-        return "attach or load first, then fully_shard; for tensor parallelism merge first, then parallelize_module."
+        return "attach or load before fully_shard, and after parallelize_module where that divides it too."
     return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 
@@ -235,15 +239,7 @@ def refuse_stacked(modules: list[NamedModule]) -> None:
     for named in modules:
         if not named.adapters:
             continue
-        sharded = named.module not in stashed and not has_adapted_class(named.module)
         for name, stack in stacks_of(named.module).items():
-            if sharded or (is_traceable_wrapper_subclass(stack.original) and not is_quantised(stack.original)):
-                raise RuntimeError(
-                    f"Only whole, plain layers can be merged or freed of their adapters; `{name}` of {named.path!r} is "
-                    f"sharded (a {type(stack.original).__name__}). Save the adapter from all ranks, glora.save(model, "
-                    f"directory), and merge offline: the command `glora merge base directory out`, or glora.load and "
-                    f"glora.merge in a model that is not sharded."
-                )
             other = list(stack)[1 if name in named.adapters else 0 :]
             if other:
                 raise RuntimeError(

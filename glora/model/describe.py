@@ -13,7 +13,7 @@ from glora.layer.parametrization import Paths
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.base import fingerprints
 from glora.model.modules import NamedMatrix, adapted_matrices, adapted_modules
-from glora.model.sharded import refuse_flat
+from glora.model.sharded import settle
 from glora.spec import AdapterSpec, LayerSpec, join
 
 
@@ -26,7 +26,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         RuntimeError: a layer whose weight torch's removal has baked in while its bias still has a C: the weight that C
             multiplies is in no checkpoint.
     """
-    refuse_flat(model)
+    settle(model)
     name = resolve_name(model, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}

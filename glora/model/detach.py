@@ -8,6 +8,8 @@ from glora.model.adapters import adapters, resolve_name
 from glora.model.checks import refuse_stacked, refuse_while_swapped
 from glora.model.exports import stop_watching
 from glora.model.modules import Model, adapted_modules, all_or_nothing, named_modules
+from glora.model.relocated import refuse_divided, relocate
+from glora.model.sharded import settle
 
 
 def delete(model: Model, name: str) -> Model:
@@ -33,9 +35,11 @@ def delete(model: Model, name: str) -> Model:
         {'a': 0.0}
     """
     refuse_while_swapped(model)
+    settle(model)
     name = resolve_name(model, name)
     modules = adapted_modules(model)
     refuse_stacked(modules)
+    refuse_divided(model, modules, for_good=True)
     if set(adapters(model)) == {name}:
         return remove(model)
     with all_or_nothing(model):
@@ -48,6 +52,7 @@ def delete(model: Model, name: str) -> Model:
                 named.keep_scales(named.acting.scales)
             else:  # no copy trains in the base's place any more
                 freezing.thaw_head(named)
+        relocate(model)
     return model
 
 
@@ -70,12 +75,15 @@ def remove(model: Model) -> Model:
         True
     """
     refuse_while_swapped(model)
+    settle(model)
     modules = named_modules(model)
     refuse_stacked(modules)
+    refuse_divided(model, modules, for_good=True)
     with all_or_nothing(model):
         for named in modules:
             for name in sorted(named.adapters):
                 unregister(named.module, name, keep_value=False)
         freezing.restore(modules)
         stop_watching(model)
+        relocate(model)
     return model

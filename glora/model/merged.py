@@ -18,7 +18,10 @@ from glora.model import freezing
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
 from glora.model.exports import stop_watching, warn_of_created_biases
 from glora.model.modules import Model, NamedModule, named_modules
+from glora.model.relocated import refuse_divided, relocate
+from glora.model.sharded import settle
 from glora.quantised import is_quantised
+from glora.sharding import gathered, is_sharded
 from glora.text import quote_names
 
 
@@ -28,6 +31,8 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
     The same as torch's `parametrize.remove_parametrizations` on every adapted tensor, after a check of all of them.
     Parameters keep their identity, keys and order; `requires_grad` is as before the first `apply`, unless changed by
     hand since. Heads keep the active adapter's tensors. A model without adapters is left as it is.
+    Under `fully_shard` all ranks merge together, each its own rows, and the model stays sharded
+    (Note [Taken off part by part]).
 
     Args:
         model: the model, or a part of it.
@@ -39,7 +44,8 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
     Raises:
         ValueError: a W' or b' that is not finite after its rounding; an adapter that acts on a quantised weight, unless
             `dequantize`. Nothing has changed then.
-        RuntimeError: inside `glora.merged` or `glora.route`, or another parametrization stacked on an adapter.
+        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization stacked on an adapter; a part of
+            what `fully_shard` was called on, a tensor that something else has sharded.
 
     Warns:
         UserWarning: inactive adapters, which are dropped; created biases that stay, and that the config of a model with
@@ -56,12 +62,14 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
         True
     """
     refuse_while_swapped(model)
+    settle(model)
     modules = _mergeable_modules(
         model,
-        "Pass dequantize=True to get float weights (quantise them again then), or go on without a merge: the model "
-        "runs, trains and saves as it is."
-        if not dequantize
-        else None,
+        for_good=True,
+        if_quantised=None
+        if dequantize
+        else "Pass dequantize=True to get float weights (quantise them again then), or go on without a merge: the "
+        "model runs, trains and saves as it is.",
     )
     dropped = sorted({name for n in modules if n.adapters for name in n.adapter_names - set(n.acting.scales)})
     if dropped:  # before anything changes: a warning may be an error
@@ -75,14 +83,16 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
     with torch.inference_mode(False), torch.no_grad():
         for named in modules:
             # The bias first, while the weight's original is still W0.
-            for name, store in sorted(named.adapters.items()):
+            for name, store in sorted(named.adapters.items(), key=lambda item: not isinstance(item[1], Bias)):
                 unused = isinstance(store, Bias) and not store.is_active()
                 unregister(named.module, name, keep_value=not unused)
                 if isinstance(store, Head):
                     # Memory of its own: a kept state dict, or an optimizer of the adapter, has the copy's.
                     value = read(named.module, name)
-                    value.data = value.data.clone()
+                    if not is_sharded(value):
+                        value.data = value.data.clone()
     freezing.restore(modules)
+    relocate(model)
     stop_watching(model)
     return model
 
@@ -111,10 +121,12 @@ def merged(model: Model) -> Generator[Model]:
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     refuse_while_routed(model)
+    settle(model)
     modules = _mergeable_modules(
         model,
-        "Run the model as it is: adapters on quantised weights need no merge; or glora.merge(copy.deepcopy(model), "
-        "dequantize=True).",
+        for_good=False,
+        if_quantised="Run the model as it is: adapters on quantised weights need no merge; or "
+        "glora.merge(copy.deepcopy(model), dequantize=True).",
     )
     with torch.inference_mode(False), torch.no_grad():
         # All memory is taken before the first module is swapped.
@@ -136,17 +148,19 @@ def _restore(carriers: list[nn.Module]) -> None:
         restore(module)
 
 
-def _mergeable_modules(model: nn.Module, if_quantised: str | None) -> list[NamedModule]:
+def _mergeable_modules(model: nn.Module, *, for_good: bool, if_quantised: str | None) -> list[NamedModule]:
     """The model's modules; raise unless every merged tensor is finite and ours alone to merge.
 
     Each is computed, looked at and dropped.
 
     Args:
         model: the model.
+        for_good: plain layers are to stay, and not for the time of a block.
         if_quantised: what to do instead where W0 is quantised; None to allow it.
     """
     modules = named_modules(model)
     refuse_stacked(modules)
+    refuse_divided(model, modules, for_good=for_good)
     ties = find_ties(modules)
     for named in modules:
         if named.module in stashed:
@@ -168,10 +182,12 @@ def _mergeable_modules(model: nn.Module, if_quantised: str | None) -> list[Named
                 )
             with torch.no_grad():
                 value = read(named.module, name)
-            if not value.is_meta and not torch.isfinite(value).all():
+                # Gathered: the ranks refuse together.
+                unfit = 0 if value.is_meta else int(gathered((~torch.isfinite(value)).sum()))
+            if unfit:
                 raise ValueError(
                     f"A merged tensor must be finite; `{name}` of {named.path or 'the model itself'!r} has "
-                    f"{int((~torch.isfinite(value)).sum())} entries in {value.dtype} that are not. Nothing was merged. "
+                    f"{unfit} entries in {value.dtype} that are not. Nothing was merged. "
                     f"Look for an adapter that diverged, lower its weight, or merge a float32 copy of the model."
                 )
     return modules

@@ -9,6 +9,7 @@ from glora.layer import routed
 from glora.model.adapters import adapters
 from glora.model.checks import refuse_while_swapped
 from glora.model.modules import Model, adapted_modules
+from glora.model.sharded import is_tensor_parallel
 from glora.text import quote_names
 
 
@@ -40,7 +41,7 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         RuntimeError: inside `glora.merged` or another `route`; inside, an adapted weight that is read rather than its
             layer called (nn.MultiheadAttention reads `out_proj.weight`), a result that is not one for each sample and
             differs between the adapters, activation checkpointing around a routed layer, or a call that changes
-            adapters.
+            adapters. Layers that `parallelize_module` has divided.
 
     Source: what `adapter_names` of Hugging Face PEFT does for a call, here for a block.
 
@@ -71,5 +72,10 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
     for named in adapted_modules(model):
         paths[id(named.module)] = named.path or "the model itself"
         known[id(named.module)] = named.adapter_names
+        if any(is_tensor_parallel(named.module, named.tensors[name]) for name in named.adapters):
+            raise RuntimeError(
+                f"A batch cannot be routed through layers that parallelize_module has divided, as {named.path!r}. "
+                f"Activate one adapter at a time, or route in a model that is whole on each rank."
+            )
     with routed.covered(routed.Cover(paths, routed.Routing(names, known, dim, flattened), None)):
         yield model

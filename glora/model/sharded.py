@@ -1,4 +1,4 @@
-"""Tensors that fully_shard has spread over ranks: read whole, written from whole ones, saved once."""
+"""Tensors that fully_shard has divided over ranks: written from whole ones, and saved once."""
 
 from __future__ import annotations
 
@@ -9,32 +9,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glora.model.modules import adapted_matrices, adapted_modules
+from glora.sharding import divided_like, gathered, is_sharded
+
+# Note [Tensor parallel]
+# parallelize_module makes a layer's weights and inputs DTensors, each as its style divides it; adapters are attached
+# then. Their factors are DTensors that stand whole on every rank (they are thin), and W' is computed of DTensors, by
+# the dense kernel: torch knows which rank needs what, forward and backward, for every form and style. The other order
+# fails in torch, which registers what `named_parameters` lists, and takes no name with a dot.
 
 # Note [All ranks together]
 # Gathering a tensor is a collective: every rank takes part, in the same order. So every rank calls `glora.save`; one
 # tensor at a time is whole, and no rank leaves before the file is there, or all raise.
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which each rank holds a part."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank."""
-    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
-
-
 def write_into(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
-    value = whole(value)
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        own: Any = tensor
-        # src_data_rank=None: every rank has the whole, and takes its part without asking the others.
-        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
-    tensor.copy_(value)
+    tensor.copy_(divided_like(tensor, gathered(value)))
 
 
 def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
@@ -43,15 +33,15 @@ def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tens
         write(dict(tensors))
         return
     first = dist.get_rank() == 0
-    gathered: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        value = whole(tensor)
+        value = gathered(tensor)
         if first:
-            gathered[key] = value.cpu()
+            kept[key] = value.cpu()
     failure: list[BaseException | None] = [None]
     if first:
         try:
-            write(gathered)
+            write(kept)
         except Exception as error:
             failure[0] = error
     dist.broadcast_object_list(failure, src=0)
@@ -59,7 +49,19 @@ def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tens
         raise failure[0]
 
 
-def refuse_flat(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
+    """Let each rank hold its parts alone: after a forward pass without a backward one, a root still has wholes.
+
+    Raises:
+        RuntimeError: FullyShardedDataParallel has flattened the tensors of adapted layers.
+    """
+    _refuse_flat(model)
+    for module in model.modules():
+        if is_fully_sharded(module):
+            cast("Any", module).reshard()
+
+
+def _refuse_flat(model: nn.Module) -> None:
     """Raise RuntimeError where FullyShardedDataParallel has flattened the tensors of adapted layers."""
     for named in adapted_modules(model):
         weights = [named.tensors.get(at.matrix.weight) for at in adapted_matrices(named)]
@@ -73,3 +75,14 @@ def refuse_flat(model: nn.Module) -> None:
 
 def _has_flat(model: nn.Module) -> bool:
     return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called on this module."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
+def is_tensor_parallel(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether parallelize_module alone has divided this tensor of a module; fully_shard on top needs a second mesh."""
+    applied = "_distribute_module_applied" in vars(module)
+    return applied and is_sharded(tensor) and cast("Any", tensor).device_mesh.ndim == 1

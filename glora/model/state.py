@@ -13,7 +13,7 @@ from glora.layer.parametrization import Bias, adapters_of, own_tensors, stashed
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.checks import refuse_while_swapped
 from glora.model.modules import Model, wraps
-from glora.model.sharded import refuse_flat, write_into
+from glora.model.sharded import settle, write_into
 from glora.spec import join, like, mismatches
 from glora.text import format_problems
 
@@ -40,7 +40,7 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         >>> list(glora.state_dict(glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(A="vector"))))
         ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
     """
-    refuse_flat(model)
+    settle(model)
     return {key: tensor.detach() for key, tensor in adapter_tensors(model, resolve_name(model, name)).items()}
 
 
@@ -72,7 +72,7 @@ def load_state_dict(
         True
     """
     refuse_while_swapped(model)
-    refuse_flat(model)
+    settle(model)
     name = resolve_name(model, name)
     own = adapter_tensors(model, name)
     if any(tensor.is_meta for tensor in own.values()):

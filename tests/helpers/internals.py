@@ -16,7 +16,7 @@ from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import blocks, matvec, select
 from glora.kernels.select import Kernel
-from glora.model import exports
+from glora.model import exports, relocated
 
 __all__ = [
     "Kernel",
@@ -25,6 +25,7 @@ __all__ = [
     "entries_of_a_block",
     "entries_of_a_wide_block",
     "force_kernel",
+    "fully_sharded_groups",
     "inside_operators",
     "interrupted_before",
     "is_unsupported",
@@ -41,6 +42,8 @@ wide_matvec = matvec.wide_matvec
 
 
 force_kernel = select.force
+
+fully_sharded_groups = relocated.groups
 
 
 def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:

@@ -71,8 +71,6 @@ def trained_and_saved(_: int, folder: str) -> None:
         whole = fresh(config)
         glora.load_state_dict(whole, glora.state_dict(model))
         same(glora.state_dict(whole), glora.state_dict(alone))
-        with pytest.raises(RuntimeError, match="is sharded.*glora merge base directory out"):
-            glora.merge(model)
         dist.barrier()
 
 
@@ -109,7 +107,6 @@ def test_a_model_on_the_meta_device_is_sharded_and_filled(tmp_path: Path) -> Non
 def refusals(_: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2,))
     # A file that cannot be written: every rank raises, none waits.
@@ -118,7 +115,7 @@ def refusals(_: int, folder: str) -> None:
     with pytest.raises(OSError, match="a file"):
         glora.save(sharded(fresh(), mesh), blocked)
     bare = sharded(fresh(None), mesh)
-    with pytest.raises(ValueError, match="attach or load first, then fully_shard"):
+    with pytest.raises(ValueError, match="attach or load before fully_shard"):
         glora.apply(bare, ["0"])
     flat, alone = FullyShardedDataParallel(fresh(), use_orig_params=True, device_id=torch.device("cpu")), fresh()
     for call in (lambda: glora.save(flat, folder), lambda: glora.state_dict(flat)):
@@ -127,15 +124,6 @@ def refusals(_: int, folder: str) -> None:
     with FullyShardedDataParallel.summon_full_params(flat):
         same(glora.state_dict(flat), glora.state_dict(alone))
         glora.save(flat, Path(folder, f"of rank {dist.get_rank()}"))
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    for config in CONFIGS.values():
-        with pytest.raises(RuntimeError, match="Call glora.merge.model. first and parallelize_module then"):
-            parallelize_module(fresh(config), mesh, plan)
-    x, merged = torch.randn(4, 6), glora.merge(fresh())
-    expected = merged(x)
-    torch.testing.assert_close(parallelize_module(merged, mesh, plan)(x), expected, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="for tensor parallelism merge first"):
-        glora.apply(parallelize_module(fresh(None), mesh, plan), ["0"])
 
 
 def test_what_cannot_be_done_says_what_to_do(tmp_path: Path) -> None:
