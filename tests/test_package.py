@@ -40,3 +40,11 @@ def test_interop_comes_with_glora_and_without_safetensors() -> None:
     script = "import sys, glora; print(sorted(glora.interop.__all__), 'safetensors' in sys.modules)"
     names = ["load_lycoris", "load_official", "load_peft", "save_lycoris", "save_peft"]
     assert run(script).strip() == f"{names} False"
+
+
+def test_importing_glora_imports_no_compiler_and_little_beside_torch() -> None:
+    script = "import sys, torch; before = set(sys.modules); import glora; print(*(set(sys.modules) - before))"
+    new = set(run(script).split())
+    assert not {name for name in new if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))}
+    packages = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert packages <= {"glora", "einops", "torch"}

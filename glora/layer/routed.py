@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from glora.layer.parametrization import Scales, adapters_of
@@ -120,7 +121,7 @@ def _call(
 
 
 # Not compiled: which samples go where is data of each call.
-call: Callable[..., Any] = torch.compiler.disable(_call)  # pyright: ignore - torch leaves it untyped
+call: Callable[..., Any] = _disable_dynamo(_call)  # torch.compiler.disable imports the compiler, at once
 
 
 class Routing:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from glora.config import GLoRAConfig
 from glora.functional import Factors
@@ -147,4 +148,4 @@ class Draws:
 
 
 # Not compiled: what is drawn is data of each call.
-draw: Callable[[Draws, Space], GLoRAConfig] = torch.compiler.disable(Draws.next)  # pyright: ignore
+draw: Callable[[Draws, Space], GLoRAConfig] = _disable_dynamo(Draws.next)  # as in routed
