@@ -66,7 +66,7 @@ class Entangled(Paths):
     def factors_of(self, config: GLoRAConfig, scale: Tensor) -> dict[str, Factors]:
         """The same in the forms of a config."""
         return {
-            name: _part_of(path, getattr(config, name), config, scale, across=name == "A" and self._by_columns)
+            name: self._part_of(path, getattr(config, name), config, scale, across=name == "A" and self._by_columns)
             for name, path in self.paths().items()
             if getattr(config, name) != "none"
         }
@@ -92,18 +92,24 @@ class Entangled(Paths):
                 path.value = nn.Parameter(tensors.detach().clone())
         return plain
 
+    def _part_of(
+        self, path: LowRank | Vector, form: str, config: GLoRAConfig, scale: Tensor, *, across: bool
+    ) -> Factors:
+        """A form's part of the tensors; `across`: of a path that scales the columns of the weight, and not its rows."""
+        if isinstance(path, Vector):
+            return path.factors(scale) if form == "vector" else Factors(self._first(path.value), scale)
+        if form == "lora":
+            tensors = path.left[..., : config.rank], path.right[..., : config.rank, :]
+            return Factors(tensors, scale if config.alpha is None else scale * config.scaling)
+        column = path.left[..., :1]
+        if form == "vector":
+            return Factors(column.mT if across else column, scale)
+        return Factors(self._first(column), scale)
 
-def _part_of(path: LowRank | Vector, form: str, config: GLoRAConfig, scale: Tensor, *, across: bool) -> Factors:
-    """A form's part of the tensors; `across`: of a path that scales the columns of the weight, and not its rows."""
-    if isinstance(path, Vector):
-        return path.factors(scale) if form == "vector" else Factors(path.value.flatten()[:1], scale)
-    if form == "lora":
-        tensors = path.left[..., : config.rank], path.right[..., : config.rank, :]
-        return Factors(tensors, scale if config.alpha is None else scale * config.scaling)
-    column = path.left[..., :1]
-    if form == "vector":
-        return Factors(column.mT if across else column, scale)
-    return Factors(column[0], scale)
+    def _first(self, tensor: Tensor) -> Tensor:
+        """The first number of a tensor, `(1,)`; of each in a batch, `(batch, 1, 1)`, or `(batch, 1)` on a bias."""
+        batch = len(self._shape) - 2
+        return tensor[(..., *[slice(1)] * (tensor.ndim - batch))] if batch else tensor.flatten()[:1]
 
 
 # Note [Replayed draws]

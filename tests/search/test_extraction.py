@@ -16,6 +16,7 @@ from glora import GLoRAConfig
 from glora.search import Space, choose, extract
 from glora.search.supernet import layers_of
 from tests.helpers.calls import RANDOM, attach
+from tests.helpers.kinds import experts
 from tests.helpers.search import any_choice, block, spaces, supernet
 from tests.helpers.state import unchanged
 from tests.helpers.strategies import close
@@ -38,6 +39,22 @@ def test_outputs_parameters_and_shapes(space: Space, seed: int, bias: bool) -> N
     shapes = {key: tensor.shape for key, tensor in glora.state_dict(ordinary).items()}
     assert {key: tensor.shape for key, tensor in glora.state_dict(model).items()} == shapes
     assert [type(m) for m in model.modules()] == [type(m) for m in ordinary.modules()]
+
+
+@given(space=spaces(), seed=st.integers(0, 2**16), transposed=st.booleans(), bias=st.booleans())
+def test_experts_hand_out_what_an_ordinary_adapter_of_theirs_holds(
+    space: Space, seed: int, transposed: bool, bias: bool
+) -> None:
+    build = experts(transposed, bias)
+    model, ordinary, x = supernet(build(), space), build(), torch.randn(5, 4)
+    targets = any_choice(model, seed)
+    y = choose(model, targets).eval()(x)
+    targets = {path: config for path, config in targets.items() if config.paths}
+    extract(model, targets)
+    assert close(model(x), y.double())
+    assert close(glora.merge(copy.deepcopy(model))(x), y.double(), ulps=100)
+    shapes = {key: tensor.shape for key, tensor in glora.state_dict(glora.apply(ordinary, targets)).items()}
+    assert {key: tensor.shape for key, tensor in glora.state_dict(model).items()} == shapes
 
 
 TARGETS = {"0": GLoRAConfig.lora(rank=2), "2": GLoRAConfig(A="none", B="vector", C="none", E="none", rank=2)}
