@@ -35,7 +35,8 @@ def test_runs_read_as_written(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_chosen_by_validation_of_the_first_seed_whatever_the_test_loss() -> None:
-    rows = [row("LoRA r8", 0, lr, 4 - i, 1 + i) for i, lr in enumerate(LEARNING_RATES)]
+    rows = [row("LoRA r8", 0, lr, 9 - i, 1.0) for i, lr in enumerate(LEARNING_RATES[:-1])]
+    rows += [row("LoRA r8", 0, LEARNING_RATES[-1], 2.0, 4.0)]
     assert causal.chosen_rate(rows, "LoRA r8") == LEARNING_RATES[-1]
     assert causal.chosen_rate(rows[:-1], "LoRA r8") is None
     rows += [row("LoRA r8", 1, LEARNING_RATES[-1], 9.0, 6.0), row("GLoRA r4", 0, LEARNING_RATES[0], 1.0, 1.0)]
