@@ -35,6 +35,7 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "full": ("#000000", "*", "full"),
 }
 _SHOWN = 30.0  # points below the best that a learning rate's accuracy is shown to
+_RANGE = 1e4, 4e7  # of parameters, the same in each panel
 _APART = 1.12  # ratio of the places of two methods, so that each interval is seen
 
 
@@ -82,6 +83,7 @@ def _parameters(axis: Any, tests: Tests, tasks: Sequence[str]) -> None:
             [last], [middle], yerr=error, linestyle="none", capsize=2, linewidth=1, label=method, **_style(method)
         )
     axis.set_xscale("log")
+    axis.set_xlim(_RANGE)
 
 
 def _rates(axis: Any, tests: Tests, task: str) -> None:
