@@ -1,1 +1,1 @@
-"""Does GLoRA help? Fine-tuning on real texts, at equal numbers of parameters: `python -m benchmarks.accuracy`."""
+"""Does GLoRA help? Fine-tuning at equal numbers of parameters, on real data: `python -m benchmarks.accuracy`."""

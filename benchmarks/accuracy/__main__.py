@@ -1,8 +1,9 @@
-"""Accuracy of GLoRA, its corners, full fine-tuning and PEFT on real texts: `python -m benchmarks.accuracy`.
+"""Accuracy of GLoRA, its corners, full fine-tuning and PEFT on real texts and images: `python -m benchmarks.accuracy`.
 
 Without options: every method, task and learning rate, three seeds each: a day of one core. It may be stopped and called
 again, with other options too: a run that accuracy.csv holds is not made again. `--choosing 1` picks the learning rate
-on the first seed alone: half the runs. `--report` runs nothing, and makes the tables and plots of what is there.
+on the first seed alone: half the runs. `--report` runs nothing, and makes the tables and plots of what is there; with
+`--tasks`, of these tasks: a mean is over the methods that were run on each.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> None:
         trainers = [Trainer(task, (TRAIN, VALIDATION, TEST), EPOCHS) for task in options.tasks]
         methods = list(VARIANTS) if options.why else options.methods
         run(methods, trainers, Plan(SEEDS, options.choosing, LEARNING_RATES), store, options.lr)
-    runs = read(store.path)
+    runs = [run for run in read(store.path) if run.task in options.tasks]
     tables.tables(runs, out / "accuracy-memory.csv")
     plots.plots(runs, out)
 

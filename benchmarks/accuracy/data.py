@@ -5,15 +5,19 @@
 | trec6, trec50 | 6, 49 | 5,380 | the TREC questions (Li and Roth, COLING 2002): coarse and fine labels |
 | tweets | 3 | 4,140 | the tweets of VADER (Hutto and Gilbert, ICWSM 2014), by their mean rating |
 | movie | 2 | 10,070 | the movie review snippets of VADER |
+| fashion | 10 | 60,000 | Fashion-MNIST's training images (Xiao, Rasul and Vollgraf, 2017) |
 """
 
 from __future__ import annotations
 
+import gzip
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from examples.fetch import package_directory
 
@@ -24,18 +28,19 @@ from examples.fetch import package_directory
 TRAIN, VALIDATION, TEST = 400, 300, 600
 SEEDS = 3
 
-Pairs = list[tuple[str, str]]
+# A text, or an image's bytes; and its label.
+Pairs = list[tuple[Any, str]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and the index of each one's class."""
+    """Texts or images, and the index of each one's class."""
 
-    texts: list[str]
+    inputs: list[Any]
     labels: list[int]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def splits(task: str, seed: int, sizes: tuple[int, int, int] = (TRAIN, VALIDATIO
 
     def part(first: int, count: int) -> Split:
         chosen = order[first : first + count]
-        return Split([text for text, _ in chosen], [classes.index(label) for _, label in chosen])
+        return Split([each for each, _ in chosen], [classes.index(label) for _, label in chosen])
 
     train, validation, test = sizes
     return Splits(part(0, train), part(train, validation), part(train + validation, test), len(classes))
@@ -80,19 +85,50 @@ def _sign(rating: float) -> str | None:
     return None if abs(rating) < 0.5 else "positive" if rating > 0 else "negative"
 
 
-TASKS: dict[str, Callable[[], Pairs]] = {
-    "trec6": lambda: _questions(lambda label: label.split(":")[0]),
-    "trec50": lambda: _questions(lambda label: label),
-    "tweets": lambda: _rated("tweets", lambda rating: _sign(rating) or "neutral"),
-    "movie": lambda: _rated("movieReviewSnippets", _sign),
+def _fashion() -> Pairs:
+    folder = os.environ.get("FASHION_MNIST")
+    files = [Path(folder or "") / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    if folder is None or not all(file.exists() for file in files):
+        raise RuntimeError(
+            "The task 'fashion' needs Fashion-MNIST's train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz: set "
+            f"the variable FASHION_MNIST to their folder (it is {folder!r}). Debian's package dataset-fashion-mnist "
+            "has them, and so has github.com/zalandoresearch/fashion-mnist."
+        )
+    # idx files: a header of 16 and of 8 bytes, then a byte a pixel, 28 x 28, and a byte a label.
+    images, labels = (gzip.decompress(file.read_bytes())[header:] for file, header in zip(files, (16, 8), strict=True))
+    return [(images[784 * i : 784 * (i + 1)], str(label)) for i, label in enumerate(labels)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples with labels, and the model that reads them.
+
+    Attributes:
+        read: all examples.
+        model: a key of `benchmarks.accuracy.runs.MODELS`.
+    """
+
+    read: Callable[[], Pairs]
+    model: Literal["text", "vision"]
+
+
+TASKS: dict[str, Task] = {
+    "trec6": Task(lambda: _questions(lambda label: label.split(":")[0]), "text"),
+    "trec50": Task(lambda: _questions(lambda label: label), "text"),
+    "tweets": Task(lambda: _rated("tweets", lambda rating: _sign(rating) or "neutral"), "text"),
+    "movie": Task(lambda: _rated("movieReviewSnippets", _sign), "text"),
+    "fashion": Task(_fashion, "vision"),
 }
 
 
 def _read(task: str) -> Pairs:
-    # The model reads lower case only: two texts that differ in case would be the same one in train and test.
-    pairs = list({text.strip().lower(): label for text, label in TASKS[task]()}.items())
+    pairs = TASKS[task].read()
+    if TASKS[task].model == "text":
+        # The model reads lower case only: two texts that differ in case would be the same one in train and test.
+        pairs = [(text.strip().lower(), label) for text, label in pairs]
+    pairs = list(dict(pairs).items())
     frequent = _frequent(label for _, label in pairs)
-    return [(text, label) for text, label in pairs if label in frequent]
+    return [(each, label) for each, label in pairs if label in frequent]
 
 
 def _frequent(labels: Iterable[str], least: int = 4) -> set[str]:

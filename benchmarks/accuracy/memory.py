@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.model import BATCH, MAX_TOKENS, Pretrained
+from benchmarks.accuracy.model import BATCH
+from benchmarks.accuracy.text import MAX_TOKENS, pretrained
 from benchmarks.memory import peak_of_step
 
 
@@ -28,7 +29,7 @@ class Size:
 def prepare_step(name: str, size: dict[str, int], device: str) -> Callable[[], object]:  # noqa: ARG001 - the CPU's
     """A training step, optimizer included, on random tokens."""
     shape = Size(**size)
-    model = Pretrained().classifier(classes=6, seed=0).train()
+    model = pretrained().classifier(classes=6, seed=0).train()
     groups = METHODS[name].attach(model)
     parameters = [p for group in groups for p in group.parameters]
     optimizer = torch.optim.AdamW([*parameters, *model.head.parameters()], lr=1e-4, fused=True)

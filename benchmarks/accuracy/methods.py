@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import glora
-from benchmarks.accuracy.model import TARGETS, Classifier, Group
+from benchmarks.accuracy.model import Classifier, Group
 from benchmarks.peers import peft_model
 
 Attach = Callable[[Classifier], list[Group]]
@@ -32,10 +32,10 @@ def _full(model: Classifier) -> list[Group]:
     return [Group(list(model.encoder.parameters()))]
 
 
-def _glora(config: glora.GLoRAConfig, targets: list[str] = TARGETS, factor: Factor | None = None) -> Attach:
+def _glora(config: glora.GLoRAConfig, targets: list[str] | None = None, factor: Factor | None = None) -> Attach:
     def attach(model: Classifier) -> list[Group]:
         sizes = {path: module.weight.square().mean().sqrt().item() for path, module in _layers(model)}
-        glora.apply(model.encoder, targets, config)
+        glora.apply(model.encoder, targets or model.targets, config)
         named = dict(glora.named_parameters(model.encoder))
         if factor is None:
             return [Group(list(named.values()))]
@@ -45,24 +45,25 @@ def _glora(config: glora.GLoRAConfig, targets: list[str] = TARGETS, factor: Fact
 
 
 def _layers(model: Classifier) -> list[tuple[str, Any]]:
-    ends = tuple(f".{target}" for target in TARGETS)
+    ends = tuple(f".{target}" for target in model.targets)
     return [(path, module) for path, module in model.encoder.named_modules() if f".{path}".endswith(ends)]
 
 
 def _peft(config: str, rank: int) -> Attach:
     def attach(model: Classifier) -> list[Group]:
-        model.encoder = peft_model(model.encoder, config, rank, target_modules=TARGETS)
+        model.encoder = peft_model(model.encoder, config, rank, target_modules=model.targets)
         return [Group([p for p in model.encoder.parameters() if p.requires_grad])]
 
     return attach
 
 
 _C = glora.GLoRAConfig
-_ATTENTION = ["query", "value"]
+_ATTENTION = ["query", "value"]  # as the model of texts calls them
 _CONSTANTS: dict[str, Any] = {"A": "constant", "B": "constant", "C": "none", "D": "constant", "E": "vector"}
 _VECTORS: dict[str, Any] = {"A": "vector", "B": "vector"}
 
-# 22.7 million parameters: the budgets are about 11, 45, 115 and 340 thousand. A rank-1 B on all 36 layers has 41,472.
+# The model of texts has 22.7 million parameters: the budgets are about 11, 45, 115 and 340 thousand, and a rank-1 B on
+# all of its 36 layers has 41,472. The model of images has 72 layers, and there each method has twice as many numbers.
 METHODS: dict[str, Method] = {
     "LoRA r8": Method(_glora(_C.lora(rank=8)), "1.5%"),
     "GLoRA r3": Method(_glora(_C(rank=3)), "1.5%"),

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import glora
-from benchmarks.accuracy.data import splits
-from benchmarks.accuracy.model import TARGETS, Classifier, Group, Pretrained, features, train
+from benchmarks.accuracy.data import TASKS, splits
+from benchmarks.accuracy.model import Classifier, Group, features, train
+from benchmarks.accuracy.runs import MODELS
 from benchmarks.peers import peft_model
 
 SIZES = (400, 300, 600)
@@ -25,13 +26,13 @@ LOSSES, LOGITS = 1e-4, 1e-3
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.parity", description=__doc__)
-    parser.add_argument("--task", default="trec6")
+    parser.add_argument("--task", choices=list(TASKS), default="trec6", metavar="TASK")
     parser.add_argument("--rank", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pretrained, parts = Pretrained(), splits(options.task, 0, SIZES)
+    pretrained, parts = MODELS[TASKS[options.task].model](), splits(options.task, 0, SIZES)
     plain = pretrained.classifier(parts.classes, seed=0)
     for module in list(plain.modules()):
         if isinstance(module, nn.Dropout):
@@ -39,7 +40,7 @@ def main() -> None:
 
     theirs, ours = copy.deepcopy(plain), copy.deepcopy(plain)
     forms = {"config_A_B": "lora", "config_C": "vector", "config_D_E": "vector"}
-    theirs.encoder = peft_model(theirs.encoder, "GloraConfig", options.rank, target_modules=TARGETS, **forms)
+    theirs.encoder = peft_model(theirs.encoder, "GloraConfig", options.rank, target_modules=theirs.targets, **forms)
     with tempfile.TemporaryDirectory() as folder:
         theirs.encoder.save_pretrained(folder)
         glora.interop.load_peft(ours.encoder, folder)
@@ -61,7 +62,7 @@ def main() -> None:
     steps = f"{len(first)} steps on {options.task}, rank {options.rank}, lr {options.lr:g}"
     print(f"{steps}: loss {first[0]:.3f} to {first[-1]:.3f}")
     print(f"largest difference of a loss to PEFT's: {apart:.1e} (at most {LOSSES:g})")
-    print(f"merged, largest difference of a logit of {len(before)} test texts: {merged:.1e} (at most {LOGITS:g})")
+    print(f"merged, largest difference of a logit of {len(before)} test examples: {merged:.1e} (at most {LOGITS:g})")
     print(f"ours merged and not merged: {itself:.1e}")
     if apart > LOSSES or merged > LOGITS:
         raise SystemExit("not equal")

@@ -1,42 +1,55 @@
-"""The plots of the runs: accuracy against trainable parameters, and against the learning rate."""
+"""The plots of the runs: accuracy against trainable parameters, and against the learning rate.
+
+Methods of about one size stand beside each other, each a little to the right of its number. Bars are 95% t intervals.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from benchmarks.accuracy.runs import LEARNING_RATES, PROBE, Run
+from benchmarks.accuracy.runs import PROBE, Run
 from benchmarks.accuracy.tables import Tests, interval, tested_at
 from benchmarks.peers import needs
 
-# Families by colour (Okabe and Ito's, which the colour-blind tell apart) and marker.
-_FAMILIES: dict[str, tuple[str, str]] = {
-    "GLoRA": ("#D55E00", "o"),
-    "LoRA": ("#0072B2", "D"),
-    "HiRA": ("#E69F00", "s"),
-    "RepAdapter": ("#F0E442", "p"),
-    "SSF": ("#009E73", "^"),
-    "IA3": ("#56B4E9", "v"),
-    "BitFit": ("#999999", "<"),
-    "PEFT GLoRA": ("#CC79A7", "X"),
-    "PEFT LoRA": ("#CC79A7", "P"),
-    "full": ("#000000", "*"),
+# By the longest start of a method's name: a family's colour (Okabe and Ito's, which the colour-blind tell apart), a
+# marker, and how much of it is filled.
+_STYLES: dict[str, tuple[str, str, str]] = {
+    "GLoRA r3": ("#D55E00", "o", "full"),
+    "GLoRA r3,": ("#D55E00", "o", "left"),
+    "GLoRA r1": ("#D55E00", "o", "none"),
+    "GLoRA A vector": ("#D55E00", "h", "none"),
+    "GLoRA vectors": ("#D55E00", "d", "none"),
+    "GLoRA constants": ("#D55E00", "x", "full"),
+    "LoRA r8": ("#0072B2", "D", "full"),
+    "LoRA r3": ("#0072B2", "D", "left"),
+    "LoRA r1": ("#0072B2", "D", "none"),
+    "HiRA": ("#E69F00", "s", "full"),
+    "RepAdapter": ("#F0E442", "p", "full"),
+    "SSF": ("#009E73", "^", "full"),
+    "IA3": ("#56B4E9", "v", "full"),
+    "BitFit": ("#999999", "<", "full"),
+    "PEFT GLoRA": ("#CC79A7", "X", "full"),
+    "PEFT LoRA": ("#CC79A7", "P", "full"),
+    "full": ("#000000", "*", "full"),
 }
+_SHOWN = 30.0  # points below the best that a learning rate's accuracy is shown to
+_RANGE = 1e4, 4e7  # of parameters, the same in each panel
+_APART = 1.12  # ratio of the places of two methods, so that each interval is seen
 
 
-def _style(method: str) -> tuple[str, str]:
-    family = max((name for name in _FAMILIES if method.startswith(name)), key=len)
-    return _FAMILIES[family]
+def _style(method: str) -> dict[str, str]:
+    start = max((name for name in _STYLES if method.startswith(name)), key=len)
+    color, marker, filled = _STYLES[start]
+    return {"color": color, "marker": marker, "fillstyle": filled}
 
 
 def plots(runs: Sequence[Run], folder: Path) -> None:
     """Draw `accuracy-parameters.png` and `accuracy-rates.png`."""
     tests = Tests.of(runs)
     panels = {task: [task] for task in tests.tasks}
-    if len(tests.tasks) > 1:
-        panels |= {f"mean of {len(tests.tasks)} tasks": tests.tasks}
+    panels |= {f"mean of {', '.join(tasks)}\n(methods run on each)": tasks for tasks in tests.alike}
     figure, axes = _figure(len(panels))
     for axis, (title, tasks) in zip(axes, panels.items(), strict=True):
         _parameters(axis, tests, tasks)
@@ -55,7 +68,8 @@ def plots(runs: Sequence[Run], folder: Path) -> None:
 
 
 def _parameters(axis: Any, tests: Tests, tasks: Sequence[str]) -> None:
-    for method in tests.methods(tasks):
+    last = 0.0
+    for method in reversed(tests.methods(tasks)):
         found = interval([[tested_at(run) for run in tests.tested[task, method].values()] for task in tasks])
         if found is None or "," in method or "without" in method:
             continue
@@ -63,27 +77,28 @@ def _parameters(axis: Any, tests: Tests, tasks: Sequence[str]) -> None:
         if method == PROBE:
             axis.axhline(middle, color="grey", linestyle="--", label=PROBE)
             continue
-        color, marker = _style(method)
         error = [[middle - low], [high - middle]]
-        x = tests.trainable(tasks[0], method)
-        axis.errorbar([x], [middle], yerr=error, fmt=marker, color=color, capsize=2, linewidth=1, label=method)
+        last = max(tests.trainable(tasks[0], method), last * _APART)
+        axis.errorbar(
+            [last], [middle], yerr=error, linestyle="none", capsize=2, linewidth=1, label=method, **_style(method)
+        )
     axis.set_xscale("log")
+    axis.set_xlim(_RANGE)
 
 
 def _rates(axis: Any, tests: Tests, task: str) -> None:
     methods = dict.fromkeys(run.method for run in tests.choosing if run.task == task)
+    best = 0.0
     for method in methods:
-        by_rate: dict[float, list[float]] = {}
-        for run in tests.choosing:
-            if (run.task, run.method) == (task, method):
-                by_rate.setdefault(run.lr, []).append(run.validation)
-        if not set(LEARNING_RATES) <= by_rate.keys():
+        means = tests.validation(task, method)
+        if not means:
             continue
-        color, marker = _style(method)
         dashes = ":" if "," in method else "-"
-        means = [fmean(by_rate[lr]) for lr in LEARNING_RATES]
-        axis.plot(LEARNING_RATES, means, dashes, color=color, marker=marker, label=method)
+        best = max(best, *means.values())
+        axis.plot(list(means), list(means.values()), linestyle=dashes, label=method, **_style(method))
     axis.set_xscale("log")
+    if best:
+        axis.set_ylim(best - _SHOWN, best + 2)
 
 
 def _figure(count: int) -> tuple[Any, Sequence[Any]]:

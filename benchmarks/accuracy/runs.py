@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +16,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from benchmarks.accuracy.data import Splits, splits
+from benchmarks.accuracy import text, vision
+from benchmarks.accuracy.data import TASKS, Splits, splits
 from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.model import EPOCHS, Classifier, Encoded, Pretrained, accuracy, features, train
+
+MODELS: dict[str, Callable[[], Pretrained]] = {"text": text.pretrained, "vision": vision.pretrained}
 
 # One grid for all: full fine-tuning wants the low end, vectors the high one.
 LEARNING_RATES = (2e-4, 1e-3, 5e-3, 2.5e-2)
@@ -69,8 +72,8 @@ class Runs:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"# {about}\n{_line([field.name for field in fields(Run)])}")
-        elif not (text := path.read_text()).endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1])  # a line that was cut off while it was written
+        elif not (held := path.read_text()).endswith("\n"):
+            path.write_text(held[: held.rfind("\n") + 1])  # a line that was cut off while it was written
 
     def add(self, run: Run) -> None:
         # One write of one line, at the end: two processes with different tasks may share the file.
@@ -97,9 +100,9 @@ def _parse(row: Mapping[str, str]) -> Run:
 
 
 def _line(cells: Sequence[object]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(["" if cell is None else cell for cell in cells])
-    return text.getvalue()
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(["" if cell is None else cell for cell in cells])
+    return line.getvalue()
 
 
 class Trainer:
@@ -107,7 +110,7 @@ class Trainer:
 
     def __init__(self, task: str, sizes: tuple[int, int, int], epochs: int = EPOCHS) -> None:
         self.task, self.sizes, self.epochs = task, sizes, epochs
-        self.pretrained = Pretrained()
+        self.pretrained = MODELS[TASKS[task].model]()
         self._sets: dict[int, _Sets] = {}
 
     def sets(self, seed: int) -> _Sets:

@@ -9,6 +9,7 @@ from statistics import fmean, stdev, variance
 
 from scipy import stats
 
+from benchmarks.accuracy.data import TASKS
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import LEARNING_RATES, PROBE, Run
 from benchmarks.report import read_csv
@@ -44,11 +45,37 @@ class Tests:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(task for task, _ in self.tested))
 
+    @property
+    def alike(self) -> list[list[str]]:
+        """The tasks of each model that has two or more: a mean over models would be over unlike sizes."""
+        by_model: dict[str, list[str]] = {}
+        for task in self.tasks:
+            by_model.setdefault(TASKS[task].model, []).append(task)
+        return [tasks for tasks in by_model.values() if len(tasks) > 1]
+
     def methods(self, tasks: Sequence[str]) -> list[str]:
         """Those that have two seeds at least on all of these tasks, the most parameters first."""
         names = dict.fromkeys(method for _, method in self.tested)
         whole = [name for name in names if all(len(self.tested.get((task, name), {})) > 1 for task in tasks)]
         return sorted(whole, key=lambda name: -self.trainable(tasks[0], name))
+
+    def missing(self, tasks: Sequence[str]) -> dict[str, list[str]]:
+        """The other methods, and the tasks of these that each has no two seeds on."""
+        names = dict.fromkeys(method for task, method in self.tested if task in tasks)
+        found = {name: [task for task in tasks if len(self.tested.get((task, name), {})) < 2] for name in names}
+        return {name: absent for name, absent in found.items() if absent}
+
+    def chosen_on(self, task: str, method: str) -> list[int]:
+        """The seeds that each learning rate was tried with."""
+        mine = [run for run in self.choosing if (run.task, run.method) == (task, method)]
+        return sorted(set.intersection(*({run.seed for run in mine if run.lr == lr} for lr in LEARNING_RATES)))
+
+    def validation(self, task: str, method: str) -> dict[float, float]:
+        """Each learning rate's mean validation accuracy, over equal seeds; empty where not all of them were tried."""
+        seeds, found = self.chosen_on(task, method), {(r.task, r.method, r.lr, r.seed): r for r in self.choosing}
+        if not seeds:
+            return {}
+        return {lr: fmean(found[task, method, lr, seed].validation for seed in seeds) for lr in LEARNING_RATES}
 
     def trainable(self, task: str, method: str) -> int:
         return next(iter(self.tested[task, method].values())).trainable
@@ -102,7 +129,7 @@ def task_rows(tests: Tests, task: str) -> list[dict[str, str]]:
             {
                 "method": method,
                 "trainable": f"{runs[0].trainable:,}",
-                "learning rate": _rate(tests, runs[0]),
+                "learning rate (seeds)": _rate(tests, runs[0]),
                 "test accuracy": f"{fmean(scores):.1f} +- {stdev(scores):.1f}",
                 "seeds": str(len(scores)),
                 **_compared(tests, [task], method),
@@ -113,15 +140,15 @@ def task_rows(tests: Tests, task: str) -> list[dict[str, str]]:
 
 
 def _rate(tests: Tests, run: Run) -> str:
-    """The learning rate, and whether it was given rather than chosen on validation sets."""
+    """The learning rate, and on how many seeds' validation sets it was chosen."""
     if run.method == PROBE:
         return ""
-    chosen = any((other.task, other.method) == (run.task, run.method) for other in tests.choosing)
-    return f"{run.lr:g}" if chosen else f"{run.lr:g} (given)"
+    seeds = len(tests.chosen_on(run.task, run.method))
+    return f"{run.lr:g} ({seeds or 'given'})"
 
 
 def mean_rows(tests: Tests, tasks: Sequence[str]) -> list[dict[str, str]]:
-    """One row a method that was run on all of these tasks: the mean over them."""
+    """One row a method that has two seeds at least on each of these tasks: the mean over them."""
     rows: list[dict[str, str]] = []
     for method in tests.methods(tasks):
         scores = [fmean(tested_at(run) for run in tests.tested[task, method].values()) for task in tasks]
@@ -143,15 +170,12 @@ def _compared(tests: Tests, tasks: Sequence[str], method: str) -> dict[str, str]
 
 def rate_rows(tests: Tests) -> list[dict[str, str]]:
     """Validation accuracy at each learning rate, and how many rates are within two points of the best."""
-    found: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for run in tests.choosing:
-        found.setdefault((run.task, run.method), {}).setdefault(run.lr, []).append(run.validation)
     rows: list[dict[str, str]] = []
-    for (task, method), by_rate in found.items():
-        if set(LEARNING_RATES) <= by_rate.keys():
-            means = {lr: fmean(by_rate[lr]) for lr in LEARNING_RATES}
-            good = [lr for lr in LEARNING_RATES if means[lr] >= max(means.values()) - PLATEAU]
+    for task, method in dict.fromkeys((run.task, run.method) for run in tests.choosing):
+        if means := tests.validation(task, method):
+            good = [lr for lr in means if means[lr] >= max(means.values()) - PLATEAU]
             row = {"task": task, "method": method} | {f"{lr:g}": f"{mean:.1f}" for lr, mean in means.items()}
+            row |= {"seeds": str(len(tests.chosen_on(task, method)))}
             rows.append(row | {"within 2 points": ", ".join(f"{lr:g}" for lr in good)})
     return sorted(rows, key=lambda row: (row["task"], row["method"]))
 
@@ -170,9 +194,12 @@ def tables(runs: Sequence[Run], memory: Path) -> None:
     """Print all tables."""
     tests = Tests.of(runs)
     for task in tests.tasks:
-        markdown(f"{task}: test accuracy in percent, mean and standard deviation over seeds", task_rows(tests, task))
-    if len(tests.tasks) > 1:
-        markdown(f"Mean over {', '.join(tests.tasks)}", mean_rows(tests, tests.tasks))
+        title = f"{task}: test accuracy in percent, mean and standard deviation over seeds"
+        markdown(f"{title}; in brackets, the seeds that chose the learning rate", task_rows(tests, task))
+    for tasks in tests.alike:
+        markdown(f"Mean over {', '.join(tasks)}, of the methods run on each", mean_rows(tests, tasks))
+        absent = [f"{name} ({', '.join(without)})" for name, without in tests.missing(tasks).items()]
+        print(f"\nNot in this table, for want of runs on a task: {'; '.join(absent) or 'none'}.")
     markdown("Validation accuracy by learning rate", rate_rows(tests))
     if memory.exists():
         markdown("Peak memory of a training step, 32 texts of 32 tokens", read_csv(memory))
