@@ -196,7 +196,7 @@ def _plot_training(path: Path, ratios: Mapping[int, Mapping[str, Sequence[tuple[
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time of a training step,\nas a ratio to a trained nn.Linear's")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_memory(path: Path, ratios: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
@@ -219,7 +219,7 @@ def _plot_memory(path: Path, ratios: Mapping[int, Mapping[str, Sequence[tuple[in
     tokens = max(point[0] for lines in ratios.values() for points in lines.values() for point in points)
     label = f"peak memory of a training step of {tokens} tokens, as a ratio to a trained nn.Linear's (weights left out)"
     figure.supxlabel(label, fontsize="medium")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _panels(count: int, *, height: float) -> tuple[Any, Sequence[Any]]:
@@ -231,7 +231,8 @@ def _panels(count: int, *, height: float) -> tuple[Any, Sequence[Any]]:
     return figure, axes[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the figure, let it go, and say where."""
     figure.savefig(path, dpi=150)
     needs("matplotlib.pyplot").close(figure)
     print(f"wrote {path}")

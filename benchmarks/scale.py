@@ -11,6 +11,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ def step(form: str, device: str, width: int = 1024, rank: int = 8, adapters: int
     layer = nn.Linear(width, width, device=device).requires_grad_(False)
     names = [f"adapter{number}" for number in range(adapters)] if form != FROZEN else []
     for name in names:
-        options = {path: getattr(FORMS[form], path) for path in "ABCDE"}
-        glora.apply(layer, config=glora.GLoRAConfig(**options, rank=rank), name=name)
+        glora.apply(layer, config=replace(FORMS[form], rank=rank), name=name)
     if names:
         glora.activate(layer, dict.fromkeys(names, 1.0))
     x = torch.randn(256, width, device=device, requires_grad=True)
@@ -109,9 +109,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", frameon=False)
     axes[0][0].set_ylabel("milliseconds")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    print(f"wrote {path}")
+    report.save_figure(figure, path)
 
 
 def main() -> None:

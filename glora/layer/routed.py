@@ -147,6 +147,8 @@ class Routing:
         self.back = torch.tensor(order).argsort()
         numbers = {name: number for number, name in enumerate(self.groups)}
         self.owner = torch.tensor([numbers[name] for name in self.names])  # each sample's group
+        self.sizes = [len(group) for group in self.groups.values()]
+        self.acting: list[Scales] = [{} if name is None else {name: _ONE} for name in self.groups]
         self.checkpoints = _checkpoint_frames()
         self.grad = torch.is_grad_enabled()
 
@@ -166,14 +168,12 @@ class Routing:
         gone = [name for name in self.groups if name in self.known[id(module)] and name not in there]
         if gone:
             raise RuntimeError(f"{gone[0]!r} was deleted from {path!r} while a glora.route sends samples through it.")
-        acting: list[Scales] = [{} if name is None else {name: _ONE} for name in self.groups]
         if at_once is not None and self.dim == 0 and len(self.groups) > 1:
-            sizes = [len(group) for group in self.groups.values()]
-            whole = at_once(module, *args, **kwargs, acting=acting, sizes=sizes, owner=self.owner)
+            whole = at_once(module, *args, **kwargs, acting=self.acting, sizes=self.sizes, owner=self.owner)
             if whole is not None:
                 return whole
         results: list[Any] = []
-        for group, scales in zip(self.groups.values(), acting, strict=True):
+        for group, scales in zip(self.groups.values(), self.acting, strict=True):
             given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group, rows)
             with covered(Cover(cover.paths, None, scales)):
                 results.append(forward(module, *given, **named))
@@ -217,13 +217,12 @@ class Routing:
 
     def _together(self, path: str, results: list[Any], rows: int) -> Any:
         """The results of the groups as those of one call, in the batch's order."""
-        sizes = [len(group) for group in self.groups.values()]
 
         def join(*parts: Any) -> Any:
             if all(isinstance(part, Tensor) for part in parts):
                 held = [part.shape[self.dim] if part.ndim > self.dim else 0 for part in parts]
                 for each in (1, rows):
-                    if held == [size * each for size in sizes]:
+                    if held == [size * each for size in self.sizes]:
                         whole = torch.cat(parts, self.dim)
                         if self.in_order:
                             return whole

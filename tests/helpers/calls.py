@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import glora
@@ -77,3 +78,11 @@ def remove_with_torch(layer: nn.Module, *tensors: str, bake: bool = True) -> Non
     """Torch's own removal of these tensors' parametrizations; of none given: all there are."""
     for name in tensors or list(layer.parametrizations):
         parametrize.remove_parametrizations(layer, name, leave_parametrized=bake)
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    """A step of plain gradient descent on the adapter, for a model that has one."""
+    optimizer = torch.optim.SGD(glora.parameters(model), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import glora
 from glora import GLoRAConfig
-from tests.helpers.calls import RANDOM
+from tests.helpers.calls import RANDOM, step
 from tests.helpers.models import block
 from tests.helpers.ranks import on_two_ranks
 
@@ -38,13 +38,6 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
     return model
-
-
-def step(model: nn.Module, x: Tensor) -> None:
-    optimizer = torch.optim.SGD(glora.parameters(model), lr=0.1)
-    model(x).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 import glora
 from glora import GLoRAConfig
-from tests.helpers.calls import RANDOM
+from tests.helpers.calls import RANDOM, step
 from tests.helpers.models import adapted_block, block
 
 CONFIGS = {
@@ -36,13 +36,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     found = {key: None if p.grad is None else p.grad.clone() for key, p in glora.named_parameters(model)}
     model.zero_grad()
     return found
-
-
-def step(model: nn.Module, x: Tensor) -> None:
-    optimizer = torch.optim.SGD(glora.parameters(model), lr=0.1)
-    model(x).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @configs
