@@ -59,7 +59,8 @@ class count_passes(TorchDispatchMode):
         numel: a tensor counts that has this many elements at least.
 
     Attributes:
-        bytes: of each such argument and result, once an operation; one that is written in place counts as both.
+        bytes: of each such argument and result, once an operation; one that is written in place counts as both, one
+            that is given to be written over (`out=`) as a result alone.
 
     Example:
         >>> import torch
@@ -78,7 +79,8 @@ class count_passes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func.name() not in _NO_PASS:
-            for leaf in tree_leaves((args, kwargs, result)):
+            read = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+            for leaf in tree_leaves((args, read, result)):
                 if isinstance(leaf, Tensor) and leaf.numel() >= self.numel:
                     self.bytes += leaf.nbytes
         return result

@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glora.precision import multiply, wide
+
 Path: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 Product: TypeAlias = Literal["hadamard", "matmul"]
 
@@ -52,9 +54,9 @@ class Factors(NamedTuple):
     def scaled(self) -> Tensor | tuple[Tensor, Tensor]:
         """The path as the functions of this module take it. Scaling `left` is cheaper than scaling the product."""
         if isinstance(self.tensors, Tensor):
-            return self.tensors.to(working_dtype(self.tensors)) * self.scale
+            return wide(self.tensors) * self.scale
         left, right = self.tensors
-        return left.to(working_dtype(left)) * self.scale, right
+        return wide(left) * self.scale, right
 
 
 class WeightFactors(NamedTuple):
@@ -63,13 +65,6 @@ class WeightFactors(NamedTuple):
     A: Factors | None
     B: Factors | None
     product: Product
-
-
-# Note [Rounded once]
-# A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
-# So every update is computed and summed in `working_dtype` (float32 at least), and `add` alone rounds. Autocast would
-# undo this, since it turns each matrix product to half precision; `multiply` therefore steps out of it. Elementwise
-# operations need no such care: autocast leaves them alone.
 
 
 def weight(W0: Tensor, A: Path = None, B: Path = None, *, product: Product = "hadamard") -> Tensor:
@@ -179,8 +174,7 @@ def weight_update(W0: Tensor, A: Path = None, B: Path = None, *, product: Produc
     """
     scaled = None
     if A is not None:
-        wide = W0.to(working_dtype(W0))
-        scaled = wide * whole(A) if product == "hadamard" else _matmul(wide, A)
+        scaled = wide(W0) * whole(A) if product == "hadamard" else _matmul(wide(W0), A)
     if B is None:
         return scaled
     return whole(B) if scaled is None else scaled + whole(B)
@@ -208,10 +202,12 @@ def bias_update(
     The shapes are taken as right (`bias` checks them). `prompt` is `prompted(W0, C)`, `(out,)`. The result broadcasts
     to `(out,)`; None where no path is.
     """
-    total = None if D is None else b0.to(working_dtype(b0)) * D
-    for term in (E, prompt):
-        if term is not None:
-            total = term if total is None else total + term
+    total = prompt
+    if E is not None:
+        total = wide(E) if total is None else total + E
+    if D is not None:
+        b0 = wide(b0)
+        total = b0 * D if total is None else torch.addcmul(total, b0, D)
     return total
 
 
@@ -231,15 +227,7 @@ def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
             total = update if total is None else total + update
     if total is None:
         return base
-    return (base.to(working_dtype(base)) + total).to(base.dtype)
-
-
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return (wide(base) + total).to(base.dtype)
 
 
 def whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -253,16 +241,6 @@ def _matmul(W0: Tensor, A: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if A.shape[-2:] == (W0.shape[-1], W0.shape[-1]):
         return multiply(W0, A)
     return W0 * A  # a diagonal matrix, kept as its diagonal
-
-
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
-    dtype, device = working_dtype(left, right), left.device.type
-    left, right = left.to(dtype), right.to(dtype)
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return left @ right
-    return left @ right
 
 
 def check_weight_paths(W0: Tensor, A: Path, B: Path, product: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glora import functional
+from glora.precision import multiply
 from tests.helpers import reference
 from tests.helpers.strategies import DTYPES, close
 
@@ -149,7 +150,7 @@ def test_factors_in_half_precision_are_scaled_in_single_precision(dtype: torch.d
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_a_product_is_computed_in_the_wider_of_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     left, right = torch.randn(3, 5, dtype=dtypes[0]), torch.randn(5, 4, dtype=dtypes[1])
-    assert torch.equal(functional.multiply(left, right), left.double() @ right.double())
+    assert torch.equal(multiply(left, right), left.double() @ right.double())
 
 
 def test_a_layer_is_elementwise_where_no_product_is_named() -> None:

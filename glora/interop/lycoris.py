@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from glora.config import GLoRAConfig
 from glora.files.base import base_metadata, read_base
 from glora.files.container import plain_tensors, replace_files, serialize
-from glora.functional import working_dtype
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
 from glora.model.modules import Model, named_modules
+from glora.precision import working_dtype
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names, format_problems
 

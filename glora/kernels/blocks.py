@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora import functional
-from glora.kernels.factored import join_factors
+from glora.functional import Factors
+from glora.kernels.factored import pair_of
 from glora.kernels.frozen import row_blocks
+from glora.precision import outside_autocast, working_dtype
 from glora.quantised import rows
 
 # Note [Blocks]
@@ -46,15 +47,16 @@ def forward(
     Returns:
         `(tokens, out)` in `dtype`.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         tokens = x.to(dtype)
         A, B = fold(W0, count, tensors)
         y = tokens.new_empty(tokens.shape[0], W0.shape[0])
         for block in row_blocks(W0):
             W = rows(W0, block)
             if dtype in (torch.bfloat16, torch.float16):
-                beside = (tokens @ W.to(dtype).T).float() + tokens @ _update(W, A, B, block, one=False).to(dtype).T
-                y[:, block] = beside if bias is None else beside + bias[block]
+                beside = (tokens @ W.to(dtype).T).float()
+                beside.add_(tokens @ _update(W, A, B, block).to(dtype).T)
+                y[:, block] = beside if bias is None else beside.add_(bias[block])
             elif bias is None:
                 torch.mm(tokens, _weight(W, A, B, block).to(dtype).T, out=y[:, block])
             else:
@@ -87,26 +89,23 @@ def backward(
     Returns:
         The gradients of x, of the bias, and of each of the tensors; None where none is asked for, and for the scales.
     """
-    with torch.autocast(W0.device.type, enabled=False):
+    with outside_autocast(W0):
         g = g.to(dtype)
         tokens = None if x is None else x.to(dtype)
         A, B = fold(W0, count, tensors)
-        dA, dB = ([torch.zeros_like(factor) for factor in pair] for pair in (A, B))
+        dA, dB = ([torch.empty_like(factor) for factor in pair] for pair in (A, B))
         # In half precision the blocks' shares are added up in float32, however many there are.
-        wide = functional.working_dtype(g)
+        wide = working_dtype(g)
         dx = None if dx_dtype is None else g.new_empty(g.shape[0], W0.shape[1], dtype=wide)
         for block in row_blocks(W0):
-            W = rows(W0, block)
+            W, first = rows(W0, block), block.start == 0
             if dx is not None:
-                _add_product(dx, g[:, block], _weight(W, A, B, block).to(dtype), first=block.start == 0)
+                _add_product(dx, g[:, block], _weight(W, A, B, block).to(dtype), first)
             if tokens is not None:
                 dW = (g[:, block].T @ tokens).to(A[0].dtype)
-                if B[0].shape[1]:
-                    dB[0][block] = dW @ B[1].T
-                    dB[1].addmm_(B[0][block].T, dW)
-                dW = dW.mul_(W)
-                dA[0][block] = dW @ A[1].T
-                dA[1].addmm_(A[0][block].T, dW)
+                if B:
+                    _differentiate(B, dB, dW, block, first)
+                _differentiate(A, dA, dW.mul_(W), block, first)
         dbias = None if dbias_dtype is None else g.sum(0, dtype=dbias_dtype)
         dfactors: list[Tensor | None] = [None] * len(tensors)
         if tokens is not None:
@@ -114,22 +113,19 @@ def backward(
     return None if dx is None else dx.to(dx_dtype), dbias, dfactors
 
 
-def _update(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice, *, one: bool) -> Tensor:
-    """`W * A + B` of a block, or with `one` W' itself, `W * (1 + A) + B`, unrounded: three passes over one buffer.
-
-    A's last component is the one, so that `1 + A` is a single product.
-    """
-    rank = A[0].shape[1] - (not one)
-    update = (A[0][block, :rank] @ A[1][:rank]).mul_(W)
-    return update.addmm_(B[0][block], B[1]) if B[0].shape[1] else update
+def _update(W: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], block: slice, *, on_top: bool = False) -> Tensor:
+    """`W * A + B` of a block, or with `on_top` `W + W * A + B`, unrounded: three passes over one buffer."""
+    update = A[0][block] @ A[1]
+    update = torch.addcmul(W, W, update, out=update) if on_top else update.mul_(W)
+    return update.addmm_(B[0][block], B[1]) if B else update
 
 
-def _weight(W: Tensor, A: list[Tensor], B: list[Tensor], block: slice) -> Tensor:
+def _weight(W: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], block: slice) -> Tensor:
     """A block of W', in W0's dtype, rounded once."""
-    return _update(W, A, B, block, one=True).to(W.dtype)
+    return _update(W, A, B, block, on_top=True).to(W.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """Add `left @ right` to a total that may be wider; the first one overwrites memory that is not initialised."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=0 if first else 1)
@@ -139,30 +135,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         total.add_(left @ right)
 
 
+def _differentiate(pair: Sequence[Tensor], grads: Sequence[Tensor], dW: Tensor, block: slice, first: bool) -> None:
+    """The gradients of `left @ right` from that of a block of its rows: whole for left's, a share for right's."""
+    torch.mm(dW, pair[1].T, out=grads[0][block])
+    _add_product(grads[1], pair[0][block].T, dW, first)
+
+
 def fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
-    """All paths A as one pair, and all paths B: low-rank factors side by side, a vector as a component of rank one.
+    """All paths A as one pair, and all paths B; an empty list where there is none.
 
-    The last component of A is 1, which keeps W0 itself.
+    Low-rank factors stand side by side, with a vector as a component of rank one.
     """
-    out_features, in_features = W0.shape
-    wide = functional.working_dtype(W0, *tensors[::3])
-    device = W0.device
-    column = torch.ones(out_features, 1, dtype=wide, device=device)
-    row = torch.ones(1, in_features, dtype=wide, device=device)
-    sides: list[list[list[Tensor]]] = [[[], []], [[], []]]
-    for number in range(len(tensors) // 3):
-        left, right, scale = tensors[3 * number : 3 * number + 3]
-        lefts, rights = sides[number >= count]
-        columns = left.to(wide) * scale
-        lefts.append(columns if right is not None else columns.reshape(-1, 1).expand(out_features, 1))
-        rights.append(right.to(wide) if right is not None else row)
-    sides[0][0].append(column)
-    sides[0][1].append(row)
-    return [[_join(lefts, column, 1), _join(rights, row, 0)] for lefts, rights in sides]
-
-
-def _join(factors: list[Tensor], like: Tensor, dim: int) -> Tensor:
-    return join_factors(factors, dim) if factors else like.narrow(dim, 0, 0)
+    wide = working_dtype(W0, *tensors[::3])
+    triples = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+    paths = [Factors(left if right is None else (left, right), scale) for left, right, scale in triples]
+    sides = paths[:count], paths[count:]
+    return [[factor.to(wide) for factor in pair_of(side, *W0.shape)] if side else [] for side in sides]
 
 
 def _unfold(count: int, tensors: Sequence[Any], dA: list[Tensor], dB: list[Tensor]) -> list[Tensor | None]:

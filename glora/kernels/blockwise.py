@@ -15,6 +15,7 @@ from torch import Tensor
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blocks, frozen, opaque
+from glora.kernels.again import gradients, wants_operations
 from glora.kernels.factored import scaled_inputs, sort_paths
 from glora.quantised import dense, is_quantised
 
@@ -50,54 +51,46 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 
 
 class _Blocked(torch.autograd.Function):
+    # No `setup_context` (Note [Signature]).
     @staticmethod
     def forward(
-        x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, count: int, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        W0: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        count: int,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        return blocks.forward(x, W0, bias, dtype, count, tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
-        x, W0, bias, ctx.dtype, ctx.count, *tensors = inputs
+        ctx.dtype, ctx.count = dtype, count
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Frozen factors need no x: it is not kept, and may be written over.
         ctx.x_shape = x.shape, x.dtype
         ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, W0, *tensors)
+        return blocks.forward(x, W0, bias, dtype, count, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # Under create_graph, and under vmap, which `is_grads_batched` runs in its older form.
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(grads[0])):
-            return _differentiable_backward(ctx, grads[0])
         x, W0, *tensors = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and wants_operations(g := grads[0]):
+            if x is None:  # the gradient of x does not depend on x
+                x = g.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
+            bias = None
+            if ctx.needs_input_grad[2]:  # neither does that of the bias on the bias
+                bias = torch.zeros(len(W0), dtype=ctx.bias_dtype, device=g.device, requires_grad=True)
+            inputs = (x, W0, bias, ctx.dtype, ctx.count, *tensors)
+            return gradients(_through_whole, g.to(ctx.dtype), inputs, ctx.needs_input_grad)
         dx_dtype = ctx.x_shape[1] if ctx.needs_input_grad[0] else None
         dbias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
         dx, dbias, dfactors = blocks.backward(grads[0], x, W0, ctx.dtype, ctx.count, tensors, dx_dtype, dbias_dtype)
         return (dx, None, dbias, None, None, *dfactors)
 
 
-def _is_batched(tensor: Tensor) -> bool:
-    functorch: Any = torch._C._functorch  # pyright: ignore - torch leaves it untyped
-    return functorch.is_legacy_batchedtensor(tensor) or torch._C._are_functorch_transforms_active()  # pyright: ignore
-
-
-def _differentiable_backward(ctx: Any, g: Tensor) -> Any:
-    """The same gradients through a whole W', in operations that autograd can differentiate again and vmap can map."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(g.device.type, enabled=False):
-        x, W0, *tensors = ctx.saved_tensors
-        if x is None:  # the gradient of x does not depend on x
-            x = g.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
-        # Aliases: x may itself come from a factor, through an earlier layer, and that path is not this function's.
-        aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *tensors)]
-        x, *tensors = aliases
-        A, B = blocks.fold(W0, ctx.count, tensors)
-        shift = (B[0], B[1]) if B[0].shape[1] else None
-        W = cast("Tensor", functional.weight_update(dense(W0), (A[0], A[1]), shift)).to(W0.dtype)
-        y = x.to(ctx.dtype) @ W.to(ctx.dtype).T
-        wanted = [i for i in (0, *range(5, len(ctx.needs_input_grad))) if ctx.needs_input_grad[i]]
-        sources = [x if i == 0 else tensors[i - 5] for i in wanted]
-        grads = torch.autograd.grad(y, sources, g.to(ctx.dtype), create_graph=again) if wanted else ()
-        found = dict(zip(wanted, grads, strict=True))
-        dbias = g.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return (found.get(0), None, dbias, None, None, *(found.get(i) for i in range(5, len(ctx.needs_input_grad))))
+def _through_whole(
+    x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, count: int, *tensors: Tensor | None
+) -> Tensor:
+    """The same by a whole W'."""
+    A, B = blocks.fold(W0, count, tensors)
+    W = functional.add(dense(W0), [functional.weight_update(dense(W0), (A[0], A[1]), (B[0], B[1]) if B else None)])
+    y = x.to(dtype) @ W.to(dtype).T
+    return y if bias is None else (y + bias).to(dtype)

@@ -9,16 +9,18 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
-from glora.functional import Factors, WeightFactors, multiply, working_dtype
-from glora.kernels import frozen
+from glora.functional import Factors, WeightFactors
+from glora.kernels import frozen, joined
+from glora.precision import multiply, wide, working_dtype
 from glora.quantised import is_quantised
 
 # torch.compile guards on the table of the types that einops has met: fill it before anything is compiled.
 for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
-    rearrange(_kind, "i 1 -> i")
+    einsum(_kind, "i j -> i")
 
 
 # Note [In place]
@@ -53,6 +55,11 @@ def linear(
     """
     rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
+    pair = pair_of(shifts, *W0.shape) if shifts else None
+    if pair is not None and not (inputs or expanded) and _can_join(W0, bias, pair, scales, dtype):
+        scale = _output_scale(scales, W0) if scales else None
+        y = joined.linear(rows, W0, bias, scale, *pair)
+        return y.reshape(*x.shape[:-1], W0.shape[0])
     half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
     if inputs and not scales and not half:
         scaled, inputs = rows * (1 + total_of(inputs).squeeze(0)), []
@@ -61,20 +68,34 @@ def linear(
     if expanded:
         y = _expand(scaled, W0, scales)
     elif scales:
-        y = _scale_outputs(product(scaled, W0, half), scales)
+        y = product(scaled, W0, half) * _output_scale(scales, W0)
     else:
         first, bias = (None, bias) if half else (bias, None)
         y = frozen.linear(scaled, W0, first)
     # Term by term in float32 at least, and rounded once: a small update beside a large y.
     for term in (bias, frozen.linear(scaled_inputs(rows, inputs), W0) if inputs else None):
         if term is not None:
-            y = y.add_(term) if in_place and y.dtype == working_dtype(y, term) else y + _wide(term)
-    if shifts:
-        y = _wide(y)
-        thin, left = _shift(rows, shifts, W0.shape[0])
-        left = left.to(y.dtype).T
+            y = y.add_(term) if in_place and y.dtype == working_dtype(y, term) else y + wide(term)
+    if pair is not None:
+        y = wide(y)
+        thin, left = _thin(rows, pair[1]), pair[0].to(y.dtype).T
         y = y.addmm_(thin, left) if in_place else y + multiply(thin, left)
     return y.to(dtype).reshape(*x.shape[:-1], W0.shape[0])
+
+
+def _can_join(
+    W0: Tensor, bias: Tensor | None, pair: tuple[Tensor, Tensor], scales: Sequence[Factors], dtype: torch.dtype
+) -> bool:
+    """Whether these may be one Function (Note [One Function]): in training, all of one wide dtype, in no graph.
+
+    Where `right` is frozen it is not: x would be kept, which no gradient needs.
+    """
+    if not torch.is_grad_enabled() or not pair[1].requires_grad or is_quantised(W0):
+        return False
+    tensors = [*pair, *(path.tensors for path in scales), *([] if bias is None else [bias])]
+    if dtype in (torch.bfloat16, torch.float16) or any(cast("Tensor", each).dtype != dtype for each in tensors):
+        return False
+    return not (torch.compiler.is_compiling() or frozen.in_transform() or is_tracing())
 
 
 def sort_paths(
@@ -118,14 +139,14 @@ def product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
     # all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
     if is_quantised(W0):  # whose columns cannot be cut anywhere
         first = x * (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2)
-        return _wide(frozen.linear(first, W0)) + frozen.linear(x - first, W0)
+        return wide(frozen.linear(first, W0)) + frozen.linear(x - first, W0)
     middle = x.shape[-1] // 2
-    return _wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
+    return wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
 
 
-def _scale_outputs(y: Tensor, scales: Sequence[Factors]) -> Tensor:
-    """Outputs scaled by the sum of vectors `(out, 1)` and constants `(1,)`."""
-    return y * (1 + rearrange(total_of(scales), "o ... -> (o ...)"))
+def _output_scale(scales: Sequence[Factors], W0: Tensor) -> Tensor:
+    """What the outputs are multiplied by, `(out,)`: 1 and vectors `(out, 1)` and constants `(1,)`."""
+    return (1 + total_of(scales).flatten()).expand(W0.shape[0])
 
 
 def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
@@ -134,44 +155,36 @@ def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
     copies = frozen.linear(
         torch.cat([x.unsqueeze(1), x.unsqueeze(1) * right.to(x.dtype)], 1), W0
     )  # (tokens, 1 + r, out)
-    y, copied = _wide(copies[:, 0]), _wide(copies[:, 1:])
+    y, copied = wide(copies[:, 0]), wide(copies[:, 1:])
     vectors = [path for path in scales if isinstance(path.tensors, Tensor)]
     if vectors:
-        y = _scale_outputs(y, vectors)
+        y = y * _output_scale(vectors, W0)
     return y + einsum(copied, left, "n r o, o r -> n o")
 
 
-def _shift(x: Tensor, paths: Sequence[Factors], out_features: int) -> tuple[Tensor, Tensor]:
-    """What paths B add to the output, `x B^T`, as factors of one thin product: `(tokens, r)` and `(out, r)`."""
-    left, right = shift_factors(paths, out_features, x.shape[1])
-    if x.dtype == torch.float16:  # the thin product may overflow where W' does not
-        return multiply(x, right.T), left
-    return _wide(F.linear(x, right.to(x.dtype))), left
+def _thin(x: Tensor, right: Tensor) -> Tensor:
+    """`x right^T`, `(tokens, r)`."""
+    if x.dtype == torch.float16:  # it may overflow where W' does not
+        return multiply(x, right.T)
+    return wide(F.linear(x, right.to(x.dtype)))
 
 
-def shift_factors(paths: Sequence[Factors], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """What paths add to W0, as one pair of factors: `(out, r)` and `(r, in)`."""
+def pair_of(paths: Sequence[Factors], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The sum of paths as one pair of factors, `(out, r)` and `(r, in)`: side by side, a vector as one of rank one."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for path in paths:
         scaled = path.scaled()
-        if isinstance(scaled, Tensor):  # a component of rank one
+        if isinstance(scaled, Tensor):
             scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, in_features)
         pairs.append(scaled)
-    return join_factors([left for left, _ in pairs], 1), join_factors([right for _, right in pairs], 0)
-
-
-def join_factors(factors: Sequence[Tensor], dim: int) -> Tensor:
-    """Factors side by side, as those of one product; a single one as it is, uncopied."""
-    return factors[0] if len(factors) == 1 else torch.cat(list(factors), dim)
+    if len(pairs) == 1:  # uncopied
+        return pairs[0]
+    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
 
 
 def total_of(paths: Sequence[Factors]) -> Tensor:
     """The sum of vectors or constants."""
     return reduce(add, [cast("Tensor", path.scaled()) for path in paths])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(working_dtype(tensor))
 
 
 def is_traced() -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from glora.functional import working_dtype
+from glora.precision import outside_autocast, working_dtype
 from glora.quantised import dense, is_quantised, is_whole, rows
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, W0: Tensor, transposed: bool) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x):
             if transposed:
                 # In half precision the blocks' shares are added up in float32, however many there are.
                 shares = [(x[:, block] @ rows(W0, block).to(x.dtype)).to(working_dtype(x)) for block in row_blocks(W0)]

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from glora.precision import outside_autocast
+
 # Note [No wide copy]
 # `W0.float() @ c` makes a float32 copy of W0, and autograd keeps it for the gradient of c: twice W0's bytes in every
 # adapted half-precision layer with a path C. Here W0 is widened a block of rows at a time, forward and backward, and W0
@@ -43,7 +45,7 @@ class _WideMatvec(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor, vector: Tensor, transposed: bool) -> Tensor:
         rows = max(1, _ENTRIES // max(1, matrix.shape[1]))
-        with torch.autocast(vector.device.type, enabled=False):
+        with outside_autocast(vector):
             if transposed:
                 total = vector.new_zeros(matrix.shape[1])
                 for block, part in zip(torch.split(matrix, rows), torch.split(vector, rows), strict=True):

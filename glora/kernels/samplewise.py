@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from glora.functional import Factors, WeightFactors, working_dtype
-from glora.kernels.factored import product, shift_factors, sort_paths, total_of
+from glora.functional import Factors, WeightFactors
+from glora.kernels.factored import pair_of, product, sort_paths, total_of
+from glora.precision import outside_autocast, wide
 
 # Note [One product for all samples]
 # Samples of different adapters have W0 in common: y = (1 + a_s) * (x_s W0^T) + (x_s R_s^T) L_s^T + b'_s, or with
@@ -52,7 +53,7 @@ def linear(
     vectors = [[path for path in found if isinstance(path.tensors, Tensor)] for found, _, _ in paths]
     scales, inputs = _vectors(vectors, out_features), _vectors([found for _, found, _ in paths], in_features)
     bias = biases[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         rows, W = x.to(dtype), W0.to(dtype)
         scaled = rows if half or inputs is None else rows * (1 + inputs[owner].unsqueeze(1))
         if any(copied):
@@ -60,7 +61,7 @@ def linear(
         else:
             y, update = product(scaled, W, half) if scales is not None else F.linear(scaled, W), None
         # In half precision what is added would be rounded away, and so would a small change of the input.
-        y = y.to(working_dtype(y))
+        y = wide(y)
         if scales is not None:
             y = y * (1 + scales[owner].unsqueeze(1))
         if half and inputs is not None:
@@ -87,7 +88,7 @@ def _vectors(groups: Sequence[Sequence[Factors]], size: int) -> Tensor | None:
 def _pairs(groups: Sequence[Sequence[Factors]], W0: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The joined factors of each group's paths, `(out, r)` and `(r, in)`, with r = 0 where it has none."""
     none = W0.new_zeros(W0.shape[0], 0), W0.new_zeros(0, W0.shape[1])
-    return [shift_factors(paths, *W0.shape) if paths else none for paths in groups]
+    return [pair_of(paths, *W0.shape) if paths else none for paths in groups]
 
 
 def _stack(groups: Sequence[Sequence[Factors]], W0: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +108,8 @@ def _expand(x: Tensor, W: Tensor, left: Tensor, right: Tensor, owner: Tensor) ->
     """`x W^T` and what each sample's elementwise A adds to it, from rescaled copies of x."""
     copies = x.unsqueeze(2) * right.to(x.dtype)[owner].unsqueeze(1)  # (samples, tokens, r, in)
     products = F.linear(torch.cat([x.unsqueeze(2), copies], 2), W)
-    wide = products.to(working_dtype(products))
-    return wide[:, :, 0], einsum(wide[:, :, 1:], left.to(wide.dtype)[owner], "s n r o, s o r -> s n o")
+    products = wide(products)
+    return products[:, :, 0], einsum(products[:, :, 1:], left.to(products.dtype)[owner], "s n r o, s o r -> s n o")
 
 
 def _shift(y: Tensor, x: Tensor, groups: Sequence[Sequence[Factors]], owner: Tensor, W0: Tensor) -> Tensor:

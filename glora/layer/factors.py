@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.functional import Factors, working_dtype
+from glora.functional import Factors
+from glora.precision import wide, working_dtype
 from glora.quantised import dense
 from glora.sharding import divided_like, gathered, is_sharded
 
@@ -103,7 +104,7 @@ def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
         whole = (path, config.A, config.product) == ("A", "lora", "matmul")
         return 0.1 / math.sqrt(in_features) if whole else 0.1
     weight = dense(gathered(weight.detach()))
-    norm = weight.to(working_dtype(weight)).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
+    norm = wide(weight).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
     # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
     norm = norm if norm > 0 else math.sqrt(out_features)
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))

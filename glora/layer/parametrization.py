@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 
 from glora import functional
 from glora.config import GLoRAConfig
-from glora.functional import Factors, WeightFactors, working_dtype
+from glora.functional import Factors, WeightFactors
 from glora.kernels.frozen import thin_product
 from glora.kernels.matvec import wide_matvec
 from glora.layer.acting import Acting, Scales
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
+from glora.precision import wide, working_dtype
 from glora.quantised import dense, is_quantised
 from glora.sharding import replicated_like
 
@@ -184,12 +185,16 @@ class Bias(Adapters):
         for name, scale in (self.acting.scales if scales is None else scales).items():
             part = cast("Paths | None", self._modules.get(name))
             if part is not None:
-                factors = part.factors(scale, dropout)
-                C, D, E = factors.get("C"), factors.get("D"), factors.get("E")
-                prompt = None if C is None else _prompted(self.matrix.read(W0), C.scaled())
-                own = None if D is None else D.scaled(), None if E is None else E.scaled()
-                updates.append(functional.bias_update(b0, prompt, *cast("tuple[Tensor | None, Tensor | None]", own)))
+                updates += self._updates(part.factors(scale, dropout), scale, b0, self.matrix.read(W0))
         return functional.add(b0, updates)
+
+    def _updates(self, paths: dict[str, Factors], scale: Tensor, b0: Tensor, W0: Tensor) -> list[Tensor | None]:
+        """What one adapter adds to b0. Vectors and constants have one scale in common, the adapter's own."""
+        vectors = {path: wide(found.tensors) for path, found in paths.items() if isinstance(found.tensors, Tensor)}
+        prompt = _prompted(W0, vectors["C"]) if "C" in vectors else None
+        own = functional.bias_update(b0, prompt, vectors.get("D"), vectors.get("E"))
+        low_rank = "C" in paths and "C" not in vectors
+        return [None if own is None else own * scale, _prompted(W0, paths["C"].scaled()) if low_rank else None]
 
     def detach(self, name: str) -> None:
         """As for all adapters; the kept weight goes with the last C."""

@@ -15,6 +15,7 @@ from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import blocks, matvec, select
+from glora.kernels import joined as joined_kernel
 from glora.kernels.select import Kernel
 from glora.model import exports, relocated
 
@@ -29,6 +30,7 @@ __all__ = [
     "inside_operators",
     "interrupted_before",
     "is_unsupported",
+    "joined",
     "kernels_taken",
     "masked_tokens",
     "merge_files",
@@ -40,6 +42,7 @@ __all__ = [
 
 wide_matvec = matvec.wide_matvec
 
+joined = joined_kernel.linear
 
 force_kernel = select.force
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from glora.config import GLoRAConfig
-from glora.functional import working_dtype
+from glora.precision import wide
 from glora.spec import LayerSpec
 
 # Note [PEFT's forms]
@@ -67,7 +67,7 @@ def _lora(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Re
     found = {"B.left": left, "B.right": right}
     bias = given.pop("lora_B.bias", None)
     if bias is not None:
-        found["E.value"] = bias.to(working_dtype(bias)) * ours.scaling
+        found["E.value"] = wide(bias) * ours.scaling
         ours = replace(ours, E="vector", create_bias=True)
     return LayerSpec(ours, left.shape[0], right.shape[1]), found
 
@@ -82,7 +82,7 @@ def _hira(_config: Mapping[str, Any], _path: str, given: dict[str, Tensor]) -> _
 def _ia3(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Read:
     feedforward: str | list[str] = config.get("feedforward_modules") or []
     scale = given.pop("ia3_l")
-    change = scale.to(working_dtype(scale)) - 1
+    change = wide(scale) - 1
     if isinstance(feedforward, str):
         scales_inputs = re.fullmatch(feedforward, path) is not None
     else:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from glora.files.base import base_metadata
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, plain_tensors, replace_files, serialize
-from glora.functional import working_dtype
 from glora.interop.peft.methods import FIELDS
 from glora.interop.peft.read import PREFIX
+from glora.precision import wide
 from glora.spec import AdapterSpec, LayerSpec, join
 from glora.text import format_problems
 
@@ -43,7 +43,7 @@ def _layer(path: str, layer: LayerSpec, adapter: AdapterSpec) -> dict[str, Tenso
     for name, form in layer.config.forms.items():
         if form == "lora":
             left = adapter.tensors[join(path, f"{name}.left")]
-            found[f"{name}.Xd"] = left.to(working_dtype(left)) * layer.config.scaling
+            found[f"{name}.Xd"] = wide(left) * layer.config.scaling
             found[f"{name}.Xu"] = adapter.tensors[join(path, f"{name}.right")]
         elif form != "none":
             found[f"{name}.X"] = adapter.tensors[join(path, f"{name}.value")]

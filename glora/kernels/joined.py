@@ -1,0 +1,80 @@
+r"""A layer's outputs and a low-rank update of them as one Function: `y = s * (x W0^T) + b + (x R^T) L^T`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glora.kernels.again import gradients, wants_operations
+
+# Note [One Function]
+# As a chain of operations the update costs autograd a step for each, and a pass over activations for each sum: the
+# gradient of x is the sum of two results. Here the second product adds to the first one in place, forward and backward.
+# What is saved is what the chain saves: x, the thin product x R^T, and x W0^T where s asks for a gradient.
+
+
+def linear(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype, float32 or float64.
+
+    Args:
+        x: `(tokens, in)`.
+        W0: `(out, in)`, which asks for no gradient.
+        bias: `(out,)` or None.
+        scale: `(out,)`; None for 1.
+        left: `(out, r)`.
+        right: `(r, in)`.
+
+    Returns:
+        `(tokens, out)`.
+    """
+    apply: Any = _Joined.apply  # pyright: ignore - torch leaves it untyped
+    return cast("Tensor", apply(x, W0, bias, scale, left, right))
+
+
+def _chain(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    y = F.linear(x, W0)
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias) + F.linear(F.linear(x, right), left)
+
+
+class _Joined(torch.autograd.Function):
+    # No `setup_context` (Note [Signature]).
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> Tensor:
+        plain = y = F.linear(x, W0, bias if scale is None else None)
+        if scale is not None:
+            y = y * scale if bias is None else torch.addcmul(bias, y, scale)
+        thin = F.linear(x, right)
+        y.addmm_(thin, left.T)
+        asked = ctx.needs_input_grad
+        ctx.save_for_backward(x, W0, scale, plain if asked[3] else None, thin if asked[4] else None, left, right)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), asked = grads, ctx.needs_input_grad
+        x, W0, scale, plain, thin, left, right = ctx.saved_tensors
+        if wants_operations(g):
+            bias = torch.zeros(len(W0), dtype=g.dtype, device=g.device, requires_grad=True) if asked[2] else None
+            return gradients(_chain, g, (x, W0, bias, scale, left, right), asked)
+        dx = dbias = dscale = dleft = dright = None
+        thin_g = g @ left
+        buffer = None
+        if asked[3]:
+            buffer = g * plain
+            dscale = buffer.sum(0)
+        if asked[0]:
+            scaled = g if scale is None else torch.mul(g, scale, out=buffer)
+            dx = (scaled @ W0).addmm_(thin_g, right)
+        if asked[2]:
+            dbias = g.sum(0)
+        if asked[4]:
+            dleft = (thin.T @ g).T
+        if asked[5]:
+            dright = thin_g.T @ x
+        return dx, None, dbias, dscale, dleft, dright

@@ -1,0 +1,41 @@
+"""The dtype in which updates are computed, and the way around autocast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+# Note [Rounded once]
+# A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
+# So every update is computed and summed in `working_dtype` (float32 at least), and `functional.add` alone rounds.
+# Autocast would undo this, since it turns each matrix product to half precision; whoever multiplies therefore steps out
+# of it. Elementwise operations need no such care: autocast leaves them alone.
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in its `working_dtype`: itself, but for half precision."""
+    return tensor.to(working_dtype(tensor))
+
+
+def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast of the tensor's device is off; none where it is off already, which costs less."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
+    dtype = working_dtype(left, right)
+    with outside_autocast(left):
+        return left.to(dtype) @ right.to(dtype)

@@ -1,0 +1,69 @@
+"""The one Function of a factored layer: values, gradients of every order, and no more saved than they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.counting import count_saved
+from tests.helpers import internals
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> list[Tensor | None]:
+    """x, W0, bias, scale, left, right in float64; all but W0 may ask for a gradient, and right does."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    n, o, i, r = (draw(st.integers(1, 4)) for _ in range(4))
+    tensors: list[Tensor | None] = [torch.randn(shape).double() for shape in ((n, i), (o, i), o, o, (o, r), (r, i))]
+    for position in (2, 3):
+        if draw(st.booleans()):
+            tensors[position] = None
+    for position in (0, 2, 3, 4, 5):
+        tensor = tensors[position]
+        if tensor is not None:
+            tensor.requires_grad_(position == 5 or draw(st.booleans()))
+    return tensors
+
+
+def written_out(x: Any, W0: Any, bias: Any, scale: Any, left: Any, right: Any) -> Tensor:
+    W = W0 if scale is None else scale.unsqueeze(1) * W0
+    return F.linear(x, W + left @ right, bias)
+
+
+@given(arguments())
+def test_it_is_what_is_written_out_and_so_are_its_gradients(tensors: list[Tensor | None]) -> None:
+    sources = [t for t in tensors if t is not None and t.requires_grad]
+    ours, theirs = internals.joined(*tensors), written_out(*tensors)
+    assert torch.allclose(ours, theirs)
+    g = torch.randn(2, *ours.shape).double()
+    for mapped in (False, True):
+        rows: Any = g if mapped else g[0]
+        found = torch.autograd.grad(ours, sources, rows, is_grads_batched=mapped, retain_graph=True)
+        wanted = torch.autograd.grad(theirs, sources, rows, is_grads_batched=mapped, retain_graph=True)
+        assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.autograd.gradgradcheck(
+        lambda *given: internals.joined(*_filled(tensors, given)), sources, gen_non_contig_grad_outputs=True
+    )
+
+
+def _filled(tensors: list[Tensor | None], given: tuple[Tensor, ...]) -> list[Tensor | None]:
+    rest = iter(given)
+    return [next(rest) if t is not None and t.requires_grad else t for t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("scaled", "trained", "kept"),
+    [(False, True, 64 * 4), (False, False, 0), (True, True, 64 * 4 + 64 * 32), (True, False, 0)],
+)
+def test_what_no_gradient_needs_is_not_kept(scaled: bool, trained: bool, kept: int) -> None:
+    x, W0, right = torch.randn(64, 16, requires_grad=True), torch.randn(32, 16), torch.randn(4, 16, requires_grad=True)
+    left, scale = (torch.randn(shape).requires_grad_(trained) for shape in ((32, 4), (32,)))
+    with count_saved([x, W0, left, right, scale]) as saved:
+        internals.joined(x, W0, None, scale if scaled else None, left, right)
+    assert saved.bytes == 4 * kept
