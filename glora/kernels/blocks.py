@@ -14,7 +14,7 @@ from torch import Tensor
 from glora.functional import Factors
 from glora.kernels.factored import pair_of
 from glora.kernels.frozen import row_blocks
-from glora.precision import outside_autocast, working_dtype
+from glora.precision import outside_autocast, wide, working_dtype
 from glora.quantised import rows
 
 # Note [Blocks]
@@ -24,7 +24,8 @@ from glora.quantised import rows
 # What is saved are the raw factors, which are parameters, and not their scaled and joined copies, which are not.
 #
 # In half precision (and under half autocast) rounding W' would lose small updates: the update goes through a product of
-# its own, beside x W0^T, and is added in float32. That is the fourth product of a step; the backward pass uses W'.
+# its own, which adds to x W0^T as it is (`addmm_` sums in float32, and rounds the sum once). That is the fourth product
+# of a step; the backward pass uses W'.
 #
 # `frozen.row_blocks` gives them. At 2048 x 2048, 1024 tokens, float32, on two cores, a step was timed with blocks of
 # 2^19, 2^20, 2^21 entries: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for dW' suffers (it
@@ -51,16 +52,18 @@ def forward(
         tokens = x.to(dtype)
         A, B = fold(W0, count, tensors)
         y = tokens.new_empty(tokens.shape[0], W0.shape[0])
+        half = dtype in (torch.bfloat16, torch.float16)
         for block in row_blocks(W0):
-            W = rows(W0, block)
-            if dtype in (torch.bfloat16, torch.float16):
-                beside = (tokens @ W.to(dtype).T).float()
-                beside.add_(tokens @ _update(W, A, B, block).to(dtype).T)
-                y[:, block] = beside if bias is None else beside.add_(bias[block])
-            elif bias is None:
-                torch.mm(tokens, _weight(W, A, B, block).to(dtype).T, out=y[:, block])
+            W, part = rows(W0, block), y[:, block]
+            weight = (W if half else _weight(W, A, B, block)).to(dtype)
+            if bias is None or bias.dtype != dtype:
+                torch.mm(tokens, weight.T, out=part)
             else:
-                torch.addmm(bias[block].to(dtype), tokens, _weight(W, A, B, block).to(dtype).T, out=y[:, block])
+                torch.addmm(bias[block], tokens, weight.T, out=part)
+            if half:
+                part.addmm_(tokens, _update(W, A, B, block).to(dtype).T)
+            if bias is not None and bias.dtype != dtype:
+                part.add_(bias[block])
         return y
 
 
@@ -93,19 +96,17 @@ def backward(
         g = g.to(dtype)
         tokens = None if x is None else x.to(dtype)
         A, B = fold(W0, count, tensors)
-        dA, dB = ([torch.empty_like(factor) for factor in pair] for pair in (A, B))
-        # In half precision the blocks' shares are added up in float32, however many there are.
-        wide = working_dtype(g)
-        dx = None if dx_dtype is None else g.new_empty(g.shape[0], W0.shape[1], dtype=wide)
+        dA, dB = ([torch.empty_like(pair[0]), None] if pair else [] for pair in (A, B))
+        dx = None
         for block in row_blocks(W0):
-            W, first = rows(W0, block), block.start == 0
-            if dx is not None:
-                _add_product(dx, g[:, block], _weight(W, A, B, block).to(dtype), first)
+            W = rows(W0, block)
+            if dx_dtype is not None:
+                dx = _add_product(dx, g[:, block], _weight(W, A, B, block).to(dtype))
             if tokens is not None:
                 dW = (g[:, block].T @ tokens).to(A[0].dtype)
                 if B:
-                    _differentiate(B, dB, dW, block, first)
-                _differentiate(A, dA, dW.mul_(W), block, first)
+                    _differentiate(B, dB, dW, block)
+                _differentiate(A, dA, dW.mul_(W), block)
         dbias = None if dbias_dtype is None else g.sum(0, dtype=dbias_dtype)
         dfactors: list[Tensor | None] = [None] * len(tensors)
         if tokens is not None:
@@ -125,20 +126,18 @@ def _weight(W: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], block: slice) -
     return _update(W, A, B, block, on_top=True).to(W.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Add `left @ right` to a total that may be wider; the first one overwrites memory that is not initialised."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-    elif first:
-        total.copy_(left @ right)
-    else:
-        total.add_(left @ right)
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, over `total` where it can be: in half precision, several are added up in float32."""
+    if total is None:
+        return left @ right
+    total = wide(total)
+    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
-def _differentiate(pair: Sequence[Tensor], grads: Sequence[Tensor], dW: Tensor, block: slice, first: bool) -> None:
+def _differentiate(pair: Sequence[Tensor], grads: list[Any], dW: Tensor, block: slice) -> None:
     """The gradients of `left @ right` from that of a block of its rows: whole for left's, a share for right's."""
     torch.mm(dW, pair[1].T, out=grads[0][block])
-    _add_product(grads[1], pair[0][block].T, dW, first)
+    grads[1] = _add_product(grads[1], pair[0][block].T, dW)
 
 
 def fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
@@ -146,14 +145,14 @@ def fold(W0: Tensor, count: int, tensors: Sequence[Any]) -> list[list[Tensor]]:
 
     Low-rank factors stand side by side, with a vector as a component of rank one.
     """
-    wide = working_dtype(W0, *tensors[::3])
+    dtype = working_dtype(W0, *tensors[::3])
     triples = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
     paths = [Factors(left if right is None else (left, right), scale) for left, right, scale in triples]
     sides = paths[:count], paths[count:]
-    return [[factor.to(wide) for factor in pair_of(side, *W0.shape)] if side else [] for side in sides]
+    return [[factor.to(dtype) for factor in pair_of(side, *W0.shape)] if side else [] for side in sides]
 
 
-def _unfold(count: int, tensors: Sequence[Any], dA: list[Tensor], dB: list[Tensor]) -> list[Tensor | None]:
+def _unfold(count: int, tensors: Sequence[Any], dA: list[Any], dB: list[Any]) -> list[Tensor | None]:
     """The gradients of the tensors from those of the two pairs; None for the scales."""
     grads: list[Tensor | None] = []
     at = 0

@@ -56,9 +56,12 @@ def linear(
     rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
     pair = pair_of(shifts, *W0.shape) if shifts else None
-    if pair is not None and not (inputs or expanded) and _can_join(W0, bias, pair, scales, dtype):
-        scale = _output_scale(scales, W0) if scales else None
-        y = joined.linear(rows, W0, bias, scale, *pair)
+    if pair is not None and not (inputs or expanded) and _can_join(W0, pair, scales, dtype):
+        left, right = (factor.to(dtype) for factor in pair)
+        scale = _output_scale(scales, W0).to(dtype) if scales else None
+        last = None if bias is None or bias.dtype == dtype else bias  # under autocast it is wider
+        y = joined.linear(rows, W0, bias if last is None else None, scale, left, right)
+        y = y if last is None else (y + last).to(dtype)
         return y.reshape(*x.shape[:-1], W0.shape[0])
     half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
     if inputs and not scales and not half:
@@ -83,19 +86,13 @@ def linear(
     return y.to(dtype).reshape(*x.shape[:-1], W0.shape[0])
 
 
-def _can_join(
-    W0: Tensor, bias: Tensor | None, pair: tuple[Tensor, Tensor], scales: Sequence[Factors], dtype: torch.dtype
-) -> bool:
-    """Whether these may be one Function (Note [One Function]): in training, all of one wide dtype, in no graph.
-
-    Where `right` is frozen it is not: x would be kept, which no gradient needs.
-    """
-    if not torch.is_grad_enabled() or not pair[1].requires_grad or is_quantised(W0):
-        return False
-    tensors = [*pair, *(path.tensors for path in scales), *([] if bias is None else [bias])]
-    if dtype in (torch.bfloat16, torch.float16) or any(cast("Tensor", each).dtype != dtype for each in tensors):
-        return False
-    return not (torch.compiler.is_compiling() or frozen.in_transform() or is_tracing())
+def _can_join(W0: Tensor, pair: tuple[Tensor, Tensor], scales: Sequence[Factors], dtype: torch.dtype) -> bool:
+    """Whether this may be one Function (Note [One Function])."""
+    if torch.is_grad_enabled() and not pair[1].requires_grad:
+        return False  # it would keep x, which no gradient needs
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and scales):
+        return False  # `_thin` and `product` say why
+    return not (is_quantised(W0) or torch.compiler.is_compiling() or frozen.in_transform() or is_tracing())
 
 
 def sort_paths(

@@ -13,15 +13,16 @@ from glora.kernels.again import gradients, wants_operations
 # Note [One Function]
 # As a chain of operations the update costs autograd a step for each, and a pass over activations for each sum: the
 # gradient of x is the sum of two results. Here the second product adds to the first one in place, forward and backward.
-# What is saved is what the chain saves: x, the thin product x R^T, and x W0^T where s asks for a gradient.
+# What is saved is what the chain saves: x, the thin product x R^T, and x W0^T where s asks for a gradient. In bfloat16
+# a product that adds in place sums in float32 and rounds the sum once, so that a small update beside a large y is kept.
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype, float32 or float64.
+    """`scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0.
 
     Args:
         x: `(tokens, in)`.
-        W0: `(out, in)`, which asks for no gradient.
+        W0: `(out, in)`, which asks for no gradient; under autocast it may be wider.
         bias: `(out,)` or None.
         scale: `(out,)`; None for 1.
         left: `(out, r)`.
@@ -30,12 +31,25 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, lef
     Returns:
         `(tokens, out)`.
     """
+    if not torch.is_grad_enabled():
+        return _compute(x, W0, bias, scale, left, right)[0]
     apply: Any = _Joined.apply  # pyright: ignore - torch leaves it untyped
     return cast("Tensor", apply(x, W0, bias, scale, left, right))
 
 
+def _compute(
+    x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
+    plain = y = F.linear(x, W0.to(x.dtype), bias if scale is None else None)
+    if scale is not None:
+        y = y * scale if bias is None else torch.addcmul(bias, y, scale)
+    thin = F.linear(x, right)
+    return y.addmm_(thin, left.T), plain, thin
+
+
 def _chain(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    y = F.linear(x, W0)
+    y = F.linear(x, W0.to(x.dtype))
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias) + F.linear(F.linear(x, right), left)
 
@@ -46,11 +60,7 @@ class _Joined(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor
     ) -> Tensor:
-        plain = y = F.linear(x, W0, bias if scale is None else None)
-        if scale is not None:
-            y = y * scale if bias is None else torch.addcmul(bias, y, scale)
-        thin = F.linear(x, right)
-        y.addmm_(thin, left.T)
+        y, plain, thin = _compute(x, W0, bias, scale, left, right)
         asked = ctx.needs_input_grad
         ctx.save_for_backward(x, W0, scale, plain if asked[3] else None, thin if asked[4] else None, left, right)
         return y
@@ -70,7 +80,7 @@ class _Joined(torch.autograd.Function):
             dscale = buffer.sum(0)
         if asked[0]:
             scaled = g if scale is None else torch.mul(g, scale, out=buffer)
-            dx = (scaled @ W0).addmm_(thin_g, right)
+            dx = (scaled @ W0.to(g.dtype)).addmm_(thin_g, right)
         if asked[2]:
             dbias = g.sum(0)
         if asked[4]:
