@@ -51,8 +51,9 @@ def test_the_backward_pass_keeps_no_float_copy() -> None:
     assert max(t.numel() for t in kept if type(t) is not Int8Rows) < 32 * 64
 
 
-def test_a_second_derivative() -> None:
-    model = attach(quantised(), GLoRAConfig.lora(rank=1, init="random"))
+@pytest.mark.parametrize("preset", [GLoRAConfig.lora, GLoRAConfig.hira])
+def test_a_second_derivative(preset: Any) -> None:
+    model = attach(quantised(), preset(rank=1, init="random"))
     plain = glora.merge(copy.deepcopy(model), dequantize=True)
     x = torch.randn(3, 64, requires_grad=True)
     grads: list[Tensor] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from glora.precision import outside_autocast
 
@@ -15,11 +16,20 @@ from glora.precision import outside_autocast
 # millisecond. It is for torch.func's transforms; a Function that they never reach takes its `ctx` in forward.
 
 
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which such a Function has no rule."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore
+
+
 def wants_operations(g: Tensor) -> bool:
     """Whether a backward pass must be differentiable itself (create_graph), or mapped (`is_grads_batched`)."""
     functorch: Any = torch._C  # pyright: ignore - torch leaves it untyped
-    mapped = functorch._functorch.is_legacy_batchedtensor(g) or functorch._are_functorch_transforms_active()
-    return torch.is_grad_enabled() or bool(mapped)
+    return torch.is_grad_enabled() or functorch._functorch.is_legacy_batchedtensor(g) or in_transform()
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, g: Tensor) -> Tensor:
+    """Something to differentiate by, in place of an input that was not saved since no gradient depends on it."""
+    return torch.zeros(shape, dtype=dtype, device=g.device, requires_grad=True)
 
 
 def gradients(compute: Callable[..., Tensor], g: Tensor, inputs: Sequence[Any], wanted: Sequence[bool]) -> Any:
@@ -34,7 +44,7 @@ def gradients(compute: Callable[..., Tensor], g: Tensor, inputs: Sequence[Any], 
     again = torch.is_grad_enabled()
     with torch.enable_grad(), outside_autocast(g):
         # Aliases: one input may come from another, through an earlier layer, and that path is not this function's.
-        aliases = [each.view_as(each) if isinstance(each, Tensor) else each for each in inputs]
+        aliases = [each.view_as(each) if asked else each for each, asked in zip(inputs, wanted, strict=True)]
         sources = [alias for alias, asked in zip(aliases, wanted, strict=True) if asked]
         found = iter(torch.autograd.grad(compute(*aliases), sources, g, create_graph=again) if sources else ())
     return tuple(next(found) if asked else None for asked in wanted)

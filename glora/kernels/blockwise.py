@@ -15,7 +15,7 @@ from torch import Tensor
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blocks, frozen, opaque
-from glora.kernels.again import gradients, wants_operations
+from glora.kernels.again import gradients, stand_in, wants_operations
 from glora.kernels.factored import scaled_inputs, sort_paths
 from glora.quantised import dense, is_quantised
 
@@ -71,14 +71,12 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, W0, *tensors = ctx.saved_tensors
+        x, W0, *tensors = cast("tuple[Any, ...]", ctx.saved_tensors)
         if not torch.compiler.is_compiling() and wants_operations(g := grads[0]):
-            if x is None:  # the gradient of x does not depend on x
-                x = g.new_zeros(ctx.x_shape[0], dtype=ctx.x_shape[1], requires_grad=True)
-            bias = None
-            if ctx.needs_input_grad[2]:  # neither does that of the bias on the bias
-                bias = torch.zeros(len(W0), dtype=ctx.bias_dtype, device=g.device, requires_grad=True)
-            inputs = (x, W0, bias, ctx.dtype, ctx.count, *tensors)
+            shape, x_dtype = ctx.x_shape
+            x = stand_in(shape, x_dtype, g) if x is None else x
+            bias = stand_in([len(W0)], ctx.bias_dtype, g) if ctx.needs_input_grad[2] else None
+            inputs: Any = (x, W0, bias, ctx.dtype, ctx.count, *tensors)
             return gradients(_through_whole, g.to(ctx.dtype), inputs, ctx.needs_input_grad)
         dx_dtype = ctx.x_shape[1] if ctx.needs_input_grad[0] else None
         dbias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None

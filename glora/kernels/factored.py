@@ -15,6 +15,7 @@ from torch.jit._trace import is_tracing
 
 from glora.functional import Factors, WeightFactors
 from glora.kernels import frozen, joined
+from glora.kernels.again import in_transform
 from glora.precision import multiply, wide, working_dtype
 from glora.quantised import is_quantised
 
@@ -55,15 +56,13 @@ def linear(
     """
     rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
-    pair = pair_of(shifts, *W0.shape) if shifts else None
+    pair, half = pair_of(shifts, *W0.shape) if shifts else None, dtype in (torch.bfloat16, torch.float16)
     if pair is not None and not (inputs or expanded) and _can_join(W0, pair, scales, dtype):
         left, right = (factor.to(dtype) for factor in pair)
         scale = _output_scale(scales, W0).to(dtype) if scales else None
-        last = None if bias is None or bias.dtype == dtype else bias  # under autocast it is wider
-        y = joined.linear(rows, W0, bias if last is None else None, scale, left, right)
-        y = y if last is None else (y + last).to(dtype)
+        y = joined.linear(rows, W0, bias, scale, left, right)
         return y.reshape(*x.shape[:-1], W0.shape[0])
-    half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
+    in_place = not is_traced()
     if inputs and not scales and not half:
         scaled, inputs = rows * (1 + total_of(inputs).squeeze(0)), []
     else:  # in half precision a small change of the input would be rounded away
@@ -87,12 +86,15 @@ def linear(
 
 
 def _can_join(W0: Tensor, pair: tuple[Tensor, Tensor], scales: Sequence[Factors], dtype: torch.dtype) -> bool:
-    """Whether this may be one Function (Note [One Function])."""
+    """Whether this may be one Function (Note [One Function]).
+
+    In bfloat16 its results differ from the others' by roundings: those of a frozen B with and without gradients, too.
+    """
     if torch.is_grad_enabled() and not pair[1].requires_grad:
         return False  # it would keep x, which no gradient needs
     if dtype == torch.float16 or (dtype == torch.bfloat16 and scales):
         return False  # `_thin` and `product` say why
-    return not (is_quantised(W0) or torch.compiler.is_compiling() or frozen.in_transform() or is_tracing())
+    return not (is_quantised(W0) or torch.compiler.is_compiling() or in_transform() or is_tracing())
 
 
 def sort_paths(

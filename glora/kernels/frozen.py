@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from glora.kernels.again import in_transform
 from glora.precision import outside_autocast, working_dtype
 from glora.quantised import dense, is_quantised, is_whole, rows
 
@@ -87,8 +87,3 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (W0,) = ctx.saved_tensors
         return _product(grads[0], W0, not ctx.transposed), None, None
-
-
-def in_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which blocks have no rule."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore

@@ -8,23 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glora.kernels.again import gradients, wants_operations
+from glora.kernels.again import gradients, stand_in, wants_operations
+from glora.precision import outside_autocast
 
 # Note [One Function]
 # As a chain of operations the update costs autograd a step for each, and a pass over activations for each sum: the
 # gradient of x is the sum of two results. Here the second product adds to the first one in place, forward and backward.
-# What is saved is what the chain saves: x, the thin product x R^T, and x W0^T where s asks for a gradient. In bfloat16
-# a product that adds in place sums in float32 and rounds the sum once, so that a small update beside a large y is kept.
+# Saved are x, the thin product x R^T, and x W0^T where s asks for a gradient; under autocast, W0 itself and no narrow
+# copy of it. In bfloat16 x W0^T is rounded, and so is the sum with the update, which `addmm_` makes in float32: the
+# bias has to come after both, since beside a large one the first rounding would be coarse, and lose the update. The
+# factors' gradients are then bfloat16's own.
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0.
+    """`scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0 and bias.
 
     Args:
         x: `(tokens, in)`.
-        W0: `(out, in)`, which asks for no gradient; under autocast it may be wider.
+        W0: `(out, in)`, which asks for no gradient; under autocast it is wider, as is the bias.
         bias: `(out,)` or None.
-        scale: `(out,)`; None for 1.
+        scale: `(out,)`, not in bfloat16; None for 1.
         left: `(out, r)`.
         right: `(r, in)`.
 
@@ -41,17 +44,24 @@ def _compute(
     x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
-    plain = y = F.linear(x, W0.to(x.dtype), bias if scale is None else None)
+    last = x.dtype == torch.bfloat16  # the bias, Note [One Function]
+    plain = y = F.linear(x, W0.to(x.dtype), bias if scale is None and not last else None)
     if scale is not None:
         y = y * scale if bias is None else torch.addcmul(bias, y, scale)
     thin = F.linear(x, right)
-    return y.addmm_(thin, left.T), plain, thin
+    y.addmm_(thin, left.T)
+    return y.add_(bias) if last and bias is not None else y, plain, thin
 
 
-def _chain(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    y = F.linear(x, W0.to(x.dtype))
-    y = y if scale is None else y * scale
-    return (y if bias is None else y + bias) + F.linear(F.linear(x, right), left)
+def _chain(
+    x: Tensor, W0: Tensor | None, bias: Tensor | None, scale: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """The same, less what no gradient depends on where W0 is None."""
+    y = F.linear(F.linear(x, right), left)
+    if W0 is not None:
+        plain = F.linear(x, W0.to(x.dtype))
+        y = y + (plain if scale is None else plain * scale)
+    return y if bias is None else (y + bias).to(x.dtype)
 
 
 class _Joined(torch.autograd.Function):
@@ -62,7 +72,9 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:
         y, plain, thin = _compute(x, W0, bias, scale, left, right)
         asked = ctx.needs_input_grad
-        ctx.save_for_backward(x, W0, scale, plain if asked[3] else None, thin if asked[4] else None, left, right)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        frozen = W0 if asked[0] or asked[3] else None
+        ctx.save_for_backward(x, frozen, scale, plain if asked[3] else None, thin if asked[4] else None, left, right)
         return y
 
     @staticmethod
@@ -70,21 +82,21 @@ class _Joined(torch.autograd.Function):
         (g,), asked = grads, ctx.needs_input_grad
         x, W0, scale, plain, thin, left, right = ctx.saved_tensors
         if wants_operations(g):
-            bias = torch.zeros(len(W0), dtype=g.dtype, device=g.device, requires_grad=True) if asked[2] else None
+            bias = stand_in([len(left)], ctx.bias_dtype, g) if asked[2] else None
             return gradients(_chain, g, (x, W0, bias, scale, left, right), asked)
-        dx = dbias = dscale = dleft = dright = None
-        thin_g = g @ left
-        buffer = None
-        if asked[3]:
-            buffer = g * plain
-            dscale = buffer.sum(0)
-        if asked[0]:
-            scaled = g if scale is None else torch.mul(g, scale, out=buffer)
-            dx = (scaled @ W0.to(g.dtype)).addmm_(thin_g, right)
-        if asked[2]:
-            dbias = g.sum(0)
-        if asked[4]:
-            dleft = (thin.T @ g).T
-        if asked[5]:
-            dright = thin_g.T @ x
+        dx = dbias = dscale = dleft = dright = buffer = None
+        with outside_autocast(g):
+            thin_g = g @ left
+            if asked[3]:
+                buffer = g * plain
+                dscale = buffer.sum(0)
+            if asked[0]:
+                scaled = g if scale is None else torch.mul(g, scale, out=buffer)
+                dx = (scaled @ W0.to(g.dtype)).addmm_(thin_g, right)
+            if asked[2]:
+                dbias = g.sum(0, dtype=ctx.bias_dtype)
+            if asked[4]:
+                dleft = (thin.T @ g).T  # r rows of `out` are quicker than `out` rows of r
+            if asked[5]:
+                dright = thin_g.T @ x
         return dx, None, dbias, dscale, dleft, dright

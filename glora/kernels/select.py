@@ -14,7 +14,7 @@ from torch.jit._trace import is_tracing
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored, samplewise
-from glora.kernels.frozen import in_transform
+from glora.kernels.again import in_transform
 from glora.matrices import CONV1D
 from glora.quantised import dense, is_quantised
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,20 +21,14 @@ from glora.text import format_names
 # which passes the call on to the class's where what is written is plain. It refers to its module, and no closure
 # does: a deep copy of the model has a deep copy of it. `merge` and `remove` delete it. (A model whose part alone was
 # given to `apply` is not watched: a module does not know what it is part of.)
-Save: TypeAlias = Callable[..., Any]
 _NAME = "save_pretrained"
 
 
 class SavePlain:
-    """The `save_pretrained` of one module while adapters may be on it (Note [Exports]).
-
-    Attributes:
-        instead: what is called with the module and the arguments where saving would be refused; None to refuse.
-    """
+    """The `save_pretrained` of one module while adapters may be on it (Note [Exports])."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.instead: Save | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save as the class does, if the keys are plain.
@@ -48,8 +42,6 @@ class SavePlain:
         carriers = adapted_modules(self.module)
         attached = [named for named in carriers if named.module not in stashed]
         if attached and _has_keys_of(attached, kwargs.get("state_dict")):
-            if self.instead is not None:
-                return self.instead(self.module, *args, **kwargs)
             raise RuntimeError(
                 f"A checkpoint for from_pretrained must have the model's plain keys, and adapters are attached to "
                 f"{format_names(named.path for named in attached)}: from_pretrained would start each adapted weight "
@@ -75,19 +67,6 @@ def stop_watching(model: nn.Module) -> None:
     for named in named_modules(model):
         if isinstance(vars(named.module).get(_NAME), SavePlain):
             del vars(named.module)[_NAME]
-
-
-def save_instead(model: nn.Module, instead: Save | None) -> None:
-    """Call something else where `save_pretrained` would be refused, for a framework that knows what it saves.
-
-    Args:
-        model: a model with adapters attached.
-        instead: takes the module and the arguments of `save_pretrained`; None to refuse again.
-    """
-    for named in named_modules(model):
-        guard = vars(named.module).get(_NAME)
-        if isinstance(guard, SavePlain):
-            guard.instead = instead
 
 
 def _has_keys_of(attached: Iterable[NamedModule], given: Mapping[str, object] | None) -> bool:

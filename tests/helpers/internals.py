@@ -17,7 +17,7 @@ from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import blocks, matvec, select
 from glora.kernels import joined as joined_kernel
 from glora.kernels.select import Kernel
-from glora.model import exports, relocated
+from glora.model import relocated
 
 __all__ = [
     "Kernel",
@@ -34,7 +34,6 @@ __all__ = [
     "kernels_taken",
     "masked_tokens",
     "merge_files",
-    "save_instead",
     "sum_of_contents",
     "tensors_read",
     "wide_matvec",
@@ -142,9 +141,6 @@ def tensors_read() -> Generator[list[object]]:
 
     with mock.patch.object(checkpoint._Entry, "read", reading):
         yield taken
-
-
-save_instead = exports.save_instead
 
 
 @contextmanager

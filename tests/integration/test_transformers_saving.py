@@ -153,16 +153,6 @@ def test_an_apply_that_fails_leaves_no_watch() -> None:
     assert set(vars(model)) == before
 
 
-def test_a_framework_may_save_something_else(tmp_path: Path) -> None:
-    model = attach(llama())
-    internals.save_instead(model, lambda model, directory, **_: glora.save(model, directory))
-    model.save_pretrained(tmp_path, state_dict=model.state_dict(), is_main_process=True)
-    assert "glora_config.json" in {file.name for file in tmp_path.iterdir()}
-    internals.save_instead(model, None)
-    with pytest.raises(RuntimeError, match="plain keys"):
-        model.save_pretrained(tmp_path)
-
-
 def test_a_trainers_checkpoint_is_refused_and_its_training_goes_without(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs it")
     model = attach(llama(), targets=["q_proj"])

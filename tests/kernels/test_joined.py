@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+import glora
 from benchmarks.counting import count_saved
 from tests.helpers import internals
+from tests.helpers.calls import only
 
 
 @st.composite
@@ -67,3 +70,30 @@ def test_what_no_gradient_needs_is_not_kept(scaled: bool, trained: bool, kept: i
     with count_saved([x, W0, left, right, scale]) as saved:
         internals.joined(x, W0, None, scale if scaled else None, left, right)
     assert saved.bytes == 4 * kept
+
+
+def test_a_backward_pass_under_autocast_or_in_a_dual_level() -> None:
+    for dtype, A in ((torch.float32, "vector"), (torch.bfloat16, "none")):
+        layer = glora.apply(nn.Linear(6, 5, dtype=dtype), config=only(A=A, B="lora", init="random"))
+        x = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+        sources = [x, *glora.parameters(layer)]
+        wanted = torch.autograd.grad(layer(x).sum(), sources)
+        y = layer(x).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(y, sources)
+        y, tangent = layer(x), torch.randn(4, 5, dtype=dtype)
+        with forward_ad.dual_level():
+            g = forward_ad.make_dual(torch.ones_like(y), tangent)
+            (dual,) = torch.autograd.grad(y, x, g)
+            value, derivative = forward_ad.unpack_dual(dual)
+        for a, b in zip([*found, value], [*wanted, wanted[0]], strict=True):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(derivative, torch.autograd.grad(layer(x), x, tangent)[0])
+
+
+def test_w0_may_change_where_no_gradient_needs_it() -> None:
+    layer = glora.apply(nn.Linear(6, 5), config=only(B="lora", init="random"))
+    y = layer(torch.randn(4, 6)).sum()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.zero_()
+    y.backward()
