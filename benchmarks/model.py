@@ -112,6 +112,7 @@ def main() -> None:
     modes.add_argument("--bf16", action="store_const", dest="mode", const="bfloat16", help="weights in bfloat16")
     modes.add_argument("--autocast", action="store_const", dest="mode", const="autocast", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="compiled models; no peak memory")
+    parser.add_argument("--layers", type=int, help="of the encoder (default: 12; small: 6)")
     parser.add_argument("--length", type=int, help="tokens of a text (default: 128; small: 16)")
     parser.add_argument("--memory", action="store_true", help="peak memory alone")
     parser.add_argument("--seconds", type=float, help="of timing, for all together (default: 120; quick: 10)")
@@ -119,7 +120,8 @@ def main() -> None:
     size = Size(layers=6, hidden=384, heads=6, batch=32, length=16) if options.small else Size()
     if options.quick:
         size = Size(layers=2, hidden=256, heads=4, batch=2, length=64)
-    size = replace(size, length=options.length or size.length, mode=options.mode or "float32", compiled=options.compile)
+    size = replace(size, layers=options.layers or size.layers, length=options.length or size.length)
+    size = replace(size, mode=options.mode or "float32", compiled=options.compile)
     seconds = 0.0 if options.memory else options.seconds or (10.0 if options.quick else 120.0)
     # Memory in processes of their own first, while this one is small; then the times.
     peaks = (
@@ -152,6 +154,7 @@ def main() -> None:
 def _kind(options: argparse.Namespace, size: Size) -> list[str]:
     """What tells this run's files from those of a run without options."""
     words = {"small": options.small, size.mode: size.mode != "float32", "compiled": size.compiled}
+    words |= {f"{size.layers}-layers": options.layers is not None}
     words |= {f"{size.batch * size.length}-tokens": options.length is not None}
     return [word for word, said in words.items() if said]
 
