@@ -120,8 +120,13 @@ def main() -> None:
     size = Size(layers=6, hidden=384, heads=6, batch=32, length=16) if options.small else Size()
     if options.quick:
         size = Size(layers=2, hidden=256, heads=4, batch=2, length=64)
-    size = replace(size, layers=options.layers or size.layers, length=options.length or size.length)
-    size = replace(size, mode=options.mode or "float32", compiled=options.compile)
+    size = replace(
+        size,
+        layers=options.layers or size.layers,
+        length=options.length or size.length,
+        mode=options.mode or "float32",
+        compiled=options.compile,
+    )
     seconds = 0.0 if options.memory else options.seconds or (10.0 if options.quick else 120.0)
     # Memory in processes of their own first, while this one is small; then the times.
     peaks = (

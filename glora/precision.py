@@ -27,11 +27,15 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor))
 
 
+def in_autocast(tensor: Tensor) -> bool:
+    """Whether autocast of the tensor's device is on."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast of the tensor's device is off; none where it is off already, which costs less."""
-    device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if in_autocast(tensor) else nullcontext()
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

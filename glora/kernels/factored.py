@@ -56,13 +56,13 @@ def linear(
     """
     rows = x.to(dtype).reshape(-1, W0.shape[1])
     scales, inputs, shifts = sort_paths(W0, adapters, dtype)
-    pair, half = pair_of(shifts, *W0.shape) if shifts else None, dtype in (torch.bfloat16, torch.float16)
+    pair = pair_of(shifts, *W0.shape) if shifts else None
     if pair is not None and not (inputs or expanded) and _can_join(W0, pair, scales, dtype):
         left, right = (factor.to(dtype) for factor in pair)
         scale = _output_scale(scales, W0).to(dtype) if scales else None
         y = joined.linear(rows, W0, bias, scale, left, right)
         return y.reshape(*x.shape[:-1], W0.shape[0])
-    in_place = not is_traced()
+    half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
     if inputs and not scales and not half:
         scaled, inputs = rows * (1 + total_of(inputs).squeeze(0)), []
     else:  # in half precision a small change of the input would be rounded away

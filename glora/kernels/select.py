@@ -16,6 +16,7 @@ from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored, samplewise
 from glora.kernels.again import in_transform
 from glora.matrices import CONV1D
+from glora.precision import in_autocast
 from glora.quantised import dense, is_quantised
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
@@ -169,8 +170,7 @@ def _dense(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 def result_dtype(x: Tensor, W0: Tensor) -> torch.dtype | None:
     """The dtype of `F.linear(x, W0)`; None where it raises, since theirs differ."""
     dtypes = x.dtype, W0.dtype
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        half = torch.get_autocast_dtype(device)  # for every floating dtype but float64
+    if in_autocast(x):
+        half = torch.get_autocast_dtype(x.device.type)  # for every floating dtype but float64
         dtypes = tuple(half if t.is_floating_point() and t.dtype != torch.float64 else t.dtype for t in (x, W0))
     return dtypes[0] if dtypes[0] == dtypes[1] or is_quantised(W0) else None  # some of which take any x

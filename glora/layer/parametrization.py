@@ -185,16 +185,18 @@ class Bias(Adapters):
         for name, scale in (self.acting.scales if scales is None else scales).items():
             part = cast("Paths | None", self._modules.get(name))
             if part is not None:
-                updates += self._updates(part.factors(scale, dropout), scale, b0, self.matrix.read(W0))
+                updates += self._updates(part.factors(scale, dropout), scale, b0, W0)
         return functional.add(b0, updates)
 
     def _updates(self, paths: dict[str, Factors], scale: Tensor, b0: Tensor, W0: Tensor) -> list[Tensor | None]:
         """What one adapter adds to b0. Vectors and constants have one scale in common, the adapter's own."""
         vectors = {path: wide(found.tensors) for path, found in paths.items() if isinstance(found.tensors, Tensor)}
-        prompt = _prompted(W0, vectors["C"]) if "C" in vectors else None
+        prompt = _prompted(self.matrix.read(W0), vectors["C"]) if "C" in vectors else None
         own = functional.bias_update(b0, prompt, vectors.get("D"), vectors.get("E"))
-        low_rank = "C" in paths and "C" not in vectors
-        return [None if own is None else own * scale, _prompted(W0, paths["C"].scaled()) if low_rank else None]
+        updates = [None if own is None else own * scale]
+        if "C" in paths and "C" not in vectors:
+            updates.append(_prompted(self.matrix.read(W0), paths["C"].scaled()))
+        return updates
 
     def detach(self, name: str) -> None:
         """As for all adapters; the kept weight goes with the last C."""
