@@ -59,6 +59,15 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     )
 
 
+def same_outputs(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two models of the same bits gave these, up to a few units in the last place.
+
+    A product may round differently where a weight lies elsewhere in memory, as one does that was read from a file.
+    """
+    size = 8 * torch.finfo(wanted.dtype).eps * max(1.0, wanted.abs().max().item())
+    return found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol=0, atol=size)
+
+
 def with_output(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """A copy of the state dict, and the output beside it."""
     return clones({"its output": model(x), **model.state_dict()})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import glora
 from tests.helpers.calls import RANDOM
+from tests.helpers.interrupts import LIBRARY
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def run_at_line(call: Callable[[], object], number: int, other: Callable[[], obj
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
         file = frame.f_code.co_filename
-        if "glora" not in file and not file.endswith("linear.py"):
+        if not file.startswith(LIBRARY) and file != nn.modules.linear.__file__:
             return None
         if event == "line":
             left -= 1
