@@ -96,8 +96,8 @@ def interleaved(
 
 def _number(call: Callable[[], object], block: Callable[[Callable[[], object], int], float]) -> int:
     block(call, 1)  # warm-up: allocations, kernel choice, lazy imports
-    once = min(block(call, 1), block(call, 1)) if block(call, 1) < 0.1 else _BLOCK_SECONDS
-    return max(1, min(1000, math.ceil(_BLOCK_SECONDS / max(once, 1e-9))))
+    cached_in_call = min(block(call, 1), block(call, 1)) if block(call, 1) < 0.1 else _BLOCK_SECONDS
+    return max(1, min(1000, math.ceil(_BLOCK_SECONDS / max(cached_in_call, 1e-9))))
 
 
 def _cpu_block(call: Callable[[], object], number: int) -> float:

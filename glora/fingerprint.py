@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from glora.quantised import is_quantised, rows
+from glora.tensors import is_quantised, rows
 
 Fingerprint: TypeAlias = tuple[float, ...]
 """The Frobenius norm, and a sum weighted by position for each pair of `_ANGLES`."""

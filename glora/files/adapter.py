@@ -31,8 +31,8 @@ from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
 from glora.model.fill import fill_spec, is_filled_by_load
-from glora.model.modules import Model
 from glora.model.sharded import save_together
+from glora.model.walk import Model
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
 from glora.text import format_problems
 from glora.version import __version__

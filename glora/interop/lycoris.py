@@ -18,7 +18,7 @@ from glora.files.container import plain_tensors, replace_files, serialize
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
-from glora.model.modules import Model, named_modules
+from glora.model.walk import Model, owners
 from glora.precision import working_dtype
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names, format_problems
@@ -68,7 +68,7 @@ def load_lycoris(
     Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
     """
     file = Path(file)
-    layers = [f for f in named_modules(model) if isinstance(f.module, nn.Linear)]
+    layers = [f for f in owners(model) if isinstance(f.module, nn.Linear)]
     shapes = {f.path: tuple(f.tensors["weight"].shape) for f in layers}
     adapter = read_lycoris(file, shapes, rs_lora=rs_lora)
     return attach_spec(model, adapter, file, name=name, trainable=trainable, strict=strict)

@@ -12,7 +12,7 @@ from torch import Tensor
 from glora.config import GLoRAConfig
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
-from glora.model.modules import Model, named_modules
+from glora.model.walk import Model, owners
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names
 
@@ -54,7 +54,7 @@ def load_official(
     Source: https://github.com/Arnav0400/ViT-Slim, folder GLoRA (`layer.py`, `utils.py`).
     """
     file = Path(file)
-    paths = [f.path for f in named_modules(model)]
+    paths = [f.path for f in owners(model)]
     return attach_spec(model, read_official(file, forms, paths), file, name=name, trainable=trainable)
 
 

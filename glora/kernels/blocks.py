@@ -15,7 +15,7 @@ from glora.functional import Factors
 from glora.kernels.factored import pair_of
 from glora.kernels.frozen import row_blocks
 from glora.precision import outside_autocast, wide, working_dtype
-from glora.quantised import rows
+from glora.tensors import rows
 
 # Note [Blocks]
 # The gradient of a factor of an elementwise A needs dW' = g^T x entry by entry, so that A cannot be taken apart into

@@ -17,7 +17,7 @@ from glora.functional import WeightFactors
 from glora.kernels import blocks, frozen, opaque
 from glora.kernels.again import gradients, stand_in, wants_operations
 from glora.kernels.factored import scaled_inputs, sort_paths
-from glora.quantised import dense, is_quantised
+from glora.tensors import dense, is_quantised
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors], dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from glora.functional import Factors, WeightFactors
 from glora.kernels import frozen, joined
 from glora.kernels.again import in_transform
 from glora.precision import multiply, wide, working_dtype
-from glora.quantised import is_quantised
+from glora.tensors import is_quantised
 
 # torch.compile guards on the table of the types that einops has met: fill it before anything is compiled.
 for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora.kernels.again import in_transform
 from glora.precision import outside_autocast, working_dtype
-from glora.quantised import dense, is_quantised, is_whole, rows
+from glora.tensors import dense, is_all_rows, is_quantised, rows
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
                 shares = [(x[:, block] @ rows(W0, block).to(x.dtype)).to(working_dtype(x)) for block in row_blocks(W0)]
                 return reduce(add, shares).to(x.dtype)
             if x.dtype == W0.dtype:
-                parts = [F.linear(x, W0 if is_whole(W0, block) else W0[block]) for block in row_blocks(W0)]
+                parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in row_blocks(W0)]
             else:  # not every kernel takes this
                 parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in row_blocks(W0)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -17,7 +17,7 @@ from glora.kernels import blockwise, factored, samplewise
 from glora.kernels.again import in_transform
 from glora.matrices import CONV1D
 from glora.precision import in_autocast
-from glora.quantised import dense, is_quantised
+from glora.tensors import dense, is_quantised
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 

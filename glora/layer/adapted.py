@@ -15,18 +15,18 @@ from torch.nn.utils import parametrize
 
 from glora.kernels import select
 from glora.layer import routed
+from glora.layer.computed import cached_in_call, caching_reads
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import (
-    Adapters,
+    AdapterWeights,
     Bias,
-    Scales,
-    Stacks,
+    Parametrizations,
+    Store,
     Weight,
     biases_of,
-    live_stacks,
+    live_parametrizations,
 )
-from glora.layer.reading import once, reading_once
 from glora.matrices import LINEAR, TRANSPOSED, Matrix, is_transposed_linear
 
 # Note [One class per base class]
@@ -85,7 +85,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             lists = vars(self).get("_modules", {}).get("parametrizations")
             if lists is None or name not in lists._modules:
                 return super().__getattr__(name)
-            return _attribute(self, cast("Stacks", lists._modules), name)
+            return _attribute(self, cast("Parametrizations", lists._modules), name)
 
         def __setattr__(self, name: str, value: object) -> None:
             lists = vars(self).get("_modules", {}).get("parametrizations")
@@ -133,14 +133,14 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
-    own, at_once = cast("tuple[Any, Any]", (reading_once(base.forward), None))
+    own, at_once = cast("tuple[Any, Any]", (caching_reads(base.forward), None))
     if select.has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
         own, at_once = _linear_forward(matrix), _linear_at_once(matrix)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return routed.call(self, own, at_once, args, kwargs) if routed.open_covers else own(self, *args, **kwargs)
+        return routed.call(self, own, at_once, args, kwargs) if routed.active_routes else own(self, *args, **kwargs)
 
     Parametrized.forward = forward
     Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
@@ -154,8 +154,8 @@ def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         lists, dropout = self._modules.get("parametrizations"), self.training
-        stacks = {} if lists is None else cast("Stacks", lists._modules)
-        scales = _scales(self, stacks)
+        stacks = {} if lists is None else cast("Parametrizations", lists._modules)
+        adapter_weights = _scales(self, stacks)
         if not input.is_meta and any(stack.original.is_meta for stack in stacks.values()):
             raise RuntimeError(
                 f"An adapted layer's tensors must be where its input is, {input.device}; they are on the meta device. "
@@ -163,12 +163,14 @@ def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
                 f"preload_module_classes=[{type(self).__name__!r}] (to serve: it trains nothing that is offloaded); "
                 f"else give the model memory first (to_empty, and load)."
             )
-        bias = _tensor(self, stacks, "bias", scales, dropout)
+        bias = _tensor(self, stacks, "bias", adapter_weights, dropout)
         stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
         if store is None:
-            W = cast("Tensor", _tensor(self, stacks, "weight", scales, dropout))
+            W = cast("Tensor", _tensor(self, stacks, "weight", adapter_weights, dropout))
             return F.linear(input, matrix.read(W), bias)
-        return select.linear(input, matrix.read(cast("Any", stack).original), bias, store.factors(scales, dropout))
+        return select.linear(
+            input, matrix.read(cast("Any", stack).original), bias, store.factors(adapter_weights, dropout)
+        )
 
     return forward
 
@@ -177,65 +179,71 @@ def _linear_at_once(matrix: Matrix) -> Callable[..., Tensor | None]:
     """The same forward for samples of several adapters; None where it has to be run for one adapter after the other."""
 
     def forward(
-        self: nn.Module, input: Tensor, *, acting: Sequence[Scales], sizes: Sequence[int], owner: Tensor
+        self: nn.Module, input: Tensor, *, acting: Sequence[AdapterWeights], sizes: Sequence[int], owner: Tensor
     ) -> Tensor | None:
-        stacks, dropout = live_stacks(self), self.training
+        stacks, dropout = live_parametrizations(self), self.training
         stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
         if store is None:
             return None
         W0 = matrix.read(cast("Any", stack).original)
-        groups = [store.factors(scales, dropout) for scales in acting]
+        groups = [store.factors(adapter_weights, dropout) for adapter_weights in acting]
         if not select.takes_samples(input, W0, groups, sizes):
             return None
-        biases = [_tensor(self, stacks, "bias", scales, dropout) for scales in acting]
+        biases = [_tensor(self, stacks, "bias", adapter_weights, dropout) for adapter_weights in acting]
         return select.linear_of_samples(input, W0, biases, groups, owner)
 
     return forward
 
 
-def _weight_alone(module: nn.Module, stacks: Stacks, matrix: Matrix) -> Weight | None:
+def _weight_alone(module: nn.Module, stacks: Parametrizations, matrix: Matrix) -> Weight | None:
     """What adapts the weight, where it is all that computes the weight and sees it as this matrix."""
     stack, placed = stacks.get("weight"), module._parameters.get("weight")
     store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
     return store if isinstance(store, Weight) and store.matrix.pattern == matrix.pattern else None
 
 
-def _scales(module: nn.Module, stacks: Stacks) -> Scales:
+def _scales(module: nn.Module, stacks: Parametrizations) -> AdapterWeights:
     """What acts on the module: looked up once for all of its tensors (Note [Never torn])."""
     for stack in stacks.values():
         first = stack._modules["0"]
-        if isinstance(first, Adapters):
+        if isinstance(first, Store):
             active = first.acting.of_a_call()
-            return routed.scales_of(module, active) if routed.open_covers else active
+            return routed.scales_of(module, active) if routed.active_routes else active
     return {}
 
 
-def _tensor(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropout: bool) -> Tensor | None:
+def _tensor(
+    module: nn.Module, stacks: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
+) -> Tensor | None:
     """A tensor of an adapted layer: the plain one where one stands in its place, else the computed one."""
     plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
-    return plain if plain is not None or name not in stacks else _compute(module, stacks, name, scales, dropout)
+    return (
+        plain if plain is not None or name not in stacks else _compute(module, stacks, name, adapter_weights, dropout)
+    )
 
 
-def _attribute(module: nn.Module, stacks: Stacks, name: str) -> Tensor | None:
+def _attribute(module: nn.Module, stacks: Parametrizations, name: str) -> Tensor | None:
     """A tensor as whoever reads it has it."""
     if isinstance(stacks[name]._modules["0"], Head):
         return _tensor(module, stacks, name, _scales(module, stacks), False)
-    value = once(module, name, lambda: _tensor(module, stacks, name, _scales(module, stacks), False))
+    value = cached_in_call(module, name, lambda: _tensor(module, stacks, name, _scales(module, stacks), False))
     if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _remember_frozen(module, name, value)
     return value
 
 
-def _compute(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropout: bool) -> Tensor:
+def _compute(
+    module: nn.Module, stacks: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
+) -> Tensor:
     stack = stacks[name]
     first, *others = cast("list[nn.Module]", stack._modules.values())
     try:
         if isinstance(first, Weight):
-            value = first(stack.original, scales, dropout)
+            value = first(stack.original, adapter_weights, dropout)
         elif isinstance(first, Bias):
-            value = first(stack.original, _frozen_weight(module, stacks, first), scales, dropout)
+            value = first(stack.original, _frozen_weight(module, stacks, first), adapter_weights, dropout)
         elif isinstance(first, Head):
-            value = first(stack.original, scales)
+            value = first(stack.original, adapter_weights)
         else:  # somebody else's, on a tensor that we left plain
             return cast("Callable[[], Tensor]", stack)()
         for other in others:
@@ -246,7 +254,7 @@ def _compute(module: nn.Module, stacks: Stacks, name: str, scales: Scales, dropo
         raise RuntimeError(f"Computing `{name}` of an adapted {type(module).__name__} failed: {error}") from error
 
 
-def _frozen_weight(module: nn.Module, stacks: Stacks, bias: Bias) -> Tensor:
+def _frozen_weight(module: nn.Module, stacks: Parametrizations, bias: Bias) -> Tensor:
     """W0, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
     name = bias.matrix.weight
     if bias.frozen_weight is not None:
@@ -263,7 +271,7 @@ def _frozen_weight(module: nn.Module, stacks: Stacks, bias: Bias) -> Tensor:
 # alias from there. With `leave_parametrized=False` what was read, if anything, is not what now stands in the parameter:
 # the parameter itself is W0, and goes on being read. Removal of the bias needs none of this.
 def _remember_frozen(module: nn.Module, name: str, value: Tensor) -> None:
-    original = live_stacks(module)[name].original
+    original = live_parametrizations(module)[name].original
     for bias in _prompted_biases(module, name) if value is not original else ():
         vars(value)["glora_frozen"] = original.detach()
         bias.last_read = weakref.ref(value)
@@ -284,10 +292,10 @@ def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
 
 def _assign(module: nn.Module, name: str, value: object) -> None:
     """Let a head bind a buffer of its own anew, as some modules do in training; refuse any other assignment."""
-    stack = live_stacks(module)[name]
+    stack = live_parametrizations(module)[name]
     store = stack._modules["0"]
     if isinstance(store, Head) and not isinstance(stack.original, nn.Parameter) and isinstance(value, Tensor):
-        acting = store.acting_copy(_scales(module, live_stacks(module)))
+        acting = store.acting_copy(_scales(module, live_parametrizations(module)))
         if acting is None:
             stack.original = value
         else:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from glora.config import GLoRAConfig
 from glora.functional import Factors
 from glora.precision import wide, working_dtype
-from glora.quantised import dense
-from glora.sharding import divided_like, gathered, is_sharded
+from glora.tensors import dense, gathered, is_sharded, sharded_like
 
 
 class LowRank(nn.Module):
@@ -128,6 +127,6 @@ def _fill(factor: Tensor, fill: Callable[[Tensor], object]) -> None:
     if is_sharded(factor) and not factor.is_meta:
         drawn = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
         fill(drawn)
-        factor.copy_(divided_like(factor, drawn, from_first=True))
+        factor.copy_(sharded_like(factor, drawn, from_first=True))
     else:
         fill(factor)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from glora.layer.parametrization import Adapters, Scales
+from glora.layer.parametrization import AdapterWeights, Store
 
 
 class HeadCopy(nn.Module):
@@ -49,21 +49,21 @@ class SharedCopy(nn.Module):
 # The adapter has one copy, on the module that was chosen (of several that were, the first); the others have a
 # `SharedCopy`, which is no owner: it holds the copy's module, not its tensor (which `to_empty` replaces), and not as a
 # child, so that parameters, flags and state dicts meet the copy once. The originals are one Parameter all the time.
-class Head(Adapters):
+class Head(Store):
     """On each tensor of a trainable module: the copy of the adapter that acts, or the base model's tensor."""
 
-    def forward(self, original: Tensor, scales: Scales | None = None) -> Tensor:
+    def forward(self, original: Tensor, adapter_weights: AdapterWeights | None = None) -> Tensor:
         """The copy itself, not a copy of it: what a module writes into a buffer goes to the adapter that acts."""
-        acting = self.acting_copy(scales)
+        acting = self.acting_copy(adapter_weights)
         return original if acting is None else acting.value
 
-    def acting_copy(self, scales: Scales | None = None) -> HeadCopy | SharedCopy | None:
+    def acting_copy(self, adapter_weights: AdapterWeights | None = None) -> HeadCopy | SharedCopy | None:
         """The copy of the adapter that acts; None where none of them has one here."""
-        for name in self.acting.scales if scales is None else scales:
+        for name in self.acting.adapter_weights if adapter_weights is None else adapter_weights:
             if name in self._modules:
                 return cast("HeadCopy | SharedCopy", self._modules[name])
         return None
 
     def may_train(self, name: str) -> bool:
         """Where it acts alone: heads that act together are equal, and do not train, so that they stay equal."""
-        return [other for other in self.parts() if other in self.acting.scales] == [name]
+        return [other for other in self.parts() if other in self.acting.adapter_weights] == [name]

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glora.layer.parametrization import adapters_of, biases_of, live_stacks
-from glora.sharding import divided_like, is_sharded
+from glora.layer.parametrization import biases_of, live_parametrizations, stores_of
+from glora.tensors import is_sharded, sharded_like
 
 
 def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -19,7 +19,7 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     # torch's set_model_state_dict adds every tensor of the model itself to what it is given.
     if any(key.startswith(own) and value is not held.get(key) for key, value in state_dict.items()):
         return
-    adapters, biases = adapters_of(module), biases_of(module)
+    adapters, biases = stores_of(module), biases_of(module)
     _share(state_dict, {f"{prefix}{name}": held[f"{own}{name}.original"] for name in adapters})
     plain = [name for name in adapters if f"{prefix}{name}" in state_dict]
     weights = {name: f"{prefix}{store.matrix.weight}" for name, store in biases.items()}
@@ -57,7 +57,7 @@ def _share(state_dict: dict[str, Any], originals: dict[str, Tensor]) -> None:
     for key, value in known[0].items():
         original = originals[key]
         empty = torch.empty(original.shape, dtype=original.dtype, device="cpu") if value is None else value
-        state_dict[key] = divided_like(original, given.get(key, empty), from_first=True)
+        state_dict[key] = sharded_like(original, given.get(key, empty), from_first=True)
 
 
 def drop_upgraded_keys(
@@ -67,7 +67,7 @@ def drop_upgraded_keys(
 
     The upgrade inserts what the module reads, which is the active adapter's value.
     """
-    for name, stack in live_stacks(module).items():
+    for name, stack in live_parametrizations(module).items():
         if (key := f"{prefix}{name}") in state_dict and key not in before:
             del state_dict[key]
             state_dict.setdefault(f"{prefix}parametrizations.{name}.original", stack.original)

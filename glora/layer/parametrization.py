@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
@@ -18,12 +19,49 @@ from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors
 from glora.kernels.frozen import thin_product
 from glora.kernels.matvec import wide_matvec
-from glora.layer.acting import Acting, Scales
+from glora.kernels.select import is_exporting
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.precision import wide, working_dtype
-from glora.quantised import dense, is_quantised
-from glora.sharding import replicated_like
+from glora.tensors import dense, is_quantised, replicated_like
+
+AdapterWeights: TypeAlias = Mapping[str, Tensor]
+"""Adapter name to scale: the adapters that act."""
+
+# Note [Adapter weights are tensors]
+# An adapter's scale w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
+# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
+# Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
+# torch.compile takes such a tensor for a Python number, finds that nobody uses it as one, and traces the whole graph
+# again. A Parameter it takes for a tensor at once; torch.export in turn wants every Parameter to be a module's.
+
+
+class Acting:
+    """The adapters that act on one module; its tensors share this object, so that one assignment switches them all.
+
+    Attributes:
+        compiled: `adapter_weights` as Parameters: for torch.compile (Note [Adapter weights are tensors]).
+    """
+
+    def __init__(self) -> None:
+        self.adapter_weights = {}
+
+    @property
+    def adapter_weights(self) -> AdapterWeights:
+        """Replaced, never changed: a forward pass takes it once and keeps to it."""
+        return self._adapter_weights
+
+    @adapter_weights.setter
+    def adapter_weights(self, adapter_weights: AdapterWeights) -> None:
+        self.compiled: AdapterWeights = {
+            name: nn.Parameter(scale, requires_grad=False) for name, scale in adapter_weights.items()
+        }
+        self._adapter_weights = adapter_weights
+
+    def of_a_call(self) -> AdapterWeights:
+        """What a forward pass that begins here takes."""
+        return self.compiled if torch.compiler.is_compiling() and not is_exporting() else self._adapter_weights
+
 
 # Note [Named adapters live in one parametrization]
 # Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
@@ -31,7 +69,7 @@ from glora.sharding import replicated_like
 # parametrization, under their names, and `Acting` says which act.
 
 
-class Adapters(nn.Module):
+class Store(nn.Module):
     """The parts of several adapters for one tensor; the base of Weight, Bias and Head.
 
     Args:
@@ -49,11 +87,11 @@ class Adapters(nn.Module):
 
     def is_active(self) -> bool:
         """Whether an adapter that acts has a part here."""
-        return any(name in self._modules for name in self.acting.scales)
+        return any(name in self._modules for name in self.acting.adapter_weights)
 
     def extra_repr(self) -> str:
-        """The adapters that act, with their scales, for `print(layer)`."""
-        acting = {name: scale for name, scale in self.acting.scales.items() if name in self._modules}
+        """The adapters that act, with their weights, for `print(layer)`."""
+        acting = {name: scale for name, scale in self.acting.adapter_weights.items() if name in self._modules}
         return ", ".join(f"{name}={scale.item():g}" for name, scale in acting.items()) or "none acts"
 
     def detach(self, name: str) -> None:
@@ -63,7 +101,7 @@ class Adapters(nn.Module):
 
     def may_train(self, name: str) -> bool:
         """Whether this adapter's part may ask for a gradient: where it acts."""
-        return name in self.acting.scales
+        return name in self.acting.adapter_weights
 
     def match_flags(self) -> None:
         """Freeze the parts that may not train; the others get back the flags that they had when they last did."""
@@ -118,7 +156,7 @@ class Paths(nn.Module):
             path.reset_parameters(init_size(name, self.config, weight))
 
 
-class Weight(Adapters):
+class Weight(Store):
     """On a weight: `W0 + sum_i w_i (W0 * A_i + B_i)` over the adapters i that act.
 
     Args:
@@ -130,19 +168,22 @@ class Weight(Adapters):
         super().__init__(acting)
         self.matrix = matrix
 
-    def forward(self, W0: Tensor, scales: Scales | None = None, dropout: bool = False) -> Tensor:
+    def forward(self, W0: Tensor, adapter_weights: AdapterWeights | None = None, dropout: bool = False) -> Tensor:
         """The adapted weight, of W0's shape and dtype; W0 itself where no adapter acts."""
-        factors, matrix = self.factors(self.acting.scales if scales is None else scales, dropout), self.matrix
+        factors, matrix = (
+            self.factors(self.acting.adapter_weights if adapter_weights is None else adapter_weights, dropout),
+            self.matrix,
+        )
         if matrix.is_plain:
             return functional.adapted_weight(dense(W0) if factors else W0, factors)
         read = matrix.read(W0)
         updates = [u.expand_as(read) for u in functional.weight_updates(read, factors) if u is not None]
         return functional.add(W0, [matrix.write(update, W0) for update in updates])
 
-    def factors(self, scales: Scales, dropout: bool = False) -> list[WeightFactors]:
+    def factors(self, adapter_weights: AdapterWeights, dropout: bool = False) -> list[WeightFactors]:
         """What each adapter that acts does to the weight."""
         found: list[WeightFactors] = []
-        for name, scale in scales.items():
+        for name, scale in adapter_weights.items():
             part = cast("Paths | None", self._modules.get(name))
             if part is not None:
                 factors = part.factors(scale, dropout)
@@ -150,7 +191,7 @@ class Weight(Adapters):
         return found
 
 
-class Bias(Adapters):
+class Bias(Store):
     """On a bias: `b0 + sum_i w_i (b0 * D_i + E_i + W0 C_i)` over the adapters i that act.
 
     Args:
@@ -173,7 +214,7 @@ class Bias(Adapters):
         self.last_read: weakref.ref[Tensor] | None = None
 
     def forward(
-        self, b0: Tensor, W0: Tensor | None = None, scales: Scales | None = None, dropout: bool = False
+        self, b0: Tensor, W0: Tensor | None = None, adapter_weights: AdapterWeights | None = None, dropout: bool = False
     ) -> Tensor:
         """The adapted bias, of b0's shape and dtype, from W0 as it is held; b0 itself where no adapter acts."""
         if W0 is None:
@@ -182,7 +223,7 @@ class Bias(Adapters):
                 "of the layer that glora.apply adapted; its parametrization cannot be moved to another layer."
             )
         updates: list[Tensor | None] = []
-        for name, scale in (self.acting.scales if scales is None else scales).items():
+        for name, scale in (self.acting.adapter_weights if adapter_weights is None else adapter_weights).items():
             part = cast("Paths | None", self._modules.get(name))
             if part is not None:
                 updates += self._updates(part.factors(scale, dropout), scale, b0, W0)
@@ -231,37 +272,37 @@ class Stash(NamedTuple):
     adapted_class: type[nn.Module]  # the registry holds it weakly
 
 
-Stacks: TypeAlias = dict[str, parametrize.ParametrizationList]
+Parametrizations: TypeAlias = dict[str, parametrize.ParametrizationList]
 
 
-def live_stacks(module: nn.Module) -> Stacks:
+def live_parametrizations(module: nn.Module) -> Parametrizations:
     """Tensor name to what parametrizes it now."""
     lists = module._modules.get("parametrizations")
-    return cast("Stacks", lists._modules) if isinstance(lists, nn.ModuleDict) else {}
+    return cast("Parametrizations", lists._modules) if isinstance(lists, nn.ModuleDict) else {}
 
 
-def stacks_of(module: nn.Module) -> Stacks:
+def parametrizations_of(module: nn.Module) -> Parametrizations:
     """Tensor name to what parametrizes it, stashed or not (Note [Merged for a while])."""
     stash = stashed.get(module) if stashed else None
-    return live_stacks(module) if stash is None else cast("Stacks", stash.lists._modules)
+    return live_parametrizations(module) if stash is None else cast("Parametrizations", stash.lists._modules)
 
 
-def adapters_of(module: nn.Module) -> dict[str, Adapters]:
+def stores_of(module: nn.Module) -> dict[str, Store]:
     """Tensor name to the adapters on it, for the tensors of this very module that glora parametrizes.
 
     In the order of the module's own tensors, whatever was attached first: optimizers' state dicts go by the order.
     """
-    stacks, found = stacks_of(module), dict[str, Adapters]()
+    stacks, found = parametrizations_of(module), dict[str, Store]()
     for name in (*module._parameters, *module._buffers) if stacks else ():
         first = stacks[name]._modules["0"] if name in stacks else None
-        if isinstance(first, Adapters):
+        if isinstance(first, Store):
             found[name] = first
     return found
 
 
 def biases_of(module: nn.Module) -> dict[str, Bias]:
     """Tensor name to the adapters on it, for the biases alone."""
-    return {name: store for name, store in adapters_of(module).items() if isinstance(store, Bias)}
+    return {name: store for name, store in stores_of(module).items() if isinstance(store, Bias)}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -271,8 +312,8 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None and name not in module._non_persistent_buffers_set
     }
-    for name in adapters_of(module) if is_adapted(module) else ():
-        tensors[name] = stacks_of(module)[name].original
+    for name in stores_of(module) if is_adapted(module) else ():
+        tensors[name] = parametrizations_of(module)[name].original
     return tensors
 
 

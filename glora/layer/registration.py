@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from glora.layer.adapted import adapted_class, read
-from glora.layer.parametrization import Adapters, Bias, adapters_of, has_adapted_class, live_stacks
-from glora.quantised import is_quantised
-from glora.sharding import is_sharded
+from glora.layer.parametrization import Bias, Store, has_adapted_class, live_parametrizations, stores_of
+from glora.tensors import is_quantised, is_sharded
 
 
-def register(module: nn.Module, name: str, store: Adapters) -> None:
+def register(module: nn.Module, name: str, store: Store) -> None:
     """Put adapters on a tensor of a module, as torch's `register_parametrization` does; takes no memory of its size."""
     adapted = adapted_class(module)
     lists = module._modules.get("parametrizations")
@@ -30,7 +29,7 @@ def register(module: nn.Module, name: str, store: Adapters) -> None:
     place[name] = None
 
 
-def _parametrization(store: Adapters, original: Tensor) -> parametrize.ParametrizationList:
+def _parametrization(store: Store, original: Tensor) -> parametrize.ParametrizationList:
     # unsafe: torch would otherwise compute the tensor once, to check a dtype that we know.
     if not is_quantised(original):
         return parametrize.ParametrizationList([store], original, unsafe=True)
@@ -42,7 +41,7 @@ def _parametrization(store: Adapters, original: Tensor) -> parametrize.Parametri
 
 def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
     """Take the adapters off a tensor: its computed value stays (`keep_value`), or the original, by torch's own call."""
-    store, original, kind = adapters_of(module)[name], live_stacks(module)[name].original, type(module)
+    store, original, kind = stores_of(module)[name], live_parametrizations(module)[name].original, type(module)
     # Torch's removal writes the value into the original's memory. A quantised one cannot take it (Note [Quantised]):
     # another Parameter does. With one that is sharded it exchanges the memory, which fully_shard goes on using.
     value = read(module, name) if keep_value and (is_quantised(original) or is_sharded(original)) else None

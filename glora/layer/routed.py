@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from glora.layer.parametrization import Scales, adapters_of
+from glora.layer.parametrization import AdapterWeights, stores_of
 
 # Note [Routing]
 # A route belongs to the thread or task that entered it: it is a value of a context variable, and nothing of the model
@@ -29,28 +29,28 @@ from glora.layer.parametrization import Scales, adapters_of
 
 
 @dataclass(frozen=True)
-class Cover:
+class Route:
     """What acts on some modules in this thread or task, in place of the adapters that are active.
 
     Attributes:
         paths: id of each covered module to its path.
         routing: how a call is split; None where nothing is.
-        scales: what acts; None where a call has yet to be split.
+        adapter_weights: what acts; None where a call has yet to be split.
     """
 
     paths: Mapping[int, str]
     routing: Routing | None
-    scales: Scales | None
+    adapter_weights: AdapterWeights | None
 
 
 # The covers that any thread is under. Whether there is one is all that a plain call looks at, and a compiled one guards
 # on; each step on a list is whole, whichever thread comes between.
-open_covers: list[object] = []
-_covers: ContextVar[tuple[Cover, ...]] = ContextVar("glora_covers", default=())
+active_routes: list[object] = []
+_covers: ContextVar[tuple[Route, ...]] = ContextVar("glora_covers", default=())
 _ONE = torch.ones((), dtype=torch.float64, device="cpu")
 
 
-def cover_of(module: nn.Module) -> Cover | None:
+def route_of(module: nn.Module) -> Route | None:
     """The innermost cover over the module; None where the active adapters act."""
     for cover in reversed(_covers.get()):
         if id(module) in cover.paths:
@@ -64,12 +64,12 @@ def is_routed(module: nn.Module) -> bool:
 
 
 @contextmanager
-def covered(cover: Cover) -> Generator[None]:
+def enter(cover: Route) -> Generator[None]:
     """Inside the `with` block, in this thread or task, what `cover` says."""
     outer, entry = _covers.get(), object()
     try:
         try:
-            open_covers.append(entry)
+            active_routes.append(entry)
             _covers.set((*outer, cover))
             yield
         finally:
@@ -78,29 +78,29 @@ def covered(cover: Cover) -> Generator[None]:
         _leave(outer, entry)
 
 
-def _leave(outer: tuple[Cover, ...], entry: object) -> None:
+def _leave(outer: tuple[Route, ...], entry: object) -> None:
     _covers.set(outer)
-    if entry in open_covers:
-        open_covers.remove(entry)
+    if entry in active_routes:
+        active_routes.remove(entry)
 
 
-def scales_of(module: nn.Module, active: Scales) -> Scales:
+def scales_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
     """What acts on the module here and now, for one that has been called.
 
     Raises:
         RuntimeError: a tensor that is read where no sample owns it.
     """
-    cover = cover_of(module)
+    cover = route_of(module)
     if cover is None:
         return active
-    if cover.scales is None:
+    if cover.adapter_weights is None:
         raise RuntimeError(
             f"Inside glora.route an adapted layer can only be called, since each sample has its own tensors; one of "
             f"{cover.paths[id(module)]!r} was read (nn.MultiheadAttention and fused layers read a layer's weight and "
             f"never call it; so do layers whose forward is replaced on the instance). Leave it out of the adapters "
             f"(exclude=), or run each adapter's samples with glora.activate."
         )
-    return cover.scales
+    return cover.adapter_weights
 
 
 def _call(
@@ -114,8 +114,8 @@ def _call(
 
     `at_once`, where the module has one, is asked first: it runs all samples together, or gives None.
     """
-    cover = cover_of(module)
-    if cover is None or cover.scales is not None or cover.routing is None:
+    cover = route_of(module)
+    if cover is None or cover.adapter_weights is not None or cover.routing is None:
         return forward(module, *args, **kwargs)
     return cover.routing.call(module, cover, forward, at_once, args, kwargs)
 
@@ -148,14 +148,14 @@ class Routing:
         numbers = {name: number for number, name in enumerate(self.groups)}
         self.owner = torch.tensor([numbers[name] for name in self.names])  # each sample's group
         self.sizes = [len(group) for group in self.groups.values()]
-        self.acting: list[Scales] = [{} if name is None else {name: _ONE} for name in self.groups]
+        self.acting: list[AdapterWeights] = [{} if name is None else {name: _ONE} for name in self.groups]
         self.checkpoints = _checkpoint_frames()
         self.grad = torch.is_grad_enabled()
 
     def call(
         self,
         module: nn.Module,
-        cover: Cover,
+        cover: Route,
         forward: Callable[..., Any],
         at_once: Callable[..., Tensor | None] | None,
         args: tuple[Any, ...],
@@ -164,7 +164,7 @@ class Routing:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
         path = cover.paths[id(module)]
         rows = self._rows(path, (args, kwargs))
-        there = {name for store in adapters_of(module).values() for name in store.parts()}
+        there = {name for store in stores_of(module).values() for name in store.parts()}
         gone = [name for name in self.groups if name in self.known[id(module)] and name not in there]
         if gone:
             raise RuntimeError(f"{gone[0]!r} was deleted from {path!r} while a glora.route sends samples through it.")
@@ -173,9 +173,9 @@ class Routing:
             if whole is not None:
                 return whole
         results: list[Any] = []
-        for group, scales in zip(self.groups.values(), self.acting, strict=True):
+        for group, adapter_weights in zip(self.groups.values(), self.acting, strict=True):
             given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group, rows)
-            with covered(Cover(cover.paths, None, scales)):
+            with enter(Route(cover.paths, None, adapter_weights)):
                 results.append(forward(module, *given, **named))
         return results[0] if len(results) == 1 else self._together(path, results, rows)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Acting, Bias, Paths, Scales, Weight
+from glora.layer.parametrization import Acting, AdapterWeights, Bias, Paths, Weight
 from glora.model.checks import refuse_while_merged, refuse_while_swapped
-from glora.model.modules import Model, NamedModule, adapted_modules, all_or_nothing
 from glora.model.replicas import watch
-from glora.model.sharded import settle
+from glora.model.sharded import reshard
+from glora.model.walk import Model, Owner, adapted_owners, all_or_nothing
 from glora.spec import join
 from glora.text import quote_names
 
@@ -30,11 +30,11 @@ def adapters(model: nn.Module) -> dict[str, float]:
         {'a': 0.0, 'b': 1.0}
     """
     weights: dict[str, float] = {}
-    for named in adapted_modules(model):
-        for store in named.adapters.values():
-            scales = store.acting.scales
+    for named in adapted_owners(model):
+        for store in named.stores.values():
+            adapter_weights = store.acting.adapter_weights
             for name in store.parts():
-                weights[name] = weights.get(name) or (scales[name].item() if name in scales else 0.0)
+                weights[name] = weights.get(name) or (adapter_weights[name].item() if name in adapter_weights else 0.0)
     return weights
 
 
@@ -68,25 +68,25 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
     refuse_while_swapped(model)
     if not isinstance(weights, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
-    scales = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    adapter_weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
     there = adapters(model)
-    for name, weight in scales.items():
+    for name, weight in adapter_weights.items():
         if name not in there:
             raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(there)}.")
         if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
             raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
-    active = [name for name, scale in scales.items() if scale != 0]
+    active = [name for name, scale in adapter_weights.items() if scale != 0]
     if len(active) > 1:
         _check_heads_agree(model, active)
     with all_or_nothing(model):
-        set_scales(model, scales)
+        set_scales(model, adapter_weights)
     return model
 
 
 def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
     """Raise ValueError where adapters that are to act together have heads of their own."""
-    for named in adapted_modules(model):
-        for tensor_name, store in named.adapters.items():
+    for named in adapted_owners(model):
+        for tensor_name, store in named.stores.items():
             if not isinstance(store, Head):
                 continue
             original = named.tensors[tensor_name]
@@ -106,15 +106,17 @@ def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
                 )
 
 
-def set_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
+def set_scales(model: nn.Module, adapter_weights: Mapping[str, float]) -> None:
     """Let exactly these adapters act, everywhere in the model; nothing is checked."""
     tensors = {
-        name: torch.tensor(scale, dtype=torch.float64, device="cpu") for name, scale in scales.items() if scale != 0
+        name: torch.tensor(scale, dtype=torch.float64, device="cpu")
+        for name, scale in adapter_weights.items()
+        if scale != 0
     }
-    carriers = adapted_modules(model)
+    carriers = adapted_owners(model)
     for named in carriers:
         named.keep_scales(tensors)
-    watch(p for named in carriers for store in named.adapters.values() for p in store.parameters())
+    watch(p for named in carriers for store in named.stores.values() for p in store.parameters())
 
 
 @contextmanager
@@ -139,15 +141,15 @@ def disabled(model: Model) -> Generator[Model]:
         True
     """
     refuse_while_merged(model)
-    carriers = adapted_modules(model)
-    before = {named.acting: named.acting.scales for named in carriers}
+    carriers = adapted_owners(model)
+    before = {named.acting: named.acting.adapter_weights for named in carriers}
     # Inside of a route, too, each sample goes through the base.
-    cover = routed.Cover({id(named.module): named.path for named in carriers}, None, {})
+    cover = routed.Route({id(named.module): named.path for named in carriers}, None, {})
     try:
         try:
             for acting in before:
-                acting.scales = {}
-            with routed.covered(cover) if routed.open_covers else nullcontext():
+                acting.adapter_weights = {}
+            with routed.enter(cover) if routed.active_routes else nullcontext():
                 yield model
         finally:
             _act_again(model, before)
@@ -155,11 +157,11 @@ def disabled(model: Model) -> Generator[Model]:
         _act_again(model, before)
 
 
-def _act_again(model: nn.Module, before: Mapping[Acting, Scales]) -> None:
-    for acting, scales in before.items():
-        acting.scales = scales
+def _act_again(model: nn.Module, before: Mapping[Acting, AdapterWeights]) -> None:
+    for acting, adapter_weights in before.items():
+        acting.adapter_weights = adapter_weights
     # The model is walked again: adapters may have come and gone inside.
-    for named in adapted_modules(model):
+    for named in adapted_owners(model):
         named.keep_scales(before.get(named.acting, {}))
 
 
@@ -178,8 +180,8 @@ def resolve_name(model: nn.Module, name: str | None) -> str:
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Key to tensor of one adapter: `<module path>.<path>.<factor>`, and `<module path>.<tensor>` for heads."""
     found: dict[str, Tensor] = {}
-    for named in adapted_modules(model):
-        for tensor_name, store in named.adapters.items():
+    for named in adapted_owners(model):
+        for tensor_name, store in named.stores.items():
             part = store.parts().get(name)
             if isinstance(part, Paths):
                 path = cast("Weight | Bias", store).matrix.path(named.path)
@@ -246,13 +248,13 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         0.0
     """
     refuse_while_swapped(model)
-    settle(model)
+    reshard(model)
     name = resolve_name(model, name)
-    carriers = adapted_modules(model)
+    carriers = adapted_owners(model)
     with torch.inference_mode(False):
         zero_created_biases(carriers)
         for named in carriers:
-            for tensor_name, store in named.adapters.items():
+            for tensor_name, store in named.stores.items():
                 part = store.parts().get(name)
                 if isinstance(part, Paths):
                     matrix = cast("Weight | Bias", store).matrix
@@ -263,9 +265,9 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
 
 
 @torch.no_grad()
-def zero_created_biases(carriers: Iterable[NamedModule]) -> None:
+def zero_created_biases(carriers: Iterable[Owner]) -> None:
     """Make created biases zeros again: `to_empty` leaves anything in them, and no file holds them."""
     for named in carriers:
-        for tensor_name, store in named.adapters.items():
+        for tensor_name, store in named.stores.items():
             if isinstance(store, Bias) and store.created:
                 named.tensors[tensor_name].zero_()

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.adapted import adapted_class
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Bias, Paths, Weight, adapters_of
+from glora.layer.parametrization import Bias, Paths, Weight, stores_of
 from glora.layer.registration import register
 from glora.matrices import Matrix
 from glora.model import freezing
 from glora.model.adapters import set_scales
 from glora.model.base import check_base
-from glora.model.exports import watch_saving
-from glora.model.modules import Model, NamedModule, all_or_nothing, named_modules
+from glora.model.exports import guard_save_pretrained
 from glora.model.plan import plan, plan_spec
 from glora.model.planned import Plan, PlannedLayer
 from glora.model.sharded import write_into
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.task_heads import warn_of_adapted_heads
-from glora.sharding import replicated_like
+from glora.model.walk import Model, Owner, all_or_nothing, owners
 from glora.spec import AdapterSpec, join
+from glora.tensors import replicated_like
 from glora.text import format_names, format_problems
 
 
@@ -154,11 +154,11 @@ def attach(
             if not trainable:
                 part.content.requires_grad_(False)
         # Without freezing the rest, a head's copies train in its place.
-        freezing.freeze(named_modules(model) if freeze else [head.named for head in planned.heads], whole=freeze)
+        freezing.freeze(owners(model) if freeze else [head.named for head in planned.heads], whole=freeze)
         for part in parts:
             _register(part, planned.name)
         set_scales(model, {planned.name: 1.0})
-        watch_saving(model)
+        guard_save_pretrained(model)
         del classes
     return model
 
@@ -172,7 +172,7 @@ class _Part:
         created: zeros for a bias that the layer does not have; None where the tensor is there.
     """
 
-    named: NamedModule
+    named: Owner
     name: str
     content: Paths | HeadCopy | SharedCopy
     matrix: Matrix | None = None
@@ -228,7 +228,7 @@ def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
 def _register(part: _Part, name: str) -> None:
     """Put a part beside the other adapters' on its tensor, or first."""
     module = part.named.module
-    stores = adapters_of(module)
+    stores = stores_of(module)
     store = stores.get(part.name)
     if store is not None:
         store.add_module(name, part.content)

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from glora.fingerprint import Fingerprint, agrees, fingerprint
-from glora.model.modules import NamedMatrix
 from glora.model.planned import PlannedLayer
+from glora.model.walk import Site
 from glora.spec import AdapterFileError, join
 from glora.text import format_names
 
 
-def fingerprints(at: NamedMatrix) -> dict[str, Fingerprint]:
+def fingerprints(at: Site) -> dict[str, Fingerprint]:
     """Key to fingerprint of an adapted matrix's frozen tensors: its weight, and its bias if it has one of its own."""
     names = [at.matrix.weight, *([at.matrix.bias] if at.matrix.bias is not None and at.has_own_bias else [])]
     found = {join(at.named.path, name): fingerprint(at.named.tensors[name]) for name in names}

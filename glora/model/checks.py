@@ -14,13 +14,12 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
-from glora.layer.parametrization import stacks_of, stashed
-from glora.model.modules import NamedMatrix, NamedModule, named_modules
+from glora.layer.parametrization import parametrizations_of, stashed
 from glora.model.planned import PlannedHead
 from glora.model.sharded import is_tensor_parallel
-from glora.quantised import is_quantised, numbers, rows
-from glora.sharding import is_sharded
+from glora.model.walk import Owner, Site, owners
 from glora.spec import join
+from glora.tensors import is_quantised, is_sharded, numbers, rows
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
@@ -30,7 +29,7 @@ _ON_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activatio
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str | None:
+def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
     """Why this matrix cannot take paths, and what to do about it; None if it can."""
     named, layer, tensors, matrix = at.named, at.module, at.named.tensors, at.matrix
     if _is_foreign(named, Head):
@@ -97,7 +96,7 @@ def unsupported_matrix(at: NamedMatrix, config: GLoRAConfig, ties: Ties) -> str 
     return None
 
 
-def _unsupported_quantised(at: NamedMatrix, name: str, tensor: Tensor) -> str | None:
+def _unsupported_quantised(at: Site, name: str, tensor: Tensor) -> str | None:
     """Why this quantised tensor cannot take paths, and what to do about it; None if it can (Note [Quantised])."""
     if name != at.matrix.weight or not at.matrix.is_linear:
         return "a linear layer's `weight` is all that can be; leave it out with exclude=."
@@ -135,11 +134,11 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
     return None
 
 
-def _unsupported_copy(named: NamedModule, ties: Ties) -> str | None:
+def _unsupported_copy(named: Owner, ties: Ties) -> str | None:
     module = named.module
     if isinstance(module, nn.RNNBase):
         return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
-    if _is_foreign(named, type(None)) or any(not isinstance(a, Head) for a in named.adapters.values()):
+    if _is_foreign(named, type(None)) or any(not isinstance(a, Head) for a in named.stores.values()):
         return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
     for name, tensor in named.tensors.items():
         if is_lazy(tensor):
@@ -160,13 +159,13 @@ def _before(tensor: Tensor) -> str:
     return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 
-def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
+def _is_foreign(named: Owner, foreign: type[object]) -> bool:
     """Whether something that is not ours, or adapters of this kind, parametrizes the module."""
     if "parametrizations" not in named.module._modules:
         return False
     return any(
-        name not in named.adapters or isinstance(named.adapters[name], foreign) or len(stack) > 1
-        for name, stack in stacks_of(named.module).items()
+        name not in named.stores or isinstance(named.stores[name], foreign) or len(stack) > 1
+        for name, stack in parametrizations_of(named.module).items()
     )
 
 
@@ -175,7 +174,7 @@ def _is_foreign(named: NamedModule, foreign: type[object]) -> bool:
 # other (torch's removal writes into it) or silently untie them. Ranges of addresses tell (on the meta device, which has
 # no addresses, ranges within one storage); two views that interleave without sharing an element count as tied too. One
 # module reached by two paths is no tie.
-def find_ties(modules: list[NamedModule], *, one_parameter: bool = True) -> Ties:
+def find_ties(modules: list[Owner], *, one_parameter: bool = True) -> Ties:
     """The tensors of the model that share memory with another module's, each with the path of one of those.
 
     Args:
@@ -210,7 +209,7 @@ def find_ties(modules: list[NamedModule], *, one_parameter: bool = True) -> Ties
 
 def refuse_while_merged(model: nn.Module) -> None:
     """Raise RuntimeError inside `glora.merged`."""
-    for named in named_modules(model) if stashed else ():
+    for named in owners(model) if stashed else ():
         if named.module in stashed:
             raise RuntimeError(
                 f"Inside glora.merged the adapters are set aside and cannot be changed (found {named.path!r} merged). "
@@ -220,7 +219,7 @@ def refuse_while_merged(model: nn.Module) -> None:
 
 def refuse_while_routed(model: nn.Module) -> None:
     """Raise RuntimeError inside `glora.route`, in the thread or task that entered it."""
-    for named in named_modules(model) if routed.open_covers else ():
+    for named in owners(model) if routed.active_routes else ():
         if routed.is_routed(named.module):
             raise RuntimeError(
                 f"Inside glora.route each sample has its adapter, and none can be changed (found {named.path!r} "
@@ -234,13 +233,13 @@ def refuse_while_swapped(model: nn.Module) -> None:
     refuse_while_routed(model)
 
 
-def refuse_stacked(modules: list[NamedModule]) -> None:
+def refuse_stacked(modules: list[Owner]) -> None:
     """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
     for named in modules:
-        if not named.adapters:
+        if not named.stores:
             continue
-        for name, stack in stacks_of(named.module).items():
-            other = list(stack)[1 if name in named.adapters else 0 :]
+        for name, stack in parametrizations_of(named.module).items():
+            other = list(stack)[1 if name in named.stores else 0 :]
             if other:
                 raise RuntimeError(
                     f"Adapters must be alone on a layer to be baked in or taken off; `{name}` of {named.path!r} is "

@@ -12,8 +12,8 @@ from glora.layer.heads import HeadCopy, SharedCopy
 from glora.layer.parametrization import Paths
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.base import fingerprints
-from glora.model.modules import NamedMatrix, adapted_matrices, adapted_modules
-from glora.model.sharded import settle
+from glora.model.sharded import reshard
+from glora.model.walk import Site, adapted_owners, adapted_sites
 from glora.spec import AdapterSpec, LayerSpec, join
 
 
@@ -26,16 +26,16 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         RuntimeError: a layer whose weight torch's removal has baked in while its bias still has a C: the weight that C
             multiplies is in no checkpoint.
     """
-    settle(model)
+    reshard(model)
     name = resolve_name(model, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}
     base: dict[str, Fingerprint] = {}
     owners: dict[int, str] = {}
     borrowed: dict[str, int] = {}
-    for named in adapted_modules(model):
-        parts = {tensor: store.parts()[name] for tensor, store in named.adapters.items() if name in store.parts()}
-        for at in adapted_matrices(named):
+    for named in adapted_owners(model):
+        parts = {tensor: store.parts()[name] for tensor, store in named.stores.items() if name in store.parts()}
+        for at in adapted_sites(named):
             own = [parts.get(tensor) for tensor in (at.matrix.weight, at.matrix.bias or "")]
             paths = {path: part.config for part in own if isinstance(part, Paths) for path in part.paths()}
             if paths:
@@ -63,7 +63,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     return AdapterSpec(layers, heads, tensors, ties, base)
 
 
-def _describe_layer(at: NamedMatrix, paths: dict[str, GLoRAConfig]) -> LayerSpec:
+def _describe_layer(at: Site, paths: dict[str, GLoRAConfig]) -> LayerSpec:
     """A matrix with these paths of an adapter."""
     if at.bias is not None and at.bias.frozen_weight is not None and "C" in paths:
         raise RuntimeError(

@@ -6,10 +6,10 @@ from glora.layer.registration import unregister
 from glora.model import freezing
 from glora.model.adapters import adapters, resolve_name
 from glora.model.checks import refuse_stacked, refuse_while_swapped
-from glora.model.exports import stop_watching
-from glora.model.modules import Model, adapted_modules, all_or_nothing, named_modules
-from glora.model.relocated import refuse_divided, relocate
-from glora.model.sharded import settle
+from glora.model.exports import unguard_save_pretrained
+from glora.model.relocated import refuse_divided, update_fsdp_locations
+from glora.model.sharded import reshard
+from glora.model.walk import Model, adapted_owners, all_or_nothing, owners
 
 
 def delete(model: Model, name: str) -> Model:
@@ -35,24 +35,24 @@ def delete(model: Model, name: str) -> Model:
         {'a': 0.0}
     """
     refuse_while_swapped(model)
-    settle(model)
+    reshard(model)
     name = resolve_name(model, name)
-    modules = adapted_modules(model)
+    modules = adapted_owners(model)
     refuse_stacked(modules)
     refuse_divided(model, modules, for_good=True)
     if set(adapters(model)) == {name}:
         return remove(model)
     with all_or_nothing(model):
         for named in modules:
-            for tensor_name, store in named.adapters.items():
+            for tensor_name, store in named.stores.items():
                 store.detach(name)
                 if not store.parts():
                     unregister(named.module, tensor_name, keep_value=False)
             if named.adapter_names:
-                named.keep_scales(named.acting.scales)
+                named.keep_scales(named.acting.adapter_weights)
             else:  # no copy trains in the base's place any more
                 freezing.thaw_head(named)
-        relocate(model)
+        update_fsdp_locations(model)
     return model
 
 
@@ -75,15 +75,15 @@ def remove(model: Model) -> Model:
         True
     """
     refuse_while_swapped(model)
-    settle(model)
-    modules = named_modules(model)
+    reshard(model)
+    modules = owners(model)
     refuse_stacked(modules)
     refuse_divided(model, modules, for_good=True)
     with all_or_nothing(model):
         for named in modules:
-            for name in sorted(named.adapters):
+            for name in sorted(named.stores):
                 unregister(named.module, name, keep_value=False)
         freezing.restore(modules)
-        stop_watching(model)
-        relocate(model)
+        unguard_save_pretrained(model)
+        update_fsdp_locations(model)
     return model

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from glora.layer.parametrization import Bias, stashed
-from glora.model.modules import NamedModule, adapted_modules, named_modules
+from glora.model.walk import Owner, adapted_owners, owners
 from glora.spec import join
 from glora.text import format_names
 
@@ -39,7 +39,7 @@ class SavePlain:
         Warns:
             UserWarning: inside `glora.merged`, created biases that the model's config does not know.
         """
-        carriers = adapted_modules(self.module)
+        carriers = adapted_owners(self.module)
         attached = [named for named in carriers if named.module not in stashed]
         if attached and _has_keys_of(attached, kwargs.get("state_dict")):
             raise RuntimeError(
@@ -55,21 +55,21 @@ class SavePlain:
         return cast("Any", type(self.module)).save_pretrained(self.module, *args, **kwargs)
 
 
-def watch_saving(model: nn.Module) -> None:
+def guard_save_pretrained(model: nn.Module) -> None:
     """Give each module that has a `save_pretrained` one that refuses adapted keys."""
-    for named in named_modules(model):
+    for named in owners(model):
         if hasattr(type(named.module), _NAME):
             vars(named.module).setdefault(_NAME, SavePlain(named.module))
 
 
-def stop_watching(model: nn.Module) -> None:
+def unguard_save_pretrained(model: nn.Module) -> None:
     """Give each module back its class's `save_pretrained`."""
-    for named in named_modules(model):
+    for named in owners(model):
         if isinstance(vars(named.module).get(_NAME), SavePlain):
             del vars(named.module)[_NAME]
 
 
-def _has_keys_of(attached: Iterable[NamedModule], given: Mapping[str, object] | None) -> bool:
+def _has_keys_of(attached: Iterable[Owner], given: Mapping[str, object] | None) -> bool:
     """Whether a state dict has keys of these modules' adapters; the model's own (None) has."""
     owners = {join(named.path, "") for named in attached}
     return given is None or any(
@@ -77,7 +77,7 @@ def _has_keys_of(attached: Iterable[NamedModule], given: Mapping[str, object] | 
     )
 
 
-def warn_of_created_biases(model: nn.Module, modules: Iterable[NamedModule], *, stacklevel: int) -> None:
+def warn_of_created_biases(model: nn.Module, modules: Iterable[Owner], *, stacklevel: int) -> None:
     """Warn that `from_pretrained` would leave out biases that `create_bias=True` made and a merge keeps.
 
     Args:
@@ -86,7 +86,7 @@ def warn_of_created_biases(model: nn.Module, modules: Iterable[NamedModule], *, 
         stacklevel: from the caller of this function to its user.
     """
     paths = [named.path for named in modules if _keeps_created_bias(named)]
-    owner = next((n.module for n in named_modules(model) if hasattr(type(n.module), _NAME)), None)
+    owner = next((n.module for n in owners(model) if hasattr(type(n.module), _NAME)), None)
     config = getattr(owner, "config", None)
     if not paths or config is None:
         return
@@ -107,8 +107,8 @@ def warn_of_created_biases(model: nn.Module, modules: Iterable[NamedModule], *, 
     )
 
 
-def _keeps_created_bias(named: NamedModule) -> bool:
-    return any(isinstance(store, Bias) and store.created and store.is_active() for store in named.adapters.values())
+def _keeps_created_bias(named: Owner) -> bool:
+    return any(isinstance(store, Bias) and store.created and store.is_active() for store in named.stores.values())
 
 
 def _bias_flags(config: object, prefix: str) -> Iterator[tuple[str, bool]]:

@@ -9,11 +9,11 @@ from torch import nn
 
 from glora.model.adapters import activate, adapter_tensors, adapters, parameters, zero_created_biases
 from glora.model.describe import describe
-from glora.model.modules import Model, adapted_modules
-from glora.model.sharded import settle
+from glora.model.sharded import reshard
 from glora.model.state import load_state_dict
-from glora.sharding import is_sharded
+from glora.model.walk import Model, adapted_owners
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.tensors import is_sharded
 from glora.text import format_problems
 
 # Note [Load after sharding]
@@ -26,7 +26,7 @@ def is_filled_by_load(model: nn.Module, name: str) -> bool:
     """Whether the model is sharded and has an adapter of this name (Note [Load after sharding])."""
     if name not in adapters(model):
         return False
-    settle(model)
+    reshard(model)
     return any(is_sharded(tensor) for tensor in adapter_tensors(model, name).values())
 
 
@@ -46,7 +46,7 @@ def fill_spec(model: Model, spec: AdapterSpec, source: object, name: str, *, tra
             f"the file holds: glora.load on the meta device."
         )
     load_state_dict(model, spec.tensors, name)
-    zero_created_biases(adapted_modules(model))
+    zero_created_biases(adapted_owners(model))
     activate(model, name)
     for parameter in parameters(model, name):
         parameter.requires_grad_(trainable and (parameter.is_floating_point() or parameter.is_complex()))

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from glora.model.modules import NamedModule
+from glora.model.walk import Owner
 
 # Note [Flags]
 # What each parameter's flag was before the first `apply`, and what we last set it to, is kept on its module under its
@@ -19,7 +19,7 @@ _Record: TypeAlias = dict[str, tuple[bool, bool]]
 """Tensor name to the flag before, and whether the whole model was frozen (rather than this head alone)."""
 
 
-def freeze(modules: Iterable[NamedModule], *, whole: bool) -> None:
+def freeze(modules: Iterable[Owner], *, whole: bool) -> None:
     """Freeze the base tensors of some modules, and remember how they were; `whole`: of the whole model."""
     parameters = [
         (named.module, name, tensor)
@@ -36,19 +36,19 @@ def freeze(modules: Iterable[NamedModule], *, whole: bool) -> None:
             parameter.requires_grad = False  # requires_grad_ refuses lazy parameters
 
 
-def restore(modules: Iterable[NamedModule]) -> None:
+def restore(modules: Iterable[Owner]) -> None:
     """Give base tensors the flags that they had before the first `freeze`, unless changed by hand since."""
     for named in modules:
         _give_back(named, named.module.__dict__.pop(_RECORD, {}))
 
 
-def thaw_head(named: NamedModule) -> None:
+def thaw_head(named: Owner) -> None:
     """Give a head's parameters their flags back where they were frozen as a head's alone."""
     record: _Record = named.module.__dict__.get(_RECORD, {})
     _give_back(named, {name: record.pop(name) for name, (_, whole) in list(record.items()) if not whole})
 
 
-def _give_back(named: NamedModule, record: _Record) -> None:
+def _give_back(named: Owner, record: _Record) -> None:
     for name, (before, _) in record.items():
         parameter = named.tensors.get(name)
         if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:

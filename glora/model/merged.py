@@ -11,17 +11,16 @@ from torch import nn
 
 from glora.layer.adapted import read
 from glora.layer.heads import Head
-from glora.layer.merged import merged_tensors, restore, swap_in
 from glora.layer.parametrization import Bias, stashed
 from glora.layer.registration import unregister
+from glora.layer.swap import merged_tensors, restore, swap_in
 from glora.model import freezing
 from glora.model.checks import find_ties, refuse_stacked, refuse_while_routed, refuse_while_swapped
-from glora.model.exports import stop_watching, warn_of_created_biases
-from glora.model.modules import Model, NamedModule, named_modules
-from glora.model.relocated import refuse_divided, relocate
-from glora.model.sharded import settle
-from glora.quantised import is_quantised
-from glora.sharding import gathered, is_sharded
+from glora.model.exports import unguard_save_pretrained, warn_of_created_biases
+from glora.model.relocated import refuse_divided, update_fsdp_locations
+from glora.model.sharded import reshard
+from glora.model.walk import Model, Owner, owners
+from glora.tensors import gathered, is_quantised, is_sharded
 from glora.text import quote_names
 
 
@@ -62,7 +61,7 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
         True
     """
     refuse_while_swapped(model)
-    settle(model)
+    reshard(model)
     modules = _mergeable_modules(
         model,
         for_good=True,
@@ -71,7 +70,7 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
         else "Pass dequantize=True to get float weights (quantise them again then), or go on without a merge: the "
         "model runs, trains and saves as it is.",
     )
-    dropped = sorted({name for n in modules if n.adapters for name in n.adapter_names - set(n.acting.scales)})
+    dropped = sorted({name for n in modules if n.stores for name in n.adapter_names - set(n.acting.adapter_weights)})
     if dropped:  # before anything changes: a warning may be an error
         warnings.warn(
             f"merge bakes in the active adapters alone; dropped: {quote_names(dropped)}. Save them first, or "
@@ -83,7 +82,7 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
     with torch.inference_mode(False), torch.no_grad():
         for named in modules:
             # The bias first, while the weight's original is still W0.
-            for name, store in sorted(named.adapters.items(), key=lambda item: not isinstance(item[1], Bias)):
+            for name, store in sorted(named.stores.items(), key=lambda item: not isinstance(item[1], Bias)):
                 unused = isinstance(store, Bias) and not store.is_active()
                 unregister(named.module, name, keep_value=not unused)
                 if isinstance(store, Head):
@@ -92,8 +91,8 @@ def merge(model: Model, *, dequantize: bool = False) -> Model:
                     if not is_sharded(value):
                         value.data = value.data.clone()
     freezing.restore(modules)
-    relocate(model)
-    stop_watching(model)
+    update_fsdp_locations(model)
+    unguard_save_pretrained(model)
     return model
 
 
@@ -121,7 +120,7 @@ def merged(model: Model) -> Generator[Model]:
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     refuse_while_routed(model)
-    settle(model)
+    reshard(model)
     modules = _mergeable_modules(
         model,
         for_good=False,
@@ -130,7 +129,7 @@ def merged(model: Model) -> Generator[Model]:
     )
     with torch.inference_mode(False), torch.no_grad():
         # All memory is taken before the first module is swapped.
-        carriers = [named.module for named in modules if named.adapters and named.module not in stashed]
+        carriers = [named.module for named in modules if named.stores and named.module not in stashed]
         values = [merged_tensors(module) for module in carriers]
     try:
         try:
@@ -148,7 +147,7 @@ def _restore(carriers: list[nn.Module]) -> None:
         restore(module)
 
 
-def _mergeable_modules(model: nn.Module, *, for_good: bool, if_quantised: str | None) -> list[NamedModule]:
+def _mergeable_modules(model: nn.Module, *, for_good: bool, if_quantised: str | None) -> list[Owner]:
     """The model's modules; raise unless every merged tensor is finite and ours alone to merge.
 
     Each is computed, looked at and dropped.
@@ -158,14 +157,14 @@ def _mergeable_modules(model: nn.Module, *, for_good: bool, if_quantised: str | 
         for_good: plain layers are to stay, and not for the time of a block.
         if_quantised: what to do instead where W0 is quantised; None to allow it.
     """
-    modules = named_modules(model)
+    modules = owners(model)
     refuse_stacked(modules)
     refuse_divided(model, modules, for_good=for_good)
     ties = find_ties(modules)
     for named in modules:
         if named.module in stashed:
             continue
-        for name, store in named.adapters.items():
+        for name, store in named.stores.items():
             if isinstance(store, Head) or not store.is_active():
                 continue
             if if_quantised is not None and is_quantised(named.tensors[name]):

@@ -11,11 +11,11 @@ from glora.config import WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight
 from glora.model.checks import Ties, find_ties, refuse_while_swapped, unsupported_head, unsupported_matrix
-from glora.model.modules import NamedMatrix, NamedModule, name_matrix, named_matrices, named_modules
 from glora.model.planned import Plan, PlannedHead, PlannedLayer, Skipped, plan_heads
 from glora.model.reach import reach
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, output_embeddings, select
 from glora.model.task_heads import AUTO, task_heads
+from glora.model.walk import Owner, Site, owners, site_of, sites
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches, tied_names
 from glora.text import format_names, format_problems
 
@@ -55,7 +55,7 @@ def plan(
     modules = _modules_for(model, name)
     ties = find_ties(modules)
     heads = _chosen_heads(modules, trainable)
-    matrices = named_matrices(modules)
+    matrices = sites(modules)
     chosen, by_name = choose(matrices, targets, config, modules)
     outputs, excluded = output_embeddings(modules), {m.key for m in select(matrices, exclude, "exclude", modules)}
     whole = {id(head.module): "trainable as a whole" for head in heads}
@@ -115,7 +115,7 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
     modules = _modules_for(model, name)
     ties = find_ties(modules)
     reached = {alias: named for named in modules for alias in named.aliases}
-    known = {alias: at for at in named_matrices(modules) for alias in at.aliases}
+    known = {alias: at for at in sites(modules) for alias in at.aliases}
     problems: list[str] = []
     layers: list[PlannedLayer] = []
     heads: list[PlannedHead] = []
@@ -162,9 +162,7 @@ def plan_spec(model: nn.Module, spec: AdapterSpec, source: object, name: str) ->
     return Plan(name, tuple(layers), tuple(heads))
 
 
-def _described(
-    path: str, spec: LayerSpec, known: Mapping[str, NamedMatrix], modules: Mapping[str, NamedModule]
-) -> NamedMatrix | str:
+def _described(path: str, spec: LayerSpec, known: Mapping[str, Site], modules: Mapping[str, Owner]) -> Site | str:
     """The matrix that a described layer goes to: as the model holds it, or where glora does not know, as described."""
     if path in known:
         at = replace(known[path], path=path)
@@ -178,10 +176,10 @@ def _described(
     owner = spec.matrix.module_path(path)
     if owner not in modules or spec.matrix.path(owner) != path or spec.matrix.weight not in modules[owner].tensors:
         return "there is no such module"
-    return replace(name_matrix(modules[owner], spec.matrix), path=path)
+    return replace(site_of(modules[owner], spec.matrix), path=path)
 
 
-def _plan_layer(at: NamedMatrix, spec: LayerSpec, ties: Ties, *, without_a_bias: str) -> PlannedLayer | str:
+def _plan_layer(at: Site, spec: LayerSpec, ties: Ties, *, without_a_bias: str) -> PlannedLayer | str:
     """A described layer compared with its matrix; or why the matrix does not take it, and what to do about it.
 
     Args:
@@ -208,7 +206,7 @@ def _plan_layer(at: NamedMatrix, spec: LayerSpec, ties: Ties, *, without_a_bias:
     return PlannedLayer(at, spec.config, kept, creates_bias=any(path not in WEIGHT_PATHS for path in kept))
 
 
-def _chosen_heads(modules: list[NamedModule], trainable: Trainable) -> list[PlannedHead]:
+def _chosen_heads(modules: list[Owner], trainable: Trainable) -> list[PlannedHead]:
     if trainable == AUTO:
         chosen = {id(named.module): named for named in task_heads(modules)}
         if not chosen:
@@ -225,7 +223,7 @@ def _chosen_heads(modules: list[NamedModule], trainable: Trainable) -> list[Plan
     return heads
 
 
-def _unsupported_heads(modules: list[NamedModule], heads: list[PlannedHead]) -> Iterator[tuple[PlannedHead, str]]:
+def _unsupported_heads(modules: list[Owner], heads: list[PlannedHead]) -> Iterator[tuple[PlannedHead, str]]:
     """The heads that cannot train as a whole, and why."""
     overlaps = find_ties(modules, one_parameter=False) if heads else {}
     for head in heads:
@@ -234,20 +232,20 @@ def _unsupported_heads(modules: list[NamedModule], heads: list[PlannedHead]) -> 
             yield head, reason
 
 
-def _named_heads(modules: list[NamedModule], trainable: Trainable) -> dict[int, NamedModule]:
+def _named_heads(modules: list[Owner], trainable: Trainable) -> dict[int, Owner]:
     """The modules with tensors of their own at or below those that `trainable=` reaches."""
     by_id = {id(named.module): named for named in modules}
-    heads: dict[int, NamedModule] = {}
+    heads: dict[int, Owner] = {}
     for reached in select(modules, trainable, "trainable", modules):
         if not any(True for _ in reached.module.parameters()):
             raise ValueError(f"trainable= must reach modules with parameters; {reached.path!r} has none.")
-        for inside in named_modules(reached.module):
+        for inside in owners(reached.module):
             if inside.tensors:
                 heads[id(inside.module)] = by_id[id(inside.module)]
     return heads
 
 
-def _misfits_of_ties(ties: Mapping[str, str], reached: Mapping[str, NamedModule]) -> Iterator[str]:
+def _misfits_of_ties(ties: Mapping[str, str], reached: Mapping[str, Owner]) -> Iterator[str]:
     """Where the model does not have one Parameter in two places, as the adapter's model had."""
     for places in ties.items():
         tensors: list[object] = []
@@ -257,7 +255,7 @@ def _misfits_of_ties(ties: Mapping[str, str], reached: Mapping[str, NamedModule]
             yield f"{places[0]!r} is not tied to {places[1]!r} here"
 
 
-def _misfit_of_head(named: NamedModule | None, names: tuple[str, ...]) -> str | None:
+def _misfit_of_head(named: Owner | None, names: tuple[str, ...]) -> str | None:
     if named is None:
         return "there is no such module"
     if sorted(names) != sorted(named.tensors):
@@ -265,7 +263,7 @@ def _misfit_of_head(named: NamedModule | None, names: tuple[str, ...]) -> str | 
     return None
 
 
-def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:
+def _modules_for(model: nn.Module, name: str) -> list[Owner]:
     """The model's modules, for a new adapter of this name."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"model must be a torch.nn.Module; found a {type(model).__name__}.")
@@ -275,7 +273,7 @@ def _modules_for(model: nn.Module, name: str) -> list[NamedModule]:
         raise ValueError(
             f"An adapter's name must be a string, not empty, without dots, no attribute of nn.Module; found {name!r}."
         )
-    modules = named_modules(model)
+    modules = owners(model)
     for named in modules:
         if name in named.adapter_names:
             raise ValueError(

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.model.modules import NamedMatrix, NamedModule
-from glora.model.reach import Reach
+from glora.model.reach import Coverage
+from glora.model.walk import Owner, Site
 from glora.text import table
 
 
@@ -19,7 +19,7 @@ from glora.text import table
 class PlannedLayer:
     """A matrix that an adapter goes to: where, by which paths, whether it is given a bias for them."""
 
-    at: NamedMatrix
+    at: Site
     config: GLoRAConfig
     paths: tuple[str, ...]
     creates_bias: bool = False
@@ -30,7 +30,7 @@ class PlannedLayer:
         return self.at.path
 
     @property
-    def named(self) -> NamedModule:
+    def named(self) -> Owner:
         """Its module, with its base tensors."""
         return self.at.named
 
@@ -70,9 +70,9 @@ class PlannedHead:
         shared: of these, name to where else the very Parameter stands: the module, and its name there.
     """
 
-    named: NamedModule
+    named: Owner
     names: tuple[str, ...]
-    shared: Mapping[str, tuple[tuple[NamedModule, str], ...]] = field(default_factory=dict[str, Any])
+    shared: Mapping[str, tuple[tuple[Owner, str], ...]] = field(default_factory=dict[str, Any])
 
     @property
     def path(self) -> str:
@@ -85,7 +85,7 @@ class PlannedHead:
         return self.named.module
 
     @property
-    def places(self) -> list[tuple[NamedModule, str]]:
+    def places(self) -> list[tuple[Owner, str]]:
         """Everywhere else that its Parameters stand."""
         return [place for places in self.shared.values() for place in places]
 
@@ -96,9 +96,9 @@ class PlannedHead:
         return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
 
 
-def plan_heads(modules: Iterable[NamedModule], chosen: Iterable[NamedModule]) -> list[PlannedHead]:
+def plan_heads(modules: Iterable[Owner], chosen: Iterable[Owner]) -> list[PlannedHead]:
     """Each chosen module as a head, with all places in the model that read its Parameters (Note [Tied heads])."""
-    places: dict[int, list[tuple[NamedModule, str]]] = {}
+    places: dict[int, list[tuple[Owner, str]]] = {}
     for named in modules:
         for name, tensor in named.tensors.items():
             if isinstance(tensor, nn.Parameter):
@@ -107,7 +107,7 @@ def plan_heads(modules: Iterable[NamedModule], chosen: Iterable[NamedModule]) ->
     taken: set[int] = set()
     for head in chosen:
         names = tuple([name for name, tensor in head.tensors.items() if id(tensor) not in taken])
-        shared: dict[str, tuple[tuple[NamedModule, str], ...]] = {}
+        shared: dict[str, tuple[tuple[Owner, str], ...]] = {}
         for name in names:
             tensor = head.tensors[name]
             others = [at for at in places.get(id(tensor), []) if (at[0].module, at[1]) != (head.module, name)]
@@ -149,7 +149,7 @@ class Plan:
     heads: tuple[PlannedHead, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     without_bias: tuple[str, ...] = ()
-    reach: Reach | None = None
+    reach: Coverage | None = None
 
     @property
     def parameters(self) -> int:

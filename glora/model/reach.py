@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from glora.matrices import matrices_of
-from glora.model.modules import NamedModule
+from glora.model.walk import Owner
 from glora.spec import join
 from glora.text import shorten
 
@@ -16,7 +16,7 @@ _MOST = 6
 
 
 @dataclass(frozen=True)
-class Reach:
+class Coverage:
     """A share of the numbers in a model's matrices: all parameters of two axes or more but embeddings.
 
     Attributes:
@@ -41,7 +41,7 @@ class Reach:
         return f"reaches {self.share:.0%} of {self.total:,} matrix numbers{rest}"
 
 
-def reach(modules: Sequence[NamedModule], reached: Collection[tuple[int, str]], outputs: Collection[int]) -> Reach:
+def reach(modules: Sequence[Owner], reached: Collection[tuple[int, str]], outputs: Collection[int]) -> Coverage:
     """The share of the model's matrices that is reached.
 
     Args:
@@ -66,4 +66,4 @@ def reach(modules: Sequence[NamedModule], reached: Collection[tuple[int, str]], 
             else:
                 kind = type(named.module).__name__.removeprefix("Parametrized")
                 rest[join(kind, name)] = rest.get(join(kind, name), 0) + tensor.numel()
-    return Reach(ours, total, tuple(sorted(rest.items(), key=lambda item: (-item[1], item[0]))))
+    return Coverage(ours, total, tuple(sorted(rest.items(), key=lambda item: (-item[1], item[0]))))

@@ -8,21 +8,21 @@ from typing import Any, cast
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from glora.model.modules import NamedModule
 from glora.model.sharded import is_fully_sharded, is_tensor_parallel
-from glora.quantised import is_quantised
+from glora.model.walk import Owner
+from glora.tensors import is_quantised
 
 
 # Note [Taken off part by part]
 # W' is computed on DTensors as on any tensor: each rank computes its rows, from the factors that it gathers. What is
 # new is that fully_shard remembers, for each parameter that it gathers and frees, the module and the name that it
-# stands under. When adapters come off, W0's place is another, and factors have none: `relocate` tells it, through
-# attributes that torch keeps to itself. All of them are read before anything changes.
-def refuse_divided(model: nn.Module, modules: Iterable[NamedModule], *, for_good: bool) -> None:
+# stands under. When adapters come off, W0's place is another, and factors have none: `update_fsdp_locations`
+# tells it, by attributes that torch keeps to itself. All of them are read before anything changes.
+def refuse_divided(model: nn.Module, modules: Iterable[Owner], *, for_good: bool) -> None:
     """Raise RuntimeError where divided tensors cannot become those of plain layers, for good or for a while."""
     managed = {id(_parameter(record)) for group in groups(model) for record in group.fsdp_params}
     for named in modules:
-        for name in named.adapters:
+        for name in named.stores:
             original = named.tensors[name]
             if not is_traceable_wrapper_subclass(original) or is_quantised(original):
                 continue
@@ -41,7 +41,7 @@ def refuse_divided(model: nn.Module, modules: Iterable[NamedModule], *, for_good
             )
 
 
-def relocate(model: nn.Module) -> None:
+def update_fsdp_locations(model: nn.Module) -> None:
     """Tell fully_shard where its parameters stand now, after adapters came off and flags came back."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from glora.layer import routed
 from glora.model.adapters import adapters
 from glora.model.checks import refuse_while_swapped
-from glora.model.modules import Model, adapted_modules
 from glora.model.sharded import is_tensor_parallel
+from glora.model.walk import Model, adapted_owners
 from glora.text import quote_names
 
 
@@ -69,13 +69,13 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
             )
     paths: dict[int, str] = {}
     known: dict[int, set[str]] = {}
-    for named in adapted_modules(model):
+    for named in adapted_owners(model):
         paths[id(named.module)] = named.path or "the model itself"
         known[id(named.module)] = named.adapter_names
-        if any(is_tensor_parallel(named.module, named.tensors[name]) for name in named.adapters):
+        if any(is_tensor_parallel(named.module, named.tensors[name]) for name in named.stores):
             raise RuntimeError(
                 f"A batch cannot be routed through layers that parallelize_module has divided, as {named.path!r}. "
                 f"Activate one adapter at a time, or route in a model that is whole on each rank."
             )
-    with routed.covered(routed.Cover(paths, routed.Routing(names, known, dim, flattened), None)):
+    with routed.enter(routed.Route(paths, routed.Routing(names, known, dim, flattened), None)):
         yield model

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glora.model.modules import adapted_matrices, adapted_modules
-from glora.sharding import divided_like, gathered, is_sharded
+from glora.model.walk import adapted_owners, adapted_sites
+from glora.tensors import gathered, is_sharded, sharded_like
 
 # Note [Tensor parallel]
 # parallelize_module makes a layer's weights and inputs DTensors, each as its style divides it; adapters are attached
@@ -24,7 +24,7 @@ from glora.sharding import divided_like, gathered, is_sharded
 
 def write_into(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
-    tensor.copy_(divided_like(tensor, gathered(value)))
+    tensor.copy_(sharded_like(tensor, gathered(value)))
 
 
 def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tensor]], None]) -> None:
@@ -49,7 +49,7 @@ def save_together(tensors: Mapping[str, Tensor], write: Callable[[dict[str, Tens
         raise failure[0]
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let each rank hold its parts alone: after a forward pass without a backward one, a root still has wholes.
 
     Raises:
@@ -63,8 +63,8 @@ def settle(model: nn.Module) -> None:
 
 def _refuse_flat(model: nn.Module) -> None:
     """Raise RuntimeError where FullyShardedDataParallel has flattened the tensors of adapted layers."""
-    for named in adapted_modules(model):
-        weights = [named.tensors.get(at.matrix.weight) for at in adapted_matrices(named)]
+    for named in adapted_owners(model):
+        weights = [named.tensors.get(at.matrix.weight) for at in adapted_sites(named)]
         if any(weight is not None and weight.ndim == 1 for weight in weights) and _has_flat(model):
             raise RuntimeError(
                 f"FullyShardedDataParallel has flattened the tensors of {named.path!r}, and each rank has a part. Do "

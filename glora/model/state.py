@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Bias, adapters_of, own_tensors, stashed
+from glora.layer.parametrization import Bias, own_tensors, stashed, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.checks import refuse_while_swapped
-from glora.model.modules import Model, wraps
-from glora.model.sharded import settle, write_into
+from glora.model.sharded import reshard, write_into
+from glora.model.walk import Model, wraps
 from glora.spec import join, like, mismatches
 from glora.text import format_problems
 
@@ -40,7 +40,7 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         >>> list(glora.state_dict(glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(A="vector"))))
         ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
     """
-    settle(model)
+    reshard(model)
     return {key: tensor.detach() for key, tensor in adapter_tensors(model, resolve_name(model, name)).items()}
 
 
@@ -72,7 +72,7 @@ def load_state_dict(
         True
     """
     refuse_while_swapped(model)
-    settle(model)
+    reshard(model)
     name = resolve_name(model, name)
     own = adapter_tensors(model, name)
     if any(tensor.is_meta for tensor in own.values()):
@@ -116,7 +116,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model = cast("nn.Module", model._modules.get("_original_module", model))  # Fabric's wrapper has its keys
     for key, value in cast("dict[str, Tensor]", model.state_dict()).items():
         owner, path, rest = _owner(model, key)
-        stores = adapters_of(owner)
+        stores = stores_of(owner)
         parts = rest.split(".")
         if parts[0] == "parametrizations" and len(parts) > 1 and parts[1] in stores:
             created = isinstance(stores[parts[1]], Bias) and cast("Bias", stores[parts[1]]).created

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from glora.layer.heads import Head
-from glora.layer.parametrization import Adapters, Paths
-from glora.model.modules import NamedModule, adapted_matrices, named_modules
-from glora.model.reach import Reach, reach
+from glora.layer.parametrization import Paths, Store
+from glora.model.reach import Coverage, reach
 from glora.model.targets import output_embeddings
+from glora.model.walk import Owner, adapted_sites, owners
 from glora.text import table
 
 
@@ -50,7 +50,7 @@ class Summary:
     rows: tuple[SummaryRow, ...]
     trainable: int
     total: int
-    reach: Reach
+    reach: Coverage
 
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
@@ -78,7 +78,7 @@ def summary(model: nn.Module) -> Summary:
         1       default  trainable  -               18 / 36
     """
     rows: list[SummaryRow] = []
-    modules = named_modules(model)
+    modules = owners(model)
     for path, tensors, stores in _places(modules):
         base = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
         for name in dict.fromkeys(n for store in stores for n in store.parts()):
@@ -104,21 +104,21 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _places(modules: list[NamedModule]) -> Iterator[tuple[str, list[Tensor], Sequence[Adapters]]]:
+def _places(modules: list[Owner]) -> Iterator[tuple[str, list[Tensor], Sequence[Store]]]:
     """Each adapted matrix, and each head as a whole: its path, its base tensors, the adapters on them."""
     for named in modules:
-        for at in adapted_matrices(named):
+        for at in adapted_sites(named):
             names = [name for name in (at.matrix.weight, at.matrix.bias) if name is not None]
             yield (
                 at.path,
                 [named.tensors[name] for name in names if name in named.tensors],
-                [named.adapters[name] for name in names if name in named.adapters],
+                [named.stores[name] for name in names if name in named.stores],
             )
-        heads = [store for store in named.adapters.values() if isinstance(store, Head)]
+        heads = [store for store in named.stores.values() if isinstance(store, Head)]
         if heads:
             yield named.path, list(named.tensors.values()), heads
 
 
-def _reached(named: NamedModule) -> set[str]:
+def _reached(named: Owner) -> set[str]:
     """The tensors of a module that an adapter reaches: a weight also by its bias."""
-    return set(named.adapters) | {at.matrix.weight for at in adapted_matrices(named)}
+    return set(named.stores) | {at.matrix.weight for at in adapted_sites(named)}

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar, cast
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.model.modules import NamedMatrix, NamedModule
+from glora.model.walk import Owner, Site
 from glora.spec import LayerSpec, join
 from glora.text import format_names
 
@@ -18,13 +18,13 @@ Selection: TypeAlias = str | Sequence[str] | Predicate
 Targets: TypeAlias = Selection | Mapping[str, GLoRAConfig]
 Trainable: TypeAlias = str | Sequence[str | nn.Module] | Predicate | nn.Module
 
-Place = TypeVar("Place", NamedModule, NamedMatrix)
+Place = TypeVar("Place", Owner, Site)
 
 ALL_LINEAR = "all-linear"
 
 
 def choose(
-    matrices: list[NamedMatrix], targets: Targets, config: GLoRAConfig | None, modules: list[NamedModule]
+    matrices: list[Site], targets: Targets, config: GLoRAConfig | None, modules: list[Owner]
 ) -> tuple[dict[tuple[int, str], LayerSpec], bool]:
     """The matrices that `targets=` reaches.
 
@@ -59,7 +59,7 @@ def choose(
 
 
 def _choose_by_mapping(
-    matrices: list[NamedMatrix], targets: Mapping[str, GLoRAConfig], modules: list[NamedModule]
+    matrices: list[Site], targets: Mapping[str, GLoRAConfig], modules: list[Owner]
 ) -> Iterator[tuple[tuple[int, str], LayerSpec]]:
     if not targets:
         raise ValueError("targets= must reach at least one layer; found an empty mapping.")
@@ -80,7 +80,7 @@ def _choose_by_mapping(
         yield from ((key, spec) for key in new)
 
 
-def select(places: list[Place], selection: Trainable | Targets, role: str, modules: list[NamedModule]) -> list[Place]:
+def select(places: list[Place], selection: Trainable | Targets, role: str, modules: list[Owner]) -> list[Place]:
     """The modules or matrices that a selection reaches; every entry, pattern or predicate must reach at least one.
 
     Args:
@@ -121,13 +121,11 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, modul
     return [p for p in places if id(p) in reached]
 
 
-def _is_swept(place: NamedModule | NamedMatrix) -> bool:
-    return place.matrix.swept if isinstance(place, NamedMatrix) else isinstance(place.module, nn.Linear)
+def _is_swept(place: Owner | Site) -> bool:
+    return place.matrix.swept if isinstance(place, Site) else isinstance(place.module, nn.Linear)
 
 
-def _match(
-    places: list[Place], modules: list[NamedModule], text: str, role: str, test: Callable[[str], bool]
-) -> list[Place]:
+def _match(places: list[Place], modules: list[Owner], text: str, role: str, test: Callable[[str], bool]) -> list[Place]:
     matched = [p for p in places if any(test(path) for path in p.aliases)]
     if matched:
         return matched
@@ -149,7 +147,7 @@ def _match(
     raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (p.path for p in places))}.")
 
 
-def _remedy(found: list[NamedModule], below: str | None) -> str:
+def _remedy(found: list[Owner], below: str | None) -> str:
     """What to do about a pattern that reaches no matrix, only these modules."""
     if below is not None:
         pattern = re.escape(below) + r"\..*"
@@ -184,7 +182,7 @@ def _suffix(entry: str) -> Callable[[str], bool]:
     return suffix
 
 
-def output_embeddings(found: list[NamedModule]) -> set[int]:
+def output_embeddings(found: list[Owner]) -> set[int]:
     """Ids of the modules that the models in the tree call their output embeddings (as transformers' models do).
 
     `"all-linear"` leaves them out, as PEFT does: an output embedding is large, and often tied to the input's.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from glora.model.modules import NamedModule, named_modules
 from glora.model.planned import Plan
 from glora.model.targets import Targets, output_embeddings
+from glora.model.walk import Owner, owners
 from glora.text import format_names
 
 AUTO = "auto"
@@ -29,11 +29,11 @@ AUTO = "auto"
 _NAMES = {"classifier", "score", "head", "heads", "qa_outputs", "classification_head", "logits_proj"}
 
 
-def task_heads(modules: list[NamedModule]) -> list[NamedModule]:
+def task_heads(modules: list[Owner]) -> list[Owner]:
     """The modules with parameters of their own that task classes have beside their backbones (Note [Task heads])."""
     vocabularies = _vocabularies(modules)
     outputs = output_embeddings(modules)
-    heads: list[NamedModule] = []
+    heads: list[Owner] = []
     within: set[int] = set()
     for named in modules:
         beside = set[int]() if id(named.module) in within else _beside_backbone(named.module)
@@ -60,7 +60,7 @@ def warn_of_adapted_heads(model: nn.Module, planned: Plan, targets: Targets) -> 
     """Warn once of what `targets=` sweeps in and is guessed to be a new head (Note [Task heads])."""
     if not (isinstance(targets, str) or callable(targets)):
         return
-    modules = named_modules(model)
+    modules = owners(model)
     heads = task_heads(modules)
     ids = {id(head.module) for head in heads}
     found = [layer.path for layer in planned.layers if id(layer.module) in ids]
@@ -88,12 +88,12 @@ def _is_named(path: str) -> bool:
     return not _NAMES.isdisjoint(path.split("."))
 
 
-def _vocabularies(modules: Iterable[NamedModule]) -> set[int]:
+def _vocabularies(modules: Iterable[Owner]) -> set[int]:
     """The rows of the model's embeddings."""
     return {named.module.num_embeddings for named in modules if isinstance(named.module, nn.Embedding)}
 
 
-def _is_over(named: NamedModule, vocabularies: set[int]) -> bool:
+def _is_over(named: Owner, vocabularies: set[int]) -> bool:
     """Whether the module's outputs are as many as a vocabulary's words."""
     weight = named.tensors.get("weight")
     return weight is not None and weight.ndim > 1 and weight.shape[0] in vocabularies

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glora.files.container import import_optional
-from glora.model.modules import Model
+from glora.model.walk import Model
 from glora.search.genes import Genes, without_nothing
 from glora.search.result import Result, Trial, result_of
 from glora.search.supernet import layers_of

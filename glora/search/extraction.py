@@ -9,7 +9,7 @@ from torch import nn
 from glora.config import GLoRAConfig
 from glora.layer.registration import unregister
 from glora.model.checks import refuse_stacked
-from glora.model.modules import Model, adapted_modules, all_or_nothing
+from glora.model.walk import Model, adapted_owners, all_or_nothing
 from glora.search.entangled import Entangled
 from glora.search.supernet import checked, layers_of
 
@@ -43,14 +43,14 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
     configs = checked(layers, targets)
     if not any(config.paths for config in configs.values()):
         raise ValueError("A choice must have a path to be an adapter; every path of this one is none in every layer.")
-    modules = adapted_modules(model)
+    modules = adapted_owners(model)
     refuse_stacked(modules)
     with all_or_nothing(model):
         made: dict[nn.Module, nn.Module | None] = {
             part: part.extracted(configs[path]) for path, layer in layers.items() for part in layer.parts
         }
         for named in modules:
-            for tensor_name, store in named.adapters.items():
+            for tensor_name, store in named.stores.items():
                 for name, part in [(n, p) for n, p in store.parts().items() if isinstance(p, Entangled)]:
                     plain = made[part]
                     if plain is None:
@@ -60,5 +60,5 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
                         store.parts()[name] = plain
                 if not store.parts():
                     unregister(named.module, tensor_name, keep_value=False)
-            named.keep_scales(named.acting.scales)
+            named.keep_scales(named.acting.adapter_weights)
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.model.modules import Model
+from glora.model.walk import Model
 from glora.search.genes import Genes, without_nothing
 from glora.search.supernet import Layer, layers_of
 

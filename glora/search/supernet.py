@@ -14,10 +14,10 @@ from glora.config import GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.model.attach import attach, warn_of
 from glora.model.checks import refuse_while_swapped
-from glora.model.modules import Model
 from glora.model.plan import plan
 from glora.model.planned import PlannedLayer
 from glora.model.targets import Targets, Trainable
+from glora.model.walk import Model
 from glora.search.entangled import Entangled
 from glora.search.space import Space
 from glora.text import format_names, format_problems

@@ -53,7 +53,7 @@ def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:
     stack = layer.parametrizations.weight
     with torch.set_grad_enabled(needs_grad):
         x = torch.empty(tokens, layer.in_features)
-        return select.choose(x, stack.original, stack[0].factors(stack[0].acting.scales))
+        return select.choose(x, stack.original, stack[0].factors(stack[0].acting.adapter_weights))
 
 
 @contextmanager

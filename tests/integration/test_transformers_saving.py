@@ -150,7 +150,7 @@ def test_after_torchs_own_removal_of_all_it_saves(tmp_path: Path) -> None:
 def test_an_apply_that_fails_leaves_no_watch() -> None:
     model = llama()
     before = set(vars(model))
-    with internals.interrupted_before("glora.model.attach.watch_saving"), pytest.raises(KeyboardInterrupt):
+    with internals.interrupted_before("glora.model.attach.guard_save_pretrained"), pytest.raises(KeyboardInterrupt):
         attach(model)
     assert set(vars(model)) == before
 

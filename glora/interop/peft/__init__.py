@@ -12,7 +12,7 @@ from glora.interop.peft.read import read_peft
 from glora.interop.peft.write import write_peft
 from glora.model.attach import attach_spec
 from glora.model.describe import describe
-from glora.model.modules import Model
+from glora.model.walk import Model
 
 
 def load_peft(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer.adapted import read
-from glora.layer.parametrization import Bias, Stacks, Stash, adapters_of, live_stacks, stashed
+from glora.layer.parametrization import Bias, Parametrizations, Stash, live_parametrizations, stashed, stores_of
 
 # Note [Never torn]
 # A forward pass may be under way in another thread while a module is swapped. It takes what parametrizes the module
@@ -19,8 +19,8 @@ from glora.layer.parametrization import Bias, Stacks, Stash, adapters_of, live_s
 def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
     """W' and b' of an adapted module as the tensors of a plain one; None for a created bias that nothing acts on."""
     found: dict[str, Tensor | None] = {}
-    adapters = adapters_of(module)
-    for name, stack in live_stacks(module).items():
+    adapters = stores_of(module)
+    for name, stack in live_parametrizations(module).items():
         store = adapters.get(name)
         if isinstance(store, Bias) and store.created and not store.is_active():
             found[name] = None
@@ -34,7 +34,7 @@ def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
 
 def swap_in(module: nn.Module, values: dict[str, Tensor | None]) -> None:
     """Make an adapted module plain, with these tensors, until `restore`; takes no memory."""
-    stacks = live_stacks(module)
+    stacks = live_parametrizations(module)
     lists = cast("nn.ModuleDict", module._modules["parametrizations"])
     stashed[module] = Stash(lists, type(module))  # first: from here on `restore` undoes it
     for name, value in values.items():
@@ -52,7 +52,7 @@ def restore(module: nn.Module) -> None:
     if stash is None:
         return
     lists = stash.lists
-    stacks = cast("Stacks", lists._modules)
+    stacks = cast("Parametrizations", lists._modules)
     if "parametrizations" not in module._modules:  # while the plain tensors, which may have been moved, are all there
         own = (*module._parameters.values(), *module._buffers.values())
         somewhere = next((t for t in own if t is not None and t.is_floating_point()), None)
@@ -69,7 +69,7 @@ def restore(module: nn.Module) -> None:
     del stashed[module]
 
 
-def _place(module: nn.Module, name: str, stacks: Stacks) -> dict[str, Tensor | None]:
+def _place(module: nn.Module, name: str, stacks: Parametrizations) -> dict[str, Tensor | None]:
     return module._parameters if isinstance(stacks[name].original, nn.Parameter) else module._buffers  # pyright: ignore
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Acting, Adapters, Bias, Scales, Weight, adapters_of, is_adapted, own_tensors
+from glora.layer.parametrization import Acting, AdapterWeights, Bias, Store, Weight, is_adapted, own_tensors, stores_of
 from glora.matrices import Matrix, matrices_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,7 +21,7 @@ _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 
 @dataclass(frozen=True)
-class NamedModule:
+class Owner:
     """A module of a model, as it was when the model was walked.
 
     Attributes:
@@ -29,35 +29,35 @@ class NamedModule:
         aliases: every path that reaches it.
         module: the module.
         tensors: its own parameters and persistent buffers by name; the base model's where adapters are on them.
-        adapters: tensor name to the adapters on it.
+        stores: tensor name to the adapters on it.
     """
 
     path: str
     aliases: tuple[str, ...]
     module: nn.Module = field(repr=False)
     tensors: dict[str, Tensor] = field(repr=False)
-    adapters: dict[str, Adapters] = field(repr=False)
+    stores: dict[str, Store] = field(repr=False)
 
     @property
     def acting(self) -> Acting:
         """Which of its adapters act; it must have some."""
-        return next(iter(self.adapters.values())).acting
+        return next(iter(self.stores.values())).acting
 
-    def keep_scales(self, scales: Scales) -> None:
+    def keep_scales(self, adapter_weights: AdapterWeights) -> None:
         """Let these adapters act, as far as the module has them; the flags follow."""
         names = self.adapter_names
-        self.acting.scales = {name: scale for name, scale in scales.items() if name in names}
-        for store in self.adapters.values():
+        self.acting.adapter_weights = {name: scale for name, scale in adapter_weights.items() if name in names}
+        for store in self.stores.values():
             store.match_flags()
 
     @property
     def adapter_names(self) -> set[str]:
         """The adapters that it has, on any of its tensors."""
-        return {name for store in self.adapters.values() for name in store.parts()}
+        return {name for store in self.stores.values() for name in store.parts()}
 
 
 @dataclass(frozen=True)
-class NamedMatrix:
+class Site:
     """A matrix of a model's module, that adapters can go onto (Note [Matrices]).
 
     Attributes:
@@ -69,7 +69,7 @@ class NamedMatrix:
 
     path: str
     aliases: tuple[str, ...]
-    named: NamedModule
+    named: Owner
     matrix: Matrix
 
     @property
@@ -90,7 +90,7 @@ class NamedMatrix:
     @property
     def bias(self) -> Bias | None:
         """The adapters on its bias; None where there are none."""
-        return cast("Bias | None", self.named.adapters.get(self.matrix.bias or ""))
+        return cast("Bias | None", self.named.stores.get(self.matrix.bias or ""))
 
     @property
     def has_own_bias(self) -> bool:
@@ -98,23 +98,23 @@ class NamedMatrix:
         return not self.bias.created if self.bias is not None else self.matrix.bias in self.named.tensors
 
 
-def named_matrices(modules: Iterable[NamedModule]) -> list[NamedMatrix]:
+def sites(modules: Iterable[Owner]) -> list[Site]:
     """Every matrix that adapters can go onto, of these modules."""
-    return [name_matrix(named, matrix) for named in modules for matrix in matrices_of(named.module, named.tensors)]
+    return [site_of(named, matrix) for named in modules for matrix in matrices_of(named.module, named.tensors)]
 
 
-def adapted_matrices(named: NamedModule) -> list[NamedMatrix]:
+def adapted_sites(named: Owner) -> list[Site]:
     """The matrices of a module that adapters are on, on the weight or on its bias, as they were attached."""
-    stores = [store for store in named.adapters.values() if isinstance(store, (Weight, Bias))]
-    return [name_matrix(named, matrix) for matrix in dict.fromkeys(store.matrix for store in stores)]
+    stores = [store for store in named.stores.values() if isinstance(store, (Weight, Bias))]
+    return [site_of(named, matrix) for matrix in dict.fromkeys(store.matrix for store in stores)]
 
 
-def name_matrix(named: NamedModule, matrix: Matrix) -> NamedMatrix:
+def site_of(named: Owner, matrix: Matrix) -> Site:
     """A matrix under the paths of its module."""
-    return NamedMatrix(matrix.path(named.path), tuple(map(matrix.path, named.aliases)), named, matrix)
+    return Site(matrix.path(named.path), tuple(map(matrix.path, named.aliases)), named, matrix)
 
 
-def named_modules(model: nn.Module) -> list[NamedModule]:
+def owners(model: nn.Module) -> list[Owner]:
     """Every module of the model once, in order, with the paths that reach it; adapters' own modules left out.
 
     Paths are the model's own: the components that wrappers add (`module` of DistributedDataParallel, DataParallel and
@@ -122,10 +122,10 @@ def named_modules(model: nn.Module) -> list[NamedModule]:
     """
     reached: dict[int, tuple[nn.Module, list[str]]] = {}
     _walk(model, (), reached)
-    found: list[NamedModule] = []
+    found: list[Owner] = []
     for module, paths in reached.values():
-        adapters = adapters_of(module) if is_adapted(module) else {}
-        found.append(NamedModule(paths[0], tuple(paths), module, own_tensors(module), adapters))
+        adapters = stores_of(module) if is_adapted(module) else {}
+        found.append(Owner(paths[0], tuple(paths), module, own_tensors(module), adapters))
     return found
 
 
@@ -136,9 +136,9 @@ def _walk(module: nn.Module, parts: tuple[str, ...], reached: dict[int, tuple[nn
             _walk(child, parts if wraps(module, name) else (*parts, name), reached)
 
 
-def adapted_modules(model: nn.Module) -> list[NamedModule]:
+def adapted_owners(model: nn.Module) -> list[Owner]:
     """The modules that carry adapters."""
-    return [named for named in named_modules(model) if named.adapters]
+    return [named for named in owners(model) if named.stores]
 
 
 def wraps(module: nn.Module, child: str) -> bool:
@@ -156,7 +156,7 @@ def all_or_nothing(model: nn.Module) -> Generator[None]:
     """Inside the `with` block the model changes; if an exception ends the block, it is as before."""
     before = [(module, module.__class__, _copy(vars(module))) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    acting = [(m.acting, m.acting.scales) for m in model.modules() if isinstance(m, Adapters)]
+    acting = [(m.acting, m.acting.adapter_weights) for m in model.modules() if isinstance(m, Store)]
     try:
         with torch.inference_mode(False):
             yield
@@ -164,8 +164,8 @@ def all_or_nothing(model: nn.Module) -> Generator[None]:
         for module, kind, attributes in before:
             _write_back(vars(module), attributes)
             module.__class__ = kind
-        for shared, scales in acting:
-            shared.scales = scales
+        for shared, adapter_weights in acting:
+            shared.adapter_weights = adapter_weights
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag  # requires_grad_ refuses lazy parameters

@@ -18,8 +18,8 @@ Value = TypeVar("Value")
 _calls: ContextVar[tuple[int, dict[tuple[str, bool], Any]] | None] = ContextVar("glora_calls", default=None)
 
 
-def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward, with what `once` computes inside of it kept until it returns."""
+def caching_reads(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, with what `cached_in_call` computes inside of it kept until it returns."""
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +34,7 @@ def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def once(module: nn.Module, name: str, compute: Callable[[], Value]) -> Value:
+def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -> Value:
     """The tensor `name` of a module, computed anew unless this call has read it already."""
     call = None if torch.compiler.is_compiling() else _calls.get()
     if call is None or call[0] != id(module):
