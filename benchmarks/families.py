@@ -107,8 +107,8 @@ def _linear_share(model: nn.Module) -> float:
             planned = glora.plan(model, lambda _, m: isinstance(m, nn.Linear) and m is not outputs)
         except ValueError:  # there is none but the output embeddings
             return 0.0
-    assert planned.reach is not None
-    return planned.reach.share
+    assert planned.coverage is not None
+    return planned.coverage.share
 
 
 def _step(model: nn.Module, inputs: Inputs) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         before = _linear_share(model)
         with torch.no_grad():
             base = output(model, inputs)
-        share = glora.summary(attach(model)).reach.share
+        share = glora.summary(attach(model)).coverage.share
         with torch.no_grad():
             adapted = output(model, inputs)
             with glora.merged(model):

@@ -14,10 +14,9 @@ from glora.files.adapter import load, save
 from glora.matrices import register_matrix
 from glora.model.adapters import activate, adapters, disabled, named_parameters, parameters, reset_parameters
 from glora.model.attach import apply
-from glora.model.detach import delete, remove
-from glora.model.merged import merge, merged
+from glora.model.merge import delete, merge, merged, remove
 from glora.model.plan import plan
-from glora.model.planned import Plan
+from glora.model.records import Plan
 from glora.model.route import route
 from glora.model.state import base_state_dict, load_state_dict, state_dict
 from glora.model.summary import Summary, summary

@@ -88,12 +88,12 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     adapter = _read(options)
-    rows: list[list[str]] = []
+    rows: list[Sequence[str | int | None]] = []
     for path, layer in adapter.layers.items():
         forms = " ".join(f"{name}={form}" for name, form in layer.config.forms.items() if form != "none")
         if layer.config.product == "matmul" and layer.config.A != "none":
             forms += " (matmul)"
-        rank = str(layer.config.rank) if layer.is_low_rank else "-"
+        rank = layer.rank
         shape = "x".join("?" if size is None else str(size) for size in (layer.out_features, layer.in_features))
         rows.append([path, shape, forms, rank, *_numbers(adapter, [join(path, key) for key in layer.tensors()])])
     for path, names in adapter.heads.items():

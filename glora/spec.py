@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -76,9 +78,19 @@ class LayerSpec:
         return {key: TensorSpec(tuple([None if size < 0 else size for size in shape])) for key, shape in shapes.items()}
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether any path is low rank, so that the rank means something."""
-        return "lora" in self.config.forms.values()
+    def forms(self) -> str:
+        """The forms of its paths as text, `A=lora B=vector`."""
+        return " ".join(f"{path}={self.config.forms[path]}" for path in self.config.paths)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank; None where no path is low rank."""
+        return self.config.rank if "lora" in self.config.forms.values() else None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its paths have; the sizes must be known."""
+        return sum(math.prod(spec.shape or ()) for spec in self.tensors().values())  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,25 @@ def join(path: str, name: str) -> str:
 def tied_names(ties: Mapping[str, str], path: str) -> list[str]:
     """Names of a module's tensors that are tied to a head's."""
     return [name for owner, _, name in (key.rpartition(".") for key in ties) if owner == path]
+
+
+def report_other_base(keys: Sequence[str], source: object, *, strict: bool, stacklevel: int) -> None:
+    """Say that these frozen tensors are not those that an adapter was trained beside (Note [Fingerprints]).
+
+    Raises:
+        AdapterFileError: there are some, and `strict`; else there is a warning.
+    """
+    if not keys:
+        return
+    message = (
+        f"An adapter is a change of the very weights that it was trained beside; {source} was trained beside others "
+        f"than this base has in {format_names(keys)}. Take the base that it was trained on. A head that was new to the "
+        f"model then (random, and in no checkpoint) is lost: train it as a whole beside the adapter, with trainable=, "
+        f"so that the adapter's file holds it."
+    )
+    if strict:
+        raise AdapterFileError(f"{message} Nothing was changed; strict=False only warns.")
+    warnings.warn(f"{message} strict=True makes this an error.", UserWarning, stacklevel=stacklevel + 1)
 
 
 def mismatches(

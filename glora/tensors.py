@@ -37,7 +37,7 @@ def is_all_rows(tensor: Tensor, block: slice) -> bool:
     return (block.start, block.stop) == (0, len(tensor))
 
 
-def numbers(tensor: Tensor) -> Tensor:
+def storage_of(tensor: Tensor) -> Tensor:
     """The plain tensor whose memory is the tensor's own: one that holds the numbers, where it is quantised."""
     return getattr(tensor, cast("Any", tensor).__tensor_flatten__()[0][0]) if is_quantised(tensor) else tensor
 
@@ -48,7 +48,7 @@ def is_sharded(tensor: object) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank (Note [All ranks together])."""
+    """The whole of a tensor, on every rank: a collective, which all ranks call in the same order."""
     return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -79,3 +79,19 @@ def replicated_like(tensor: Tensor, value: Tensor) -> Tensor:
 
     mesh = cast("Any", tensor).device_mesh
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def write_into(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    tensor.copy_(sharded_like(tensor, gathered(value)))
+
+
+# Note [Tensor parallel]
+# parallelize_module makes a layer's weights and inputs DTensors, each as its style divides it; adapters are attached
+# after it. Their factors are replicated DTensors (they are thin), and W' is computed on DTensors, by the dense kernel:
+# torch knows which rank needs what, forward and backward, for every form and style. The other order fails in torch,
+# which registers what `named_parameters` lists, and takes no name with a dot.
+def is_tensor_parallel(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether parallelize_module alone has divided this tensor of a module; fully_shard on top needs a second mesh."""
+    applied = "_distribute_module_applied" in vars(module)
+    return applied and is_sharded(tensor) and cast("Any", tensor).device_mesh.ndim == 1

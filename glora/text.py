@@ -31,17 +31,17 @@ def shorten(items: Sequence[str], most: int, separator: str, last: str) -> str:
     return separator.join(items[:most]) + (f"{last}{more} more" if more > 0 else "")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A title and aligned columns; the last one to the right.
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | int | None]]) -> str:
+    """A title and aligned columns; the last one to the right. A number has commas, None is a dash.
 
     Example:
-        >>> print(table("two", ["a", "n"], [["x", "1"], ["yy", "10"]]))
+        >>> print(table("two", ["a", "n"], [["x", 1], ["yy", 10]]))
         two
         a    n
         x    1
         yy  10
     """
-    lines = [header, *rows]
+    lines = [header, *[["-" if c is None else c if isinstance(c, str) else f"{c:,}" for c in row] for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
         "  ".join(

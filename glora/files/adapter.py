@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import FORMS, GLoRAConfig
+from glora.engines.fill import fill_spec, is_filled_by_load
+from glora.engines.fsdp import save_together
 from glora.files.base import parse_base
 from glora.files.container import (
     ADAPTER_FILE,
@@ -29,9 +31,7 @@ from glora.files.container import (
 )
 from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
-from glora.model.describe import describe
-from glora.model.fill import fill_spec, is_filled_by_load
-from glora.model.sharded import save_together
+from glora.model.state import describe
 from glora.model.walk import Model
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
 from glora.text import format_problems

@@ -16,11 +16,20 @@ from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS
 from glora.files.container import parse_json, plain_tensors, read_header, replace_files
+from glora.fingerprint import agrees
 from glora.matrices import LINEAR
 from glora.model.attach import attach_spec
-from glora.model.base import is_other, report_other_base
-from glora.model.merged import merge
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, mismatches, tied_names
+from glora.model.merge import merge
+from glora.spec import (
+    AdapterFileError,
+    AdapterSpec,
+    LayerSpec,
+    TensorSpec,
+    join,
+    mismatches,
+    report_other_base,
+    tied_names,
+)
 from glora.text import format_names, format_problems
 
 # Note [One tensor at a time]
@@ -111,7 +120,7 @@ def merge_checkpoint(
     others: list[str] = []
 
     def check(key: str, tensor: Tensor) -> None:
-        if is_other(key, tensor, adapter.base):
+        if key in adapter.base and not agrees(tensor, adapter.base[key]):
             others.append(key)
 
     def fill(target: Path, file: BinaryIO) -> None:

@@ -17,7 +17,7 @@ from glora.files.base import base_metadata, read_base
 from glora.files.container import plain_tensors, replace_files, serialize
 from glora.interop.tensors import read_tensors
 from glora.model.attach import attach_spec
-from glora.model.describe import describe
+from glora.model.state import describe
 from glora.model.walk import Model, owners
 from glora.precision import working_dtype
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join

@@ -79,7 +79,6 @@ class Store(nn.Module):
     def __init__(self, acting: Acting | None = None) -> None:
         super().__init__()
         self.acting = Acting() if acting is None else acting
-        self._saved_requires_grad: dict[str, dict[str, bool]] = {}
 
     def parts(self) -> dict[str, nn.Module]:
         """Adapter name to part, in the order of attaching."""
@@ -97,25 +96,10 @@ class Store(nn.Module):
     def detach(self, name: str) -> None:
         """Drop an adapter's part, if there is one."""
         self._modules.pop(name, None)
-        self._saved_requires_grad.pop(name, None)
 
     def may_train(self, name: str) -> bool:
         """Whether this adapter's part may ask for a gradient: where it acts."""
         return name in self.acting.adapter_weights
-
-    def match_flags(self) -> None:
-        """Freeze the parts that may not train; the others get back the flags that they had when they last did."""
-        for name, part in self.parts().items():
-            if self.may_train(name):
-                flags = self._saved_requires_grad.get(name, {})
-                for key, parameter in part.named_parameters() if flags else ():
-                    parameter.requires_grad_(flags[key])
-                self._saved_requires_grad.pop(name, None)  # last: cut off before, it is done again
-            else:
-                parameters = dict(part.named_parameters())
-                self._saved_requires_grad.setdefault(name, {key: p.requires_grad for key, p in parameters.items()})
-                for parameter in parameters.values():
-                    parameter.requires_grad_(False)
 
 
 class Paths(nn.Module):

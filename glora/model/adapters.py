@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Acting, AdapterWeights, Bias, Paths, Weight
-from glora.model.checks import refuse_while_merged, refuse_while_swapped
-from glora.model.replicas import watch
-from glora.model.sharded import reshard
-from glora.model.walk import Model, Owner, adapted_owners, all_or_nothing
+from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight
+from glora.model import flags
+from glora.model.change import change, refuse_while_merged
+from glora.model.walk import Model, Owner, adapted_owners
 from glora.spec import join
 from glora.text import quote_names
+from glora.undo import undone
 
 
 def adapters(model: nn.Module) -> dict[str, float]:
@@ -29,9 +29,14 @@ def adapters(model: nn.Module) -> dict[str, float]:
         >>> glora.adapters(glora.apply(layer, name="b"))
         {'a': 0.0, 'b': 1.0}
     """
+    return adapter_weights_of(adapted_owners(model))
+
+
+def adapter_weights_of(walk: Iterable[Owner]) -> dict[str, float]:
+    """Adapter name to weight, as `adapters` gives them."""
     weights: dict[str, float] = {}
-    for named in adapted_owners(model):
-        for store in named.stores.values():
+    for owner in walk:
+        for store in owner.stores.values():
             adapter_weights = store.acting.adapter_weights
             for name in store.parts():
                 weights[name] = weights.get(name) or (adapter_weights[name].item() if name in adapter_weights else 0.0)
@@ -65,58 +70,68 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
         >>> glora.adapters(glora.activate(layer, "a"))
         {'a': 1.0, 'b': 0.0}
     """
-    refuse_while_swapped(model)
     if not isinstance(weights, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
-    adapter_weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
-    there = adapters(model)
-    for name, weight in adapter_weights.items():
-        if name not in there:
-            raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(there)}.")
-        if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
-            raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
-    active = [name for name, scale in adapter_weights.items() if scale != 0]
-    if len(active) > 1:
-        _check_heads_agree(model, active)
-    with all_or_nothing(model):
-        set_scales(model, adapter_weights)
+    weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    with change(model) as walk:
+        known = adapter_weights_of(walk)
+        for name, weight in weights.items():
+            _check_known(name, known)
+            if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
+                raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
+        active = [name for name, weight in weights.items() if weight != 0]
+        if len(active) > 1:
+            _check_heads_agree(walk, active)
+        set_adapter_weights(walk, weights)
     return model
 
 
-def _check_heads_agree(model: nn.Module, active: list[str]) -> None:
+def _check_known(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(known)}.")
+
+
+def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
     """Raise ValueError where adapters that are to act together have heads of their own."""
-    for named in adapted_owners(model):
-        for tensor_name, store in named.stores.items():
+    for owner in walk:
+        for tensor_name, store in owner.stores.items():
             if not isinstance(store, Head):
                 continue
-            original = named.tensors[tensor_name]
-            if not isinstance(original, nn.Parameter) and sum(name in store.parts() for name in active) > 1:
+            original, parts = owner.tensors[tensor_name], store.parts()
+            key = join(owner.path, tensor_name)
+            if not isinstance(original, nn.Parameter) and sum(name in parts for name in active) > 1:
                 raise ValueError(
-                    f"Heads that act together must stay equal, and {join(named.path, tensor_name)!r} is a buffer, "
-                    f"which only one of {quote_names(active)} would keep up. Activate one of them, or combine adapters "
-                    f"without such a head."
+                    f"Heads that act together must stay equal, and {key!r} is a buffer, which only one of "
+                    f"{quote_names(active)} would keep up. Activate one of them, or combine adapters without such a "
+                    f"head."
                 )
-            copies = [cast("HeadCopy | SharedCopy | None", store.parts().get(name)) for name in active]
+            copies = [cast("HeadCopy | SharedCopy | None", parts.get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
             if not all(torch.equal(first, other) for other in others):
                 raise ValueError(
-                    f"Heads do not add up: adapters that act together must have equal ones, and "
-                    f"{join(named.path, tensor_name)!r} differs between {quote_names(active)}. Activate one of them, "
-                    f"or combine adapters without a trainable= head."
+                    f"Heads do not add up: adapters that act together must have equal ones, and {key!r} differs "
+                    f"between {quote_names(active)}. Activate one of them, or combine adapters without a trainable= "
+                    f"head."
                 )
 
 
-def set_scales(model: nn.Module, adapter_weights: Mapping[str, float]) -> None:
+def set_adapter_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> None:
     """Let exactly these adapters act, everywhere in the model; nothing is checked."""
     tensors = {
-        name: torch.tensor(scale, dtype=torch.float64, device="cpu")
-        for name, scale in adapter_weights.items()
-        if scale != 0
+        name: torch.tensor(weight, dtype=torch.float64, device="cpu") for name, weight in weights.items() if weight != 0
     }
-    carriers = adapted_owners(model)
-    for named in carriers:
-        named.keep_scales(tensors)
-    watch(p for named in carriers for store in named.stores.values() for p in store.parameters())
+    for owner in walk:
+        set_acting(owner, tensors)
+
+
+def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
+    """Let these adapters act, as far as the module has them; `requires_grad` follows."""
+    stores = owner.stores
+    if stores:
+        names = owner.adapter_names
+        owner.acting.adapter_weights = {name: weight for name, weight in adapter_weights.items() if name in names}
+    for store in stores.values():
+        flags.follow_activity(store)
 
 
 @contextmanager
@@ -141,54 +156,48 @@ def disabled(model: Model) -> Generator[Model]:
         True
     """
     refuse_while_merged(model)
-    carriers = adapted_owners(model)
-    before = {named.acting: named.acting.adapter_weights for named in carriers}
+    walk = adapted_owners(model)
+    before = {owner.acting: owner.acting.adapter_weights for owner in walk}
+
+    def act_again() -> None:
+        for acting, adapter_weights in before.items():
+            acting.adapter_weights = adapter_weights
+        # The model is walked again: adapters may have come and gone inside.
+        for owner in adapted_owners(model):
+            set_acting(owner, before.get(owner.acting, {}))
+
     # Inside of a route, too, each sample goes through the base.
-    cover = routed.Route({id(named.module): named.path for named in carriers}, None, {})
-    try:
-        try:
-            for acting in before:
-                acting.adapter_weights = {}
-            with routed.enter(cover) if routed.active_routes else nullcontext():
-                yield model
-        finally:
-            _act_again(model, before)
-    finally:  # again: cut off in its midst (Ctrl-C), the first has left something
-        _act_again(model, before)
+    base = routed.Route({id(owner.module): owner.path for owner in walk}, None, {})
+    with undone(act_again):
+        for acting in before:
+            acting.adapter_weights = {}
+        with routed.enter(base) if routed.active_routes else nullcontext():
+            yield model
 
 
-def _act_again(model: nn.Module, before: Mapping[Acting, AdapterWeights]) -> None:
-    for acting, adapter_weights in before.items():
-        acting.adapter_weights = adapter_weights
-    # The model is walked again: adapters may have come and gone inside.
-    for named in adapted_owners(model):
-        named.keep_scales(before.get(named.acting, {}))
-
-
-def resolve_name(model: nn.Module, name: str | None) -> str:
+def resolve_name(walk: Iterable[Owner], name: str | None) -> str:
     """The name itself, or that of the only adapter where it is None."""
-    there = adapters(model)
-    if name is None:
-        if len(there) != 1:
-            raise ValueError(f"name=None means the only adapter; the model has {quote_names(there)}. Pass name=.")
-        return next(iter(there))
-    if name not in there:
-        raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(there)}.")
-    return name
+    known = adapter_weights_of(walk)
+    if name is not None:
+        _check_known(name, known)
+        return name
+    if len(known) != 1:
+        raise ValueError(f"name=None means the only adapter; the model has {quote_names(known)}. Pass name=.")
+    return next(iter(known))
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def adapter_tensors(walk: Iterable[Owner], name: str) -> dict[str, Tensor]:
     """Key to tensor of one adapter: `<module path>.<path>.<factor>`, and `<module path>.<tensor>` for heads."""
-    found: dict[str, Tensor] = {}
-    for named in adapted_owners(model):
-        for tensor_name, store in named.stores.items():
+    tensors: dict[str, Tensor] = {}
+    for owner in walk:
+        for tensor_name, store in owner.stores.items():
             part = store.parts().get(name)
             if isinstance(part, Paths):
-                path = cast("Weight | Bias", store).matrix.path(named.path)
-                found |= {join(path, key): value for key, value in part.named_parameters()}
+                prefix = join(cast("Weight | Bias", store).matrix.path(owner.path), "")
+                tensors |= {prefix + key: value for key, value in part.named_parameters()}
             elif isinstance(part, HeadCopy):
-                found[join(named.path, tensor_name)] = part.value
-    return found
+                tensors[join(owner.path, tensor_name)] = part.value
+    return tensors
 
 
 def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -208,7 +217,8 @@ def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tupl
         >>> {name: tuple(parameter.shape) for name, parameter in glora.named_parameters(layer)}
         {'B.left': (2, 1), 'B.right': (1, 4)}
     """
-    items = adapter_tensors(model, resolve_name(model, name)).items()
+    walk = adapted_owners(model)
+    items = adapter_tensors(walk, resolve_name(walk, name)).items()
     return iter([(key, tensor) for key, tensor in items if isinstance(tensor, nn.Parameter)])
 
 
@@ -247,27 +257,24 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         >>> layer.parametrizations.weight[0].default.B.left.abs().sum().item()
         0.0
     """
-    refuse_while_swapped(model)
-    reshard(model)
-    name = resolve_name(model, name)
-    carriers = adapted_owners(model)
-    with torch.inference_mode(False):
-        zero_created_biases(carriers)
-        for named in carriers:
-            for tensor_name, store in named.stores.items():
+    with change(model) as walk:
+        name = resolve_name(walk, name)
+        zero_created_biases(walk)
+        for owner in walk:
+            for tensor_name, store in owner.stores.items():
                 part = store.parts().get(name)
                 if isinstance(part, Paths):
                     matrix = cast("Weight | Bias", store).matrix
-                    part.reset_parameters(matrix.read(named.tensors[matrix.weight]))
+                    part.reset_parameters(matrix.read(owner.tensors[matrix.weight]))
                 elif isinstance(part, HeadCopy):
-                    part.reset_parameters(named.tensors[tensor_name])
+                    part.reset_parameters(owner.tensors[tensor_name])
     return model
 
 
 @torch.no_grad()
-def zero_created_biases(carriers: Iterable[Owner]) -> None:
+def zero_created_biases(walk: Iterable[Owner]) -> None:
     """Make created biases zeros again: `to_empty` leaves anything in them, and no file holds them."""
-    for named in carriers:
-        for tensor_name, store in named.stores.items():
+    for owner in walk:
+        for tensor_name, store in owner.stores.items():
             if isinstance(store, Bias) and store.created:
-                named.tensors[tensor_name].zero_()
+                owner.tensors[tensor_name].zero_()

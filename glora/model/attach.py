@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
+from glora.fingerprint import Fingerprint, agrees
 from glora.layer.adapted import adapted_class
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Bias, Paths, Weight, stores_of
+from glora.layer.parametrization import Acting, Bias, Paths, Store, Weight
 from glora.layer.registration import register
-from glora.matrices import Matrix
-from glora.model import freezing
-from glora.model.adapters import set_scales
-from glora.model.base import check_base
-from glora.model.exports import guard_save_pretrained
-from glora.model.plan import plan, plan_spec
-from glora.model.planned import Plan, PlannedLayer
-from glora.model.sharded import write_into
+from glora.model import flags
+from glora.model.adapters import set_adapter_weights
+from glora.model.change import change
+from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads
+from glora.model.plan import plan_spec, plan_targets
+from glora.model.records import Plan, PlannedLayer
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
-from glora.model.task_heads import warn_of_adapted_heads
-from glora.model.walk import Model, Owner, all_or_nothing, owners
-from glora.spec import AdapterSpec, join
-from glora.tensors import replicated_like
+from glora.model.walk import Model, Owner
+from glora.spec import AdapterSpec, join, report_other_base
+from glora.tensors import replicated_like, write_into
 from glora.text import format_names, format_problems
 
 
@@ -90,10 +89,12 @@ def apply(
         >>> [name for name, _ in glora.named_parameters(model)]
         ['0.A.left', '0.A.right', '0.B.left', '0.B.right', '0.C.value', '0.D.value', '0.E.value', '2.weight', '2.bias']
     """
-    planned = plan(model, targets, config, exclude=exclude, trainable=trainable, name=name, freeze=freeze)
-    warn_of(planned, everything=targets == ALL_LINEAR and not exclude)
-    warn_of_adapted_heads(model, planned, targets)
-    return attach(model, planned, freeze=freeze)
+    with change(model) as walk:
+        planned = plan_targets(walk, targets, config, exclude=exclude, trainable=trainable, name=name)
+        warn_of(planned, everything=targets == ALL_LINEAR and not exclude)
+        warn_of_adapted_heads(walk, planned, targets)
+        attach(walk, planned, freeze=freeze)
+    return model
 
 
 def attach_spec(
@@ -118,65 +119,71 @@ def attach_spec(
     Returns:
         The model, with the adapter the only active one and the rest frozen.
     """
-    planned = plan_spec(model, spec, source, name)
-    check_base(planned.layers, spec.base, source, strict=strict)
-    return attach(model, planned, values=spec.tensors, trainable=trainable)
+    with change(model) as walk:
+        planned = plan_spec(walk, spec, source, name)
+        others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
+        report_other_base(others, source, strict=strict, stacklevel=3)
+        attach(walk, planned, values=spec.tensors, trainable=trainable)
+    return model
 
 
-def _plain_paths(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Paths:
+def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list[str]:
+    """The keys of a layer's frozen tensors that are not those that the adapter was trained beside."""
+    path = layer.site.matrix.module_path(layer.path)
+    tensors = {join(path, name): tensor for name, tensor in layer.site.owner.tensors.items()}
+    return [key for key, tensor in tensors.items() if key in base and not agrees(tensor, base[key])]
+
+
+def _build_paths(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Paths:
     return Paths(layer.config, names, weight)
 
 
 def attach(
-    model: Model,
+    walk: list[Owner],
     planned: Plan,
     *,
     freeze: bool = True,
     values: Mapping[str, Tensor] | None = None,
     trainable: bool = True,
-    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths] = _plain_paths,
-) -> Model:
-    """Do what was planned, or nothing (Note [All or nothing]).
+    build: Callable[[PlannedLayer, tuple[str, ...], Tensor], Paths] = _build_paths,
+) -> None:
+    """Do what was planned, inside `change`.
 
     Args:
-        model: the model.
+        walk: the model.
         planned: what goes where.
         freeze: whether the rest is frozen.
         values: what the adapter starts with, by the keys of its state dict; None for what its configs say.
         trainable: whether its tensors ask for gradients.
         build: makes a layer's paths on one of its tensors, from their names and the layer's frozen weight.
     """
-    with all_or_nothing(model):
-        parts = _build(planned, values, build)
-        # The registry of classes is weak: this list holds them until a module uses them.
-        classes = [adapted_class(part.named.module) for part in parts]
+    parts = _build(planned, values, build)
+    # The registry of classes is weak: this list holds them until a module uses them.
+    classes = [adapted_class(part.owner.module) for part in parts]
+    if not trainable:
         for part in parts:
-            if not trainable:
-                part.content.requires_grad_(False)
-        # Without freezing the rest, a head's copies train in its place.
-        freezing.freeze(owners(model) if freeze else [head.named for head in planned.heads], whole=freeze)
-        for part in parts:
-            _register(part, planned.name)
-        set_scales(model, {planned.name: 1.0})
-        guard_save_pretrained(model)
-        del classes
-    return model
+            part.content.requires_grad_(False)
+    # Without freezing the rest, a head's copies train in its place.
+    flags.freeze(walk if freeze else [head.owner for head in planned.heads], whole_model=freeze)
+    for part in parts:
+        _register(part, planned.name)
+    set_adapter_weights(walk, {planned.name: 1.0})
+    guard_save_pretrained(walk)
+    del classes
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What goes onto the tensor `name` of a module.
+class _Part(NamedTuple):
+    """An adapter's part for one tensor of a module, with what makes the store that it goes into.
 
     Attributes:
-        matrix: that which its paths are on, or are the bias of; None for a head.
-        created: zeros for a bias that the layer does not have; None where the tensor is there.
+        created: the bias that the layer is given for it; None where the tensor is there.
     """
 
-    named: Owner
+    owner: Owner
     name: str
     content: Paths | HeadCopy | SharedCopy
-    matrix: Matrix | None = None
-    created: Tensor | None = None
+    make_store: Callable[[Acting | None], Store]
+    created: nn.Parameter | None = None
 
 
 def _build(
@@ -187,31 +194,38 @@ def _build(
     """All tensors that the adapter needs, filled: all memory that it takes is taken here."""
     parts: list[_Part] = []
     for layer in planned.layers:
-        prefix = join(layer.path, "")
-        weight, matrix = layer.at.weight, layer.at.matrix
-        for tensor_name, names in ((matrix.weight, WEIGHT_PATHS), (matrix.bias, BIAS_PATHS)):
-            kept = tuple([path for path in names if path in layer.paths])
-            if not kept or tensor_name is None:
+        site, prefix = layer.site, join(layer.path, "")
+        weight, matrix = site.weight, site.matrix
+        for name, paths in ((matrix.weight, WEIGHT_PATHS), (matrix.bias, BIAS_PATHS)):
+            kept = tuple([path for path in paths if path in layer.paths])
+            if not kept or name is None:
                 continue
-            paths, created = build(layer, kept, weight), None
+            content = build(layer, kept, weight)
             if values is None:
-                paths.reset_parameters(weight)
+                content.reset_parameters(weight)
             else:
-                _fill(paths, {key: values[prefix + key] for key in paths.state_dict()})
-            if layer.creates_bias and tensor_name == matrix.bias:
-                # Allocate on the CPU when loading onto the meta device, beside what is loaded (see _fill).
-                device = "cpu" if weight.is_meta and values is not None else weight.device
-                created = replicated_like(weight, torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device))
-            parts.append(_Part(layer.named, tensor_name, paths, matrix, created))
+                _fill(content, {key: values[prefix + key] for key in content.state_dict()})
+            if paths == WEIGHT_PATHS:
+                parts.append(_Part(site.owner, name, content, partial(Weight, matrix=matrix)))
+                continue
+            # Zeros on the CPU when loading onto the meta device, beside what is loaded (see _fill).
+            device = "cpu" if weight.is_meta and values is not None else weight.device
+            created = _created_bias(weight, device) if layer.creates_bias else None
+            make_store = partial(Bias, matrix=matrix, created=layer.creates_bias)
+            parts.append(_Part(site.owner, name, content, make_store, created))
     for head in planned.heads:
-        for tensor_name in head.names:
-            copy = HeadCopy(head.named.tensors[tensor_name])
+        for name in head.names:
+            copy = HeadCopy(head.owner.tensors[name])
             if values is not None:
-                _fill(copy, {"value": values[join(head.path, tensor_name)]})
-            parts.append(_Part(head.named, tensor_name, copy))
-            for named, name in head.shared.get(tensor_name, ()):
-                parts.append(_Part(named, name, SharedCopy(copy)))
+                _fill(copy, {"value": values[join(head.path, name)]})
+            parts.append(_Part(head.owner, name, copy, Head))
+            parts += [_Part(owner, shared, SharedCopy(copy), Head) for owner, shared in head.shared.get(name, ())]
     return parts
+
+
+def _created_bias(weight: Tensor, device: torch.device | str) -> nn.Parameter:
+    zeros = torch.zeros(weight.shape[:-1], dtype=weight.dtype, device=device)
+    return nn.Parameter(replicated_like(weight, zeros), requires_grad=False)
 
 
 @torch.no_grad()
@@ -225,25 +239,19 @@ def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
         write_into(tensor, values[key])
 
 
-def _register(part: _Part, name: str) -> None:
+def _register(part: _Part, adapter: str) -> None:
     """Put a part beside the other adapters' on its tensor, or first."""
-    module = part.named.module
-    stores = stores_of(module)
+    module, stores = part.owner.module, part.owner.stores
     store = stores.get(part.name)
-    if store is not None:
-        store.add_module(name, part.content)
-        return
-    acting = next(iter(stores.values())).acting if stores else None
-    if part.matrix is None:
-        store = Head(acting)
-    elif part.name == part.matrix.weight:
-        store = Weight(acting, part.matrix)
+    if store is None:
+        acting = next(iter(stores.values())).acting if stores else None
+        store = part.make_store(acting)
+        store.add_module(adapter, part.content)
+        if part.created is not None:
+            module._parameters[part.name] = part.created
+        register(module, part.name, store)
     else:
-        store = Bias(acting, part.matrix, created=part.created is not None)
-    if part.created is not None:
-        module._parameters[part.name] = nn.Parameter(part.created, requires_grad=False)
-    store.add_module(name, part.content)
-    register(module, part.name, store)
+        store.add_module(adapter, part.content)
 
 
 def warn_of(planned: Plan, *, everything: bool = False) -> None:
@@ -261,11 +269,11 @@ def warn_of(planned: Plan, *, everything: bool = False) -> None:
             f"({format_names(planned.without_bias)}). create_bias=True in the config would give them one for C and E; "
             f"C='none', D='none', E='none' silences this."
         )
-    if everything and planned.reach is not None and planned.reach.share < 0.5:
-        reach = (
-            f"The adapter {planned.reach}. Convolutions, and modules of a kind that glora.register_matrix teaches, are "
-            f"reached when targets= names them; any exclude= silences this."
+    if everything and planned.coverage is not None and planned.coverage.share < 0.5:
+        share = (
+            f"The adapter {planned.coverage}. Convolutions, and modules of a kind that glora.register_matrix teaches, "
+            f"are reached when targets= names them; any exclude= silences this."
         )
-        messages[-1:] = [f"{messages[-1]} {reach}" if messages else reach]
+        messages[-1:] = [f"{messages[-1]} {share}" if messages else share]
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=3)

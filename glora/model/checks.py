@@ -1,4 +1,4 @@
-"""Which layers and modules cannot be adapted, or not be changed now, and what to do about it."""
+"""Which layers and modules cannot be adapted, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.kernels.select import has_linear_forward
-from glora.layer import routed
 from glora.layer.heads import Head
-from glora.layer.parametrization import parametrizations_of, stashed
-from glora.model.planned import PlannedHead
-from glora.model.sharded import is_tensor_parallel
-from glora.model.walk import Owner, Site, owners
+from glora.layer.parametrization import parametrizations_of
+from glora.model.huggingface import is_offloaded
+from glora.model.records import PlannedHead
+from glora.model.walk import Owner, Site
 from glora.spec import join
-from glora.tensors import is_quantised, is_sharded, numbers, rows
+from glora.tensors import is_quantised, is_sharded, is_tensor_parallel, rows, storage_of
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
@@ -29,16 +28,16 @@ _ON_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activatio
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
+def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | None:
     """Why this matrix cannot take paths, and what to do about it; None if it can."""
-    named, layer, tensors, matrix = at.named, at.module, at.named.tensors, at.matrix
-    if _is_foreign(named, Head):
+    owner, layer, tensors, matrix = site.owner, site.module, site.owner.tensors, site.matrix
+    if _is_foreign(owner, Head):
         return "it is parametrized by something else, which adapters would compose with; remove that first."
     if matrix.weight not in tensors:
         return f"it has no parameter `{matrix.weight}` (pruning and the older weight_norm replace it); undo that first."
     if isinstance(layer, nn.Linear) and "bias" not in tensors and "bias" not in layer._parameters:
         return "it has no parameter `bias`, not even None (pruning replaces it); undo that first."
-    if "_hf_hook" in vars(layer) and any(tensor.is_meta for tensor in tensors.values()):
+    if is_offloaded(layer, tensors):
         return (
             "accelerate has offloaded its weights; take that off (accelerate.hooks.remove_hook_from_submodules), "
             "attach or load, and offload then, with preload_module_classes=['ParametrizedLinear']."
@@ -60,7 +59,7 @@ def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
                 f"whose tensors know theirs, or adapt a float copy of the layer."
             )
         if is_quantised(tensor):
-            reason = _unsupported_quantised(at, name, tensor)
+            reason = _unsupported_quantised(site, name, tensor)
             if reason is not None:
                 return f"its {name} is quantised (a {type(tensor).__name__}), and {reason}"
         elif is_traceable_wrapper_subclass(tensor) and not is_tensor_parallel(layer, tensor):
@@ -70,10 +69,10 @@ def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
         return f"its {matrix.weight} is empty, {shape}; exclude it."
     if len(shape) != len(matrix.axes):
         return f"its {matrix.weight} has the shape {shape}, and {matrix.pattern!r} was registered for it; correct that."
-    if at.has_own_bias and tensors[cast("str", matrix.bias)].shape != at.weight.shape[:-1]:
+    if site.has_own_bias and tensors[cast("str", matrix.bias)].shape != site.weight.shape[:-1]:
         return (
             f"its {matrix.bias} has the shape {tuple(tensors[cast('str', matrix.bias)].shape)}, where the matrix has "
-            f"{tuple(at.weight.shape)}; register it without a bias."
+            f"{tuple(site.weight.shape)}; register it without a bias."
         )
     for name, paths in ((matrix.weight, WEIGHT_PATHS), (matrix.bias or "", BIAS_PATHS)):
         if (id(layer), name) in ties and any(config.forms[path] != "none" for path in paths):
@@ -81,7 +80,7 @@ def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    if at.bias is not None and at.bias.frozen_weight is not None:
+    if site.bias is not None and site.bias.frozen_weight is not None:
         return (
             "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
             "remove those of the bias too."
@@ -96,11 +95,11 @@ def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
     return None
 
 
-def _unsupported_quantised(at: Site, name: str, tensor: Tensor) -> str | None:
+def _unsupported_quantised(site: Site, name: str, tensor: Tensor) -> str | None:
     """Why this quantised tensor cannot take paths, and what to do about it; None if it can (Note [Quantised])."""
-    if name != at.matrix.weight or not at.matrix.is_linear:
+    if name != site.matrix.weight or not site.matrix.is_linear:
         return "a linear layer's `weight` is all that can be; leave it out with exclude=."
-    if not has_linear_forward(parametrize.type_before_parametrizations(at.module)):
+    if not has_linear_forward(parametrize.type_before_parametrizations(site.module)):
         return "the layer's forward is its own, where nn.Linear's is needed; leave it out with exclude=."
     inputs = next((name for name in _ON_INPUTS if getattr(tensor, name, None) is not None), None)
     if inputs is not None:
@@ -124,7 +123,7 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
         head: the module.
         ties: of tensors that are not one Parameter.
     """
-    reason = _unsupported_copy(head.named, ties)
+    reason = _unsupported_copy(head.owner, ties)
     if reason is not None:
         return reason
     for other, name in head.places:
@@ -134,13 +133,13 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
     return None
 
 
-def _unsupported_copy(named: Owner, ties: Ties) -> str | None:
-    module = named.module
+def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
+    module = owner.module
     if isinstance(module, nn.RNNBase):
         return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
-    if _is_foreign(named, type(None)) or any(not isinstance(a, Head) for a in named.stores.values()):
+    if _is_foreign(owner, type(None)) or any(not isinstance(s, Head) for s in owner.stores.values()):
         return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
-    for name, tensor in named.tensors.items():
+    for name, tensor in owner.tensors.items():
         if is_lazy(tensor):
             return "it is lazy; run one batch through the model first."
         if tensor.is_inference():
@@ -159,13 +158,14 @@ def _before(tensor: Tensor) -> str:
     return "attach to a float copy of the layer, train, glora.merge, and quantise what is merged."
 
 
-def _is_foreign(named: Owner, foreign: type[object]) -> bool:
+def _is_foreign(owner: Owner, foreign: type[object]) -> bool:
     """Whether something that is not ours, or adapters of this kind, parametrizes the module."""
-    if "parametrizations" not in named.module._modules:
+    if "parametrizations" not in owner.module._modules:
         return False
+    stores = owner.stores
     return any(
-        name not in named.stores or isinstance(named.stores[name], foreign) or len(stack) > 1
-        for name, stack in parametrizations_of(named.module).items()
+        name not in stores or isinstance(stores[name], foreign) or len(parametrization) > 1
+        for name, parametrization in parametrizations_of(owner.module).items()
     )
 
 
@@ -174,18 +174,18 @@ def _is_foreign(named: Owner, foreign: type[object]) -> bool:
 # other (torch's removal writes into it) or silently untie them. Ranges of addresses tell (on the meta device, which has
 # no addresses, ranges within one storage); two views that interleave without sharing an element count as tied too. One
 # module reached by two paths is no tie.
-def find_ties(modules: list[Owner], *, one_parameter: bool = True) -> Ties:
+def find_ties(walk: list[Owner], *, one_parameter: bool = True) -> Ties:
     """The tensors of the model that share memory with another module's, each with the path of one of those.
 
     Args:
-        modules: the model's.
+        walk: the model's.
         one_parameter: whether a Parameter that stands in two places counts as tied to itself.
     """
     # Address space, first byte, byte behind the last; whose it is; which Parameter.
     spans: list[tuple[int, int, int, int, str, str, int]] = []
-    for named in modules:
-        for name, held in named.tensors.items():
-            tensor = held if is_lazy(held) else numbers(held)
+    for owner in walk:
+        for name, held in owner.tensors.items():
+            tensor = held if is_lazy(held) else storage_of(held)
             if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
                 continue
             if tensor.numel():
@@ -195,7 +195,7 @@ def find_ties(modules: list[Owner], *, one_parameter: bool = True) -> Ties:
                 reach = 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
                 space = 0 if address else storage._cdata
                 which = id(held) if isinstance(held, nn.Parameter) and not one_parameter else 0
-                spans.append((space, start, start + reach * size, id(named.module), name, named.path, which))
+                spans.append((space, start, start + reach * size, id(owner.module), name, owner.path, which))
     ties: Ties = {}
     reaching: list[tuple[int, int, int, int, str, str, int]] = []
     for span in sorted(spans):
@@ -205,44 +205,3 @@ def find_ties(modules: list[Owner], *, one_parameter: bool = True) -> Ties:
             ties.setdefault(other[3:5], join(span[5], span[4]))
         reaching.append(span)
     return ties
-
-
-def refuse_while_merged(model: nn.Module) -> None:
-    """Raise RuntimeError inside `glora.merged`."""
-    for named in owners(model) if stashed else ():
-        if named.module in stashed:
-            raise RuntimeError(
-                f"Inside glora.merged the adapters are set aside and cannot be changed (found {named.path!r} merged). "
-                f"Leave the `with` block first."
-            )
-
-
-def refuse_while_routed(model: nn.Module) -> None:
-    """Raise RuntimeError inside `glora.route`, in the thread or task that entered it."""
-    for named in owners(model) if routed.active_routes else ():
-        if routed.is_routed(named.module):
-            raise RuntimeError(
-                f"Inside glora.route each sample has its adapter, and none can be changed (found {named.path!r} "
-                f"routed). Leave the `with` block first."
-            )
-
-
-def refuse_while_swapped(model: nn.Module) -> None:
-    """Raise RuntimeError inside `glora.merged` and `glora.route`."""
-    refuse_while_merged(model)
-    refuse_while_routed(model)
-
-
-def refuse_stacked(modules: list[Owner]) -> None:
-    """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
-    for named in modules:
-        if not named.stores:
-            continue
-        for name, stack in parametrizations_of(named.module).items():
-            other = list(stack)[1 if name in named.stores else 0 :]
-            if other:
-                raise RuntimeError(
-                    f"Adapters must be alone on a layer to be baked in or taken off; `{name}` of {named.path!r} is "
-                    f"parametrized by {type(other[0]).__name__} too. Remove that first, or bake all in with "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})."
-                )

@@ -6,10 +6,9 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from glora.layer import routed
-from glora.model.adapters import adapters
-from glora.model.checks import refuse_while_swapped
-from glora.model.sharded import is_tensor_parallel
+from glora.model.change import refuse_while_merged, refuse_while_routed
 from glora.model.walk import Model, adapted_owners
+from glora.tensors import is_tensor_parallel
 from glora.text import quote_names
 
 
@@ -55,27 +54,27 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         >>> torch.allclose(y[2], model(x)[2], atol=1e-6)
         True
     """
-    refuse_while_swapped(model)
+    refuse_while_merged(model)
+    refuse_while_routed(model)
     if isinstance(names, str) or not names:
         raise ValueError(f"names must hold one adapter's name, or None, for each sample; found {names!r}.")
     if type(dim) is not int or dim < 0:
         raise ValueError(f"dim must be the batch's dimension, an int of at least 0; found {dim!r}.")
-    there = adapters(model)
+    walk = adapted_owners(model)
+    known = {name for owner in walk for name in owner.adapter_names}
     for name in names:
-        if name is not None and name not in there:
+        if name is not None and name not in known:
             raise KeyError(
-                f"{name!r} is not an adapter of the model, which has {quote_names(there)}; None stands for the base "
-                f"model."
+                f"{name!r} is not an adapter of the model, which has {quote_names(sorted(known))}; None stands for the "
+                f"base model."
             )
-    paths: dict[int, str] = {}
-    known: dict[int, set[str]] = {}
-    for named in adapted_owners(model):
-        paths[id(named.module)] = named.path or "the model itself"
-        known[id(named.module)] = named.adapter_names
-        if any(is_tensor_parallel(named.module, named.tensors[name]) for name in named.stores):
+    for owner in walk:
+        if any(is_tensor_parallel(owner.module, owner.tensors[name]) for name in owner.stores):
             raise RuntimeError(
-                f"A batch cannot be routed through layers that parallelize_module has divided, as {named.path!r}. "
+                f"A batch cannot be routed through layers that parallelize_module has divided, as {owner.path!r}. "
                 f"Activate one adapter at a time, or route in a model that is whole on each rank."
             )
-    with routed.enter(routed.Route(paths, routed.Routing(names, known, dim, flattened), None)):
+    paths = {id(owner.module): owner.place for owner in walk}
+    routing = routed.Routing(names, {id(owner.module): owner.adapter_names for owner in walk}, dim, flattened)
+    with routed.enter(routed.Route(paths, routing, None)):
         yield model

@@ -1,20 +1,24 @@
-"""State dicts: an adapter's tensors alone, and the base model's as if there were no adapter."""
+"""An adapter's tensors and description apart from the model, and the base model's as if there were no adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora.layer.parametrization import Bias, own_tensors, stashed, stores_of
+from glora.config import FORMS, GLoRAConfig
+from glora.fingerprint import Fingerprint, fingerprint
+from glora.layer.heads import HeadCopy, SharedCopy
+from glora.layer.parametrization import Bias, Paths, own_tensors, stashed, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
-from glora.model.checks import refuse_while_swapped
-from glora.model.sharded import reshard, write_into
-from glora.model.walk import Model, wraps
-from glora.spec import join, like, mismatches
+from glora.model.change import change, walk_to_read
+from glora.model.walk import Model, Site, adapted_sites, wraps
+from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
+from glora.tensors import write_into
 from glora.text import format_problems
 
 
@@ -40,8 +44,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         >>> list(glora.state_dict(glora.apply(torch.nn.Linear(4, 2), config=glora.GLoRAConfig(A="vector"))))
         ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
     """
-    reshard(model)
-    return {key: tensor.detach() for key, tensor in adapter_tensors(model, resolve_name(model, name)).items()}
+    walk = walk_to_read(model)
+    return {key: tensor.detach() for key, tensor in adapter_tensors(walk, resolve_name(walk, name)).items()}
 
 
 def load_state_dict(
@@ -71,25 +75,22 @@ def load_state_dict(
         >>> glora.load_state_dict(layer, glora.state_dict(layer)) is layer
         True
     """
-    refuse_while_swapped(model)
-    reshard(model)
-    name = resolve_name(model, name)
-    own = adapter_tensors(model, name)
-    if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError(
-            f"An adapter must have memory to be written into; {name!r} is on the meta device. "
-            f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
-        )
-    wanted = {key: like(tensor) for key, tensor in own.items()}
-    problems = list(mismatches(state_dict, wanted, strict=strict))
-    if problems:
-        raise ValueError(
-            f"A state dict must fit the adapter that it is loaded into, {name!r}; nothing was written. "
-            f"Found {format_problems(problems, most=len(problems))}. Attach with the config that it was saved under, "
-            f"or pass strict=False to write only the keys that both have."
-        )
-    with torch.inference_mode(False), torch.no_grad():
-        for key, tensor in own.items():
+    with change(model, reversible=False) as walk, torch.no_grad():
+        name = resolve_name(walk, name)
+        tensors = adapter_tensors(walk, name)
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError(
+                f"An adapter must have memory to be written into; {name!r} is on the meta device. "
+                f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
+            )
+        problems = list(mismatches(state_dict, {key: like(t) for key, t in tensors.items()}, strict=strict))
+        if problems:
+            raise ValueError(
+                f"A state dict must fit the adapter that it is loaded into, {name!r}; nothing was written. "
+                f"Found {format_problems(problems, most=len(problems))}. Attach with the config that it was saved "
+                f"under, or pass strict=False to write only the keys that both have."
+            )
+        for key, tensor in tensors.items():
             if key in state_dict:
                 write_into(tensor, state_dict[key])
     return model
@@ -125,7 +126,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         elif owner in stashed and rest in stores:
             if not isinstance(stores[rest], Bias) or not cast("Bias", stores[rest]).created:
                 base[join(path, rest)] = own_tensors(owner)[rest].detach()
-        elif not isinstance(owner, AveragedModel):  # whose own count of averages is no tensor of the model
+        elif not isinstance(owner, AveragedModel):  # skip its `n_averaged`
             base[join(path, rest)] = value
     return base
 
@@ -137,3 +138,73 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str, str]:
         path = path if wraps(owner, parts[0]) else join(path, parts[0])
         owner = cast("nn.Module", owner._modules[parts.pop(0)])
     return owner, path, ".".join(parts)
+
+
+def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
+    """An adapter of a model; its tensors share the model's memory.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: None, and not exactly one adapter.
+        RuntimeError: torch's removal has taken the adapters off a part of a head, or has baked in the weight of a layer
+            whose bias still has a C: the weight that C multiplies is in no checkpoint.
+    """
+    walk = walk_to_read(model)
+    name = resolve_name(walk, name)
+    layers: dict[str, LayerSpec] = {}
+    heads: dict[str, tuple[str, ...]] = {}
+    base: dict[str, Fingerprint] = {}
+    key_of_copy: dict[int, str] = {}
+    source_of_key: dict[str, int] = {}
+    for owner in walk:
+        parts = {tensor: store.parts()[name] for tensor, store in owner.stores.items() if name in store.parts()}
+        if not parts:
+            continue
+        for site in adapted_sites(owner):
+            both = [parts.get(tensor) for tensor in (site.matrix.weight, site.matrix.bias or "")]
+            configs = {path: part.config for part in both if isinstance(part, Paths) for path in part.paths()}
+            if configs:
+                layers[site.path] = _describe_layer(site, configs)
+                base |= _fingerprints(site)
+        copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
+        shared = {tensor: part.source for tensor, part in parts.items() if isinstance(part, SharedCopy)}
+        key_of_copy |= {id(parts[tensor]): join(owner.path, tensor) for tensor in copies}
+        source_of_key |= {join(owner.path, tensor): id(source) for tensor, source in shared.items()}
+        if copies and {*copies, *shared} != set(owner.tensors):
+            raise RuntimeError(
+                f"torch's removal has taken the adapters off a part of the head {owner.path!r}, which a file holds "
+                f"as a whole. Remove them from all of its tensors, or merge before saving."
+            )
+        if copies:
+            heads[owner.path] = copies
+    for key, source in source_of_key.items():
+        if source not in key_of_copy:
+            raise RuntimeError(
+                f"torch's removal has taken the adapters off the head that {key!r} is tied to. Remove both, or merge "
+                f"before saving."
+            )
+    ties = {key: key_of_copy[source] for key, source in source_of_key.items()}
+    tensors = {key: tensor.detach() for key, tensor in adapter_tensors(walk, name).items()}
+    return AdapterSpec(layers, heads, tensors, ties, base)
+
+
+def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:
+    """A matrix with these paths of an adapter."""
+    if site.bias is not None and site.bias.frozen_weight is not None and "C" in configs:
+        raise RuntimeError(
+            f"torch's removal has baked the weight of {site.path!r} in, and its path C goes by the weight before, "
+            f"which no checkpoint holds. Remove the bias's adapters too, or merge before saving."
+        )
+    config = next(iter(configs.values()))
+    forms = {path: config.forms[path] if path in configs else "none" for path in FORMS}
+    created = site.bias is not None and site.bias.created and any(path in configs for path in "CE")
+    config = replace(config, **forms, create_bias=created)  # pyright: ignore
+    *batch, out_features, in_features = site.weight.shape
+    return LayerSpec(config, out_features, in_features, site.has_own_bias, site.matrix, tuple(batch))
+
+
+def _fingerprints(site: Site) -> dict[str, Fingerprint]:
+    """Key to fingerprint of an adapted matrix's frozen tensors: its weight, and its bias if it has one of its own."""
+    names = [site.matrix.weight, *([site.matrix.bias] if site.matrix.bias is not None and site.has_own_bias else [])]
+    known = {join(site.owner.path, name): fingerprint(site.owner.tensors[name]) for name in names}
+    return {key: numbers for key, numbers in known.items() if numbers is not None}

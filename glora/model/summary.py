@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from glora.layer.heads import Head
 from glora.layer.parametrization import Paths, Store
-from glora.model.reach import Coverage, reach
-from glora.model.targets import output_embeddings
+from glora.model.huggingface import output_embeddings
+from glora.model.records import Coverage, coverage
 from glora.model.walk import Owner, adapted_sites, owners
 from glora.text import table
 
@@ -44,25 +44,22 @@ class Summary:
         rows: one for each adapter on each module.
         trainable: numbers in the whole model that ask for a gradient.
         total: numbers in the whole model.
-        reach: the share of the model's matrices that an adapter is on, or that train as a whole.
+        coverage: the share of the model's matrices that an adapter is on, or that train as a whole.
     """
 
     rows: tuple[SummaryRow, ...]
     trainable: int
     total: int
-    reach: Coverage
+    coverage: Coverage
 
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         text = table(
             f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.2%})",
             ["module", "adapter", "forms", "rank", "trainable / total"],
-            [
-                [row.path, row.adapter, row.forms, str(row.rank or "-"), f"{row.trainable:,} / {row.total:,}"]
-                for row in self.rows
-            ],
+            [[row.path, row.adapter, row.forms, row.rank, f"{row.trainable:,} / {row.total:,}"] for row in self.rows],
         )
-        return f"{text}\n{self.reach}" if self.reach.rest and self.rows else text
+        return f"{text}\n{self.coverage}" if self.coverage.rest and self.rows else text
 
 
 def summary(model: nn.Module) -> Summary:
@@ -77,48 +74,48 @@ def summary(model: nn.Module) -> Summary:
         0       default  B=lora     2               24 / 64
         1       default  trainable  -               18 / 36
     """
-    rows: list[SummaryRow] = []
-    modules = owners(model)
-    for path, tensors, stores in _places(modules):
-        base = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
-        for name in dict.fromkeys(n for store in stores for n in store.parts()):
-            parts = [store.parts()[name] for store in stores if name in store.parts()]
-            paths = {path: p.config.forms[path] for p in parts if isinstance(p, Paths) for path in p.paths()}
-            parameters = [parameter for part in parts for parameter in part.parameters()]
-            rows.append(
-                SummaryRow(
-                    path,
-                    name,
-                    " ".join(f"{key}={form}" for key, form in paths.items()) or ("trainable" if parameters else "tied"),
-                    next((p.config.rank for p in parts if isinstance(p, Paths) and "lora" in paths.values()), None),
-                    sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-                    base + sum(parameter.numel() for parameter in parameters),
-                )
-            )
-    everything = list(model.parameters())
+    walk = owners(model)
+    rows = [row for path, base, stores in _places(walk) for row in _rows(path, base, stores)]
+    parameters = list(model.parameters())
     return Summary(
         tuple(rows),
-        sum(parameter.numel() for parameter in everything if parameter.requires_grad),
-        sum(parameter.numel() for parameter in everything),
-        reach(modules, {(id(m.module), name) for m in modules for name in _reached(m)}, output_embeddings(modules)),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        sum(parameter.numel() for parameter in parameters),
+        coverage(walk, {(id(o.module), name) for o in walk for name in _reached(o)}, output_embeddings(walk)),
     )
 
 
-def _places(modules: list[Owner]) -> Iterator[tuple[str, list[Tensor], Sequence[Store]]]:
+def _places(walk: list[Owner]) -> Iterator[tuple[str, list[Tensor], Sequence[Store]]]:
     """Each adapted matrix, and each head as a whole: its path, its base tensors, the adapters on them."""
-    for named in modules:
-        for at in adapted_sites(named):
-            names = [name for name in (at.matrix.weight, at.matrix.bias) if name is not None]
-            yield (
-                at.path,
-                [named.tensors[name] for name in names if name in named.tensors],
-                [named.stores[name] for name in names if name in named.stores],
-            )
-        heads = [store for store in named.stores.values() if isinstance(store, Head)]
+    for owner in walk:
+        stores = owner.stores
+        for site in adapted_sites(owner):
+            names = [name for name in (site.matrix.weight, site.matrix.bias) if name is not None]
+            tensors = [owner.tensors[name] for name in names if name in owner.tensors]
+            yield site.path, tensors, [stores[name] for name in names if name in stores]
+        heads = [store for store in stores.values() if isinstance(store, Head)]
         if heads:
-            yield named.path, list(named.tensors.values()), heads
+            yield owner.path, list(owner.tensors.values()), heads
 
 
-def _reached(named: Owner) -> set[str]:
+def _rows(path: str, base: list[Tensor], stores: Sequence[Store]) -> Iterator[SummaryRow]:
+    """A row for each adapter."""
+    size = sum(tensor.numel() for tensor in base if isinstance(tensor, nn.Parameter))
+    for name in dict.fromkeys(name for store in stores for name in store.parts()):
+        parts = [store.parts()[name] for store in stores if name in store.parts()]
+        paths = [part for part in parts if isinstance(part, Paths)]
+        forms = {key: part.config.forms[key] for part in paths for key in part.paths()}
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        yield SummaryRow(
+            path,
+            name,
+            " ".join(f"{key}={form}" for key, form in forms.items()) or ("trainable" if parameters else "tied"),
+            paths[0].config.rank if "lora" in forms.values() else None,
+            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            size + sum(parameter.numel() for parameter in parameters),
+        )
+
+
+def _reached(owner: Owner) -> set[str]:
     """The tensors of a module that an adapter reaches: a weight also by its bias."""
-    return set(named.stores) | {at.matrix.weight for at in adapted_sites(named)}
+    return set(owner.stores) | {site.matrix.weight for site in adapted_sites(owner)}

@@ -24,7 +24,7 @@ ALL_LINEAR = "all-linear"
 
 
 def choose(
-    matrices: list[Site], targets: Targets, config: GLoRAConfig | None, modules: list[Owner]
+    all_sites: list[Site], targets: Targets, config: GLoRAConfig | None, walk: list[Owner]
 ) -> tuple[dict[tuple[int, str], LayerSpec], bool]:
     """The matrices that `targets=` reaches.
 
@@ -42,24 +42,24 @@ def choose(
                 "targets= as a mapping gives each pattern its own config, and config= was given beside it. "
                 "Drop config=, or put it in the mapping."
             )
-        return dict(_choose_by_mapping(matrices, cast("Mapping[str, GLoRAConfig]", targets), modules)), True
+        return dict(_choose_by_mapping(all_sites, cast("Mapping[str, GLoRAConfig]", targets), walk)), True
     config = GLoRAConfig() if config is None else config
     if not isinstance(config, GLoRAConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"config= must be a glora.GLoRAConfig or None; found {config!r}.")
-    matched = select(matrices, targets, "targets", modules)
+    matched = select(all_sites, targets, "targets", walk)
     if not matched:
-        named_only = sorted({type(m.module).__name__ for m in matrices if not m.matrix.swept})
+        named_only = sorted({type(s.module).__name__ for s in all_sites if not s.matrix.swept})
         raise ValueError(
             f"targets= must reach at least one layer; found {targets!r}, in a model with "
-            f"{sum(m.matrix.swept for m in matrices)} of them."
+            f"{sum(s.matrix.swept for s in all_sites)} of them."
             + (f" What is reached by name alone: {format_names(named_only)}." if named_only else "")
         )
     layer = LayerSpec(config)
-    return {m.key: layer for m in matched}, not (isinstance(targets, str) or callable(targets))
+    return {site.key: layer for site in matched}, not (isinstance(targets, str) or callable(targets))
 
 
 def _choose_by_mapping(
-    matrices: list[Site], targets: Mapping[str, GLoRAConfig], modules: list[Owner]
+    all_sites: list[Site], targets: Mapping[str, GLoRAConfig], walk: list[Owner]
 ) -> Iterator[tuple[tuple[int, str], LayerSpec]]:
     if not targets:
         raise ValueError("targets= must reach at least one layer; found an empty mapping.")
@@ -67,12 +67,12 @@ def _choose_by_mapping(
     for pattern, config in targets.items():
         if not isinstance(pattern, str) or not isinstance(config, GLoRAConfig):  # pyright: ignore
             raise ValueError(f"targets= as a mapping goes from regex to GLoRAConfig; found {pattern!r}: {config!r}.")
-        matched = select(matrices, pattern, "targets", modules)
-        new = [m.key for m in matched if m.key not in taken]
+        matched = select(all_sites, pattern, "targets", walk)
+        new = [site.key for site in matched if site.key not in taken]
         if not new:
             raise ValueError(
                 f"The first pattern of targets= that matches a layer gives its config; every layer that {pattern!r} "
-                f"matches ({format_names(m.path for m in matched)}) is taken by an earlier one. Move it forward, "
+                f"matches ({format_names(site.path for site in matched)}) is taken by an earlier one. Move it forward, "
                 f"or drop it."
             )
         taken.update(new)
@@ -80,7 +80,7 @@ def _choose_by_mapping(
         yield from ((key, spec) for key in new)
 
 
-def select(places: list[Place], selection: Trainable | Targets, role: str, modules: list[Owner]) -> list[Place]:
+def select(places: list[Place], selection: Trainable | Targets, role: str, walk: list[Owner]) -> list[Place]:
     """The modules or matrices that a selection reaches; every entry, pattern or predicate must reach at least one.
 
     Args:
@@ -88,14 +88,14 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, modul
         selection: a regex that matches a whole path, a list of path suffixes (whole dotted components; for trainable=
             modules too), a predicate `(path, module) -> bool`, or "all-linear".
         role: the argument's name, for messages.
-        modules: all of the model, for messages.
+        walk: all of the model, for messages.
     """
     if isinstance(selection, nn.Module):
         selection = [selection]
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
             return [p for p in places if _is_swept(p)]
-        return _match(places, modules, selection, role, _regex(selection, role))
+        return _match(places, walk, selection, role, _regex(selection, role))
     if callable(selection):
         matched = [p for p in places if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
@@ -115,7 +115,7 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, modul
                 )
             reached.update(id(p) for p in places if p.module is entry)
         elif isinstance(entry, str) and entry:
-            reached.update(id(p) for p in _match(places, modules, entry, role, _suffix(entry)))
+            reached.update(id(p) for p in _match(places, walk, entry, role, _suffix(entry)))
         else:
             raise ValueError(f"{role}= as a list must hold path suffixes; found {entry!r}.")
     return [p for p in places if id(p) in reached]
@@ -125,13 +125,13 @@ def _is_swept(place: Owner | Site) -> bool:
     return place.matrix.swept if isinstance(place, Site) else isinstance(place.module, nn.Linear)
 
 
-def _match(places: list[Place], modules: list[Owner], text: str, role: str, test: Callable[[str], bool]) -> list[Place]:
+def _match(places: list[Place], walk: list[Owner], text: str, role: str, test: Callable[[str], bool]) -> list[Place]:
     matched = [p for p in places if any(test(path) for path in p.aliases)]
     if matched:
         return matched
     rule = f"{role}= must match at least one module; {text!r} matches"
-    others = [m for m in modules if any(test(path) for path in m.aliases)]
-    others += [m for m in modules if any(test(join(path, name)) for path in m.aliases for name in m.tensors)]
+    others = [m for m in walk if any(test(path) for path in m.aliases)]
+    others += [m for m in walk if any(test(join(path, name)) for path in m.aliases for name in m.tensors)]
     if others:
         kinds = format_names(dict.fromkeys(type(m.module).__name__ for m in others))
         ids = {id(p.module) for p in places}
@@ -180,19 +180,3 @@ def _suffix(entry: str) -> Callable[[str], bool]:
         return path == entry or path.endswith(f".{entry}")
 
     return suffix
-
-
-def output_embeddings(found: list[Owner]) -> set[int]:
-    """Ids of the modules that the models in the tree call their output embeddings (as transformers' models do).
-
-    `"all-linear"` leaves them out, as PEFT does: an output embedding is large, and often tied to the input's.
-    """
-    outputs: set[int] = set()
-    for f in found:
-        getter = getattr(f.module, "get_output_embeddings", None)
-        if callable(getter):
-            try:
-                outputs.add(id(getter()))
-            except (AttributeError, NotImplementedError):  # a base class's stub: this model has none
-                continue
-    return outputs

@@ -8,8 +8,9 @@ from torch import nn
 
 from glora.config import GLoRAConfig
 from glora.layer.registration import unregister
-from glora.model.checks import refuse_stacked
-from glora.model.walk import Model, adapted_owners, all_or_nothing
+from glora.model.adapters import set_acting
+from glora.model.change import change
+from glora.model.walk import Model
 from glora.search.entangled import Entangled
 from glora.search.supernet import checked, layers_of
 
@@ -43,22 +44,20 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
     configs = checked(layers, targets)
     if not any(config.paths for config in configs.values()):
         raise ValueError("A choice must have a path to be an adapter; every path of this one is none in every layer.")
-    modules = adapted_owners(model)
-    refuse_stacked(modules)
-    with all_or_nothing(model):
+    with change(model, taking_off=True) as walk:
         made: dict[nn.Module, nn.Module | None] = {
             part: part.extracted(configs[path]) for path, layer in layers.items() for part in layer.parts
         }
-        for named in modules:
-            for tensor_name, store in named.stores.items():
+        for owner in walk:
+            for tensor_name, store in owner.stores.items():
                 for name, part in [(n, p) for n, p in store.parts().items() if isinstance(p, Entangled)]:
                     plain = made[part]
                     if plain is None:
                         store.detach(name)
                     else:
-                        store._saved_requires_grad.pop(name, None)  # flags of tensors that are no more
                         store.parts()[name] = plain
                 if not store.parts():
-                    unregister(named.module, tensor_name, keep_value=False)
-            named.keep_scales(named.acting.adapter_weights)
+                    unregister(owner.module, tensor_name, keep_value=False)
+            if owner.stores:
+                set_acting(owner, owner.acting.adapter_weights)
     return model

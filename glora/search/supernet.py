@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 from glora.config import GLoRAConfig
 from glora.kernels.select import has_linear_forward
 from glora.model.attach import attach, warn_of
-from glora.model.checks import refuse_while_swapped
+from glora.model.change import change, refuse_while_merged, refuse_while_routed
 from glora.model.plan import plan
-from glora.model.planned import PlannedLayer
+from glora.model.records import PlannedLayer
 from glora.model.targets import Targets, Trainable
 from glora.model.walk import Model
 from glora.search.entangled import Entangled
@@ -83,7 +83,9 @@ def supernet(
     def build(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Entangled:
         return Entangled(layer.path, name, space, seed, layer.config, names, weight)
 
-    return attach(model, planned, build=build)
+    with change(model) as walk:
+        attach(walk, planned, build=build)
+    return model
 
 
 def _is_drawn(module: nn.Module) -> bool:
@@ -131,7 +133,8 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
         ValueError: there is none, or there are several.
         RuntimeError: inside `glora.merged` or `glora.route`.
     """
-    refuse_while_swapped(model)
+    refuse_while_merged(model)
+    refuse_while_routed(model)
     parts = [module for module in model.modules() if isinstance(module, Entangled)]
     if len({part.adapter for part in parts}) != 1:
         raise ValueError(

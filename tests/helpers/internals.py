@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from glora.engines import fsdp
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
 from glora.kernels import blocks, matvec, select
 from glora.kernels import joined as joined_kernel
 from glora.kernels.select import Kernel
-from glora.model import relocated
 
 __all__ = [
     "Kernel",
@@ -45,7 +45,7 @@ joined = joined_kernel.linear
 
 force_kernel = select.force
 
-fully_sharded_groups = relocated.groups
+fully_sharded_groups = fsdp.groups
 
 
 def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:

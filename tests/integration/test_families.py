@@ -17,7 +17,7 @@ def test_a_family_trains_merges_and_comes_back(family: str) -> None:
     model, inputs = build().eval(), inputs_of(kind)
     with torch.no_grad():
         base = output(model, inputs)
-    share = glora.summary(attach(model)).reach.share
+    share = glora.summary(attach(model)).coverage.share
     assert share > (0.7 if kind == "pixels" else 0.9)  # patches are embedded by a convolution, which is named or left
     adapted = output(model, inputs)
     assert not torch.allclose(adapted, base, atol=1e-5)

@@ -11,7 +11,7 @@ from glora.files.container import adapter_file
 from glora.interop.peft.read import read_peft
 from glora.interop.peft.write import write_peft
 from glora.model.attach import attach_spec
-from glora.model.describe import describe
+from glora.model.state import describe
 from glora.model.walk import Model
 
 

@@ -77,7 +77,7 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
         stated[field] = next(iter(found), "none")
         if len(found) > 1:
             problems.append(f"its layers differ in the form of {name}, which must be one for all")
-    ranks = {layer.config.rank for layer in layers.values() if layer.is_low_rank}
+    ranks = {layer.config.rank for layer in layers.values() if layer.rank}
     if len(ranks) > 1:
         problems.append(f"its layers have ranks {sorted(ranks)}, which must be one for all")
     if "" in layers:

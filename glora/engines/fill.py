@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from glora.model.adapters import activate, adapter_tensors, adapters, parameters, zero_created_biases
-from glora.model.describe import describe
-from glora.model.sharded import reshard
-from glora.model.state import load_state_dict
+from glora.model.adapters import activate, adapter_tensors, adapter_weights_of, parameters, zero_created_biases
+from glora.model.change import walk_to_read
+from glora.model.state import describe, load_state_dict
 from glora.model.walk import Model, adapted_owners
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
 from glora.tensors import is_sharded
@@ -24,10 +23,8 @@ from glora.text import format_problems
 
 def is_filled_by_load(model: nn.Module, name: str) -> bool:
     """Whether the model is sharded and has an adapter of this name (Note [Load after sharding])."""
-    if name not in adapters(model):
-        return False
-    reshard(model)
-    return any(is_sharded(tensor) for tensor in adapter_tensors(model, name).values())
+    walk = [owner for owner in walk_to_read(model) if owner.stores]
+    return name in adapter_weights_of(walk) and any(map(is_sharded, adapter_tensors(walk, name).values()))
 
 
 def fill_spec(model: Model, spec: AdapterSpec, source: object, name: str, *, trainable: bool) -> Model:
@@ -53,18 +50,21 @@ def fill_spec(model: Model, spec: AdapterSpec, source: object, name: str, *, tra
     return model
 
 
-def _differences(own: AdapterSpec, given: AdapterSpec) -> Iterator[str]:
-    for path in {**own.layers, **given.layers}:
-        if path not in own.layers or path not in given.layers:
-            yield f"{path!r} is adapted in the {'model' if path in own.layers else 'file'} alone"
-        elif _function(own.layers[path]) != _function(given.layers[path]):
-            yield f"{path!r} is {own.layers[path].config} in the model and {given.layers[path].config} in the file"
-    heads = [{path: sorted(names) for path, names in adapter.heads.items()} for adapter in (own, given)]
-    if heads[0] != heads[1] or own.ties != given.ties:
-        yield f"heads {heads[0]} tied to {dict(own.ties)} in the model, {heads[1]} to {dict(given.ties)} in the file"
+def _differences(attached: AdapterSpec, file: AdapterSpec) -> Iterator[str]:
+    for path in {**attached.layers, **file.layers}:
+        if path not in attached.layers or path not in file.layers:
+            yield f"{path!r} is adapted in the {'model' if path in attached.layers else 'file'} alone"
+        elif _function(attached.layers[path]) != _function(file.layers[path]):
+            yield f"{path!r} is {attached.layers[path].config} in the model and {file.layers[path].config} in the file"
+    here, there = (
+        ({path: sorted(names) for path, names in adapter.heads.items()}, dict(adapter.ties))
+        for adapter in (attached, file)
+    )
+    if here != there:
+        yield f"heads {here[0]} tied to {here[1]} in the model, {there[0]} to {there[1]} in the file"
 
 
 def _function(layer: LayerSpec) -> LayerSpec:
-    """What of a layer makes another function of the same tensors, or other tensors."""
+    """The fields that must match."""
     config = replace(layer.config, init="identity", rank_dropout=0.0, alpha=layer.config.scaling * layer.config.rank)
     return replace(layer, config=config, matrix=None, batch=layer.batch or ())

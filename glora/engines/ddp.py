@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from glora.model.change import Engine, engines
+from glora.model.walk import adapted_owners
+
 # Note [Activated after wrapping]
 # DistributedDataParallel averages the gradients of the parameters that asked for one when it was made, and leaves all
 # others alone without a word: an adapter that is attached or activated later would train apart on every rank. Whether
 # it is going to train cannot be known before its first gradient (it may only serve), so that is when it is checked.
-# Nothing leads from a module to the wrapper around it: the live ones are searched for, once for each activation.
+# Nothing leads from a module to the wrapper around it: the live ones are searched for, once for each change.
 
 _WATCHED = "glora_watched"  # an attribute of the parameter: like the hook, no copy of it has it
 
 
-def watch(parameters: Iterable[nn.Parameter]) -> None:
-    """Let the first backward pass raise RuntimeError where a wrapper has these and does not synchronise them."""
+def check_sync(model: nn.Module) -> None:
+    """Let the first backward pass raise RuntimeError where a wrapper has adapters that it does not synchronise."""
     if not (dist.is_available() and dist.is_initialized()):
         return
+    stores = [store for owner in adapted_owners(model) for store in owner.stores.values()]
+    parameters = [parameter for store in stores for parameter in store.parameters()]
     watched = [p for p in parameters if p.requires_grad and _WATCHED not in vars(p)]
 
     def check(_: Tensor) -> None:
@@ -52,3 +56,10 @@ def _refuse_unsynchronised(parameters: list[nn.Parameter]) -> None:
             "activated later has got a gradient, and would train apart on every rank. Wrap the model again after "
             "glora.activate or glora.apply: model = DistributedDataParallel(model.module)."
         )
+
+
+def _nothing(*_: object) -> None:
+    """It holds no tensor in a way of its own."""
+
+
+engines.append(Engine(_nothing, _nothing, check_sync))
