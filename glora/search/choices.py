@@ -36,11 +36,6 @@ class Layer:
         """How many parameters a config has."""
         return sum([math.prod(shape) for part in self.parts for shape in part.shapes(config).values()])
 
-    def set(self, config: GLoRAConfig | None) -> None:
-        """Switch to a config; None for draws in training and the largest in eval."""
-        for part in self.parts:
-            part.chosen = config
-
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """Path to layer of the model's supernet.
@@ -99,9 +94,15 @@ def choose(model: Model, targets: Mapping[str, GLoRAConfig] | None) -> Model:
     """
     layers = layers_of(model)
     configs = {} if targets is None else complete(layers, targets)
-    for path, layer in layers.items():
-        layer.set(configs.get(path))
+    switch(layers, configs)
     return model
+
+
+def switch(layers: Mapping[str, Layer], configs: Mapping[str, GLoRAConfig | None]) -> None:
+    """Switch each layer to its config; one without a config draws in training and has its largest forms in eval."""
+    for path, layer in layers.items():
+        for part in layer.parts:
+            part.chosen = configs.get(path)
 
 
 def complete(layers: Mapping[str, Layer], targets: Mapping[str, GLoRAConfig]) -> dict[str, GLoRAConfig]:

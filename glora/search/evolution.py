@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
+from glora.config import GLoRAConfig
 from glora.files.container import import_optional
 from glora.model.walk import Model
-from glora.search.choices import layers_of
+from glora.search.choices import complete, layers_of, switch
 from glora.search.genes import Genes
 from glora.search.result import Result, result_of
 
@@ -71,46 +71,23 @@ def evolve(
             f"sampler must be one of {', '.join(get_args(_Sampler))} and trials an int of at least 1; found "
             f"{sampler!r} and {trials!r}."
         )
-    optuna = import_optional("optuna", "search")
+    import_optional("optuna", "search")
     tqdm = import_optional("tqdm", "search").tqdm
-    from glora.search.study import abandon, evaluated, next_trial, open_study
+    from glora.search.study import evaluated, make, next_trial, open_study
+
+    def score(configs: Mapping[str, GLoRAConfig]) -> float:
+        switch(layers, configs)
+        return float(evaluate(model))
 
     study = open_study(genes, sampler, seed, storage)
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
-    best: Result | None = None
     try:
         with tqdm(total=trials, desc="glora.search", disable=None) as bar:
-            while (trial := next_trial(study, trials)) is not None:
-                try:
-                    drawn = {gene: trial.suggest_categorical(gene, values) for gene, values in genes.values.items()}
-                    configs = genes.configs(drawn)
-                    for path, layer in layers.items():
-                        layer.set(configs[path])
-                    score, error = _score(model, evaluate)
-                    if score is None:
-                        trial.set_user_attr("error", error)
-                        study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-                    else:
-                        values = [score] if budget is not None else [score, genes.parameters(configs)]
-                        study.tell(trial, values, skip_if_finished=True)
-                except optuna.TrialPruned:  # every choice is made
-                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    break
-                except BaseException:
-                    abandon(trial)
-                    raise
+            while (trial := next_trial(study, trials)) is not None and make(study, trial, genes, score):
                 bar.update()
-        best = result_of(evaluated(study, genes))
-        return best
-    finally:
-        for path, layer in layers.items():
-            layer.set(before[path] if best is None else best.targets.get(path, layer.space.nothing))
-
-
-def _score(model: Model, evaluate: Callable[[Model], float]) -> tuple[float | None, str]:
-    """The score, or why there is none."""
-    try:
-        score = float(evaluate(model))
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
-    return (score, "") if math.isfinite(score) else (None, f"it gave {score}")
+        result = result_of(evaluated(study, genes))
+    except BaseException:
+        switch(layers, before)
+        raise
+    switch(layers, complete(layers, result.targets))
+    return result

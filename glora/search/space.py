@@ -87,8 +87,9 @@ class Space:
             >>> Space(ranks=[2, 8]).config({"B": "vector"}, 8).rank
             2
         """
-        full = tuple([forms.get(path, "none") for path in FORMS])
-        return _config(full, rank if "lora" in full else min(self.ranks), self.alpha, self.product)
+        full: dict[str, Any] = {path: forms.get(path, "none") for path in FORMS}
+        rank = rank if "lora" in full.values() else min(self.ranks)
+        return GLoRAConfig(**full, rank=rank, alpha=self.alpha, product=self.product)
 
     @functools.cache  # noqa: B019 - spaces are few and small
     def only(self, *paths: str) -> Space:
@@ -103,9 +104,3 @@ class Space:
             if (value := getattr(config, field)) not in choices:
                 return f"{field}={value!r}, where {field} may be {' or '.join(map(str, choices))}"
         return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _config(forms: tuple[str, ...], rank: int, alpha: float | None, product: Product) -> GLoRAConfig:
-    named: dict[str, Any] = dict(zip(FORMS, forms, strict=True))
-    return GLoRAConfig(**named, rank=rank, alpha=alpha, product=product)

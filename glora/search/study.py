@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 import socket
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -18,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from glora.config import GLoRAConfig
 from glora.search.genes import Genes
 from glora.search.result import Trial
 
@@ -124,10 +127,30 @@ def next_trial(study: optuna.Study, trials: int) -> optuna.Trial | None:
     return trial
 
 
-def abandon(trial: optuna.Trial) -> None:
-    """Leave a trial to the next search, unless it is finished."""
-    with contextlib.suppress(UpdateFinishedTrialError):
-        trial.set_user_attr("process", None)
+def make(
+    study: optuna.Study, trial: optuna.Trial, genes: Genes, score: Callable[[Mapping[str, GLoRAConfig]], float]
+) -> bool:
+    """Draw a trial's choice and score it; False where every choice is made. A score that raises fails the trial."""
+    try:
+        configs = genes.configs({gene: trial.suggest_categorical(gene, v) for gene, v in genes.values.items()})
+        try:
+            value = score(configs)
+            if not math.isfinite(value):
+                raise ValueError(f"evaluate gave {value}")
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            values = [value] if genes.budget is not None else [value, genes.parameters(configs)]
+            study.tell(trial, values, skip_if_finished=True)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        return False
+    except BaseException:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            trial.set_user_attr("process", None)
+        raise
+    return True
 
 
 def _is_abandoned(trial: FrozenTrial) -> bool:
