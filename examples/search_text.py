@@ -7,8 +7,7 @@ Model and questions are those of finetune_text.py; here with their 49 fine label
 each of three seeds and for budgets of 0.1% and 0.5% of the model's parameters:
 
 1. A supernet of all forms is trained, once for a seed and budget.
-2. Evolution and random search choose forms by the inherited weights, with as many evaluations each; the first-order
-   guide chooses without any.
+2. Evolution and random search choose forms by the inherited weights, with as many evaluations each.
 3. Each choice is extracted and trained on; the forms that evolution found are also trained anew, as are fixed forms at
    equal parameters: GLoRA's default, LoRA, and vectors, each in as many layers as fit, the last layers first.
 
@@ -35,19 +34,18 @@ import torch.nn.functional as F
 import transformers
 from fetch import package_directory
 from finetune_text import (
-    BATCH,
     TARGETS,
     Classifier,
     Questions,
     accuracy,
     in_batches,
-    loss_of,
     optimizer_of,
     read_questions,
     report,
     train_epoch,
 )
 from scipy.stats import spearmanr
+from search_pictures import plot_forms, plot_front
 
 import glora
 from glora import GLoRAConfig
@@ -138,16 +136,6 @@ def highest_rank(model: Classifier, make: Callable[[int], GLoRAConfig], budget: 
     return make(max(ranks, default=1))
 
 
-def guide(model: Classifier, train: Questions, budget: int, size: Size, seed: int) -> Choice:
-    """The knapsack over first-order effects: an epoch for the head, then three passes over a third of the questions."""
-    torch.manual_seed(seed)
-    net = attach_supernet(model)
-    fit(glora.search.choose(net, {}), train, 1, size.lr)
-    rows = torch.randperm(len(train))[: len(train) // 3].split(BATCH)
-    effects = glora.search.sensitivity(net.eval(), lambda model, rows: loss_of(model, train, rows), rows)
-    return glora.search.knapsack(net, effects, budget)
-
-
 def attach_supernet(model: Classifier) -> Classifier:
     net = copy.deepcopy(model)
     return glora.search.supernet(net, TARGETS, SPACE, trainable=[net.head])
@@ -199,9 +187,8 @@ def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
         if sampler == "nsga2":
             anew("evolution, anew", found.targets)
             if pictures is not None:
-                glora.search.plot_front(found, pictures / f"search-front-{share:.1%}.png")
-                glora.search.plot_forms(found.targets, pictures / f"search-forms-{share:.1%}.png")
-    anew("guide, anew", guide(model, train, budget, size, seed))
+                plot_front(found, pictures / f"search-front-{share:.1%}.png")
+                plot_forms(found.targets, pictures / f"search-forms-{share:.1%}.png")
     anew("default", fixed(model, highest_rank(model, lambda rank: GLoRAConfig(rank=rank), budget), budget))
     anew("LoRA", fixed(model, highest_rank(model, lambda rank: GLoRAConfig.lora(rank=rank), budget), budget))
     vectors = GLoRAConfig(A="vector", B="vector", C="vector", D="vector", E="vector")

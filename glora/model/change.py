@@ -56,8 +56,7 @@ def change(model: nn.Module, *, taking_off: bool = False, reversible: bool = Tru
         RuntimeError: inside `glora.merged` or `glora.route`; with `taking_off`, another parametrization stacked on an
             adapter, or tensors that an engine cannot give back.
     """
-    refuse_while_merged(model)
-    refuse_while_routed(model)
+    refuse_while_swapped(model)
     walk = walk_to_take_off(model, for_good=True) if taking_off else walk_to_read(model)
     with torch.inference_mode(False), _all_or_nothing(walk if reversible else []):
         yield walk
@@ -99,6 +98,12 @@ def refuse_while_routed(model: nn.Module) -> None:
                 f"Inside glora.route each sample has its adapter, and none can be changed (found {owner.path!r} "
                 f"routed). Leave the `with` block first."
             )
+
+
+def refuse_while_swapped(model: nn.Module) -> None:
+    """Raise RuntimeError inside `glora.merged` and `glora.route`."""
+    refuse_while_merged(model)
+    refuse_while_routed(model)
 
 
 def _refuse_stacked(walk: Iterable[Owner]) -> None:

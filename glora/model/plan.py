@@ -10,7 +10,7 @@ from torch import nn
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight
-from glora.model.change import refuse_while_merged, refuse_while_routed
+from glora.model.change import refuse_while_swapped
 from glora.model.checks import Ties, find_ties, unsupported_head, unsupported_matrix
 from glora.model.huggingface import AUTO, output_embeddings, task_heads
 from glora.model.records import Plan, PlannedHead, PlannedLayer, Skipped, coverage, plan_heads
@@ -53,8 +53,7 @@ def plan(
         0       B=lora C=vector D=vector E=vector  2             44
         2       B=lora (no bias)                   2             20
     """
-    refuse_while_merged(model)
-    refuse_while_routed(model)
+    refuse_while_swapped(model)
     return plan_targets(owners(model), targets, config, exclude=exclude, trainable=trainable, name=name)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from glora.layer import routed
-from glora.model.change import refuse_while_merged, refuse_while_routed
+from glora.model.change import refuse_while_swapped
 from glora.model.walk import Model, adapted_owners
 from glora.tensors import is_tensor_parallel
 from glora.text import quote_names
@@ -54,8 +54,7 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         >>> torch.allclose(y[2], model(x)[2], atol=1e-6)
         True
     """
-    refuse_while_merged(model)
-    refuse_while_routed(model)
+    refuse_while_swapped(model)
     if isinstance(names, str) or not names:
         raise ValueError(f"names must hold one adapter's name, or None, for each sample; found {names!r}.")
     if type(dim) is not int or dim < 0:

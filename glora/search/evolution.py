@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import math
-import os
-import socket
-import time
-import uuid
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
+from glora.config import GLoRAConfig
 from glora.files.container import import_optional
 from glora.model.walk import Model
-from glora.search.genes import Genes, without_nothing
-from glora.search.result import Result, Trial, result_of
-from glora.search.supernet import layers_of
+from glora.search.choices import complete, layers_of, switch
+from glora.search.genes import Genes
+from glora.search.result import Result, result_of
 
-# Calls of `evolve` in this process that are under way.
-_live: set[str] = set()
+_Sampler = Literal["nsga2", "random"]
 
 
 def evolve(
@@ -29,7 +21,7 @@ def evolve(
     *,
     budget: int | None = None,
     trials: int = 200,
-    sampler: Literal["nsga2", "random", "tpe"] = "nsga2",
+    sampler: _Sampler = "nsga2",
     storage: object = None,
     seed: int = 0,
 ) -> Result:
@@ -37,8 +29,8 @@ def evolve(
 
     Every choice is brought under the budget before it is evaluated, and none is evaluated twice
     (Note [Under the budget]). The same arguments on the same storage go on with the same study: after an interruption,
-    as if there had been none, or in several processes at once, on one machine or many. Trials that a process of this
-    machine left when it was killed are made again.
+    as if there had been none, or in several processes at once, on one machine or many. A trial that a killed process of
+    this machine left is made again (Note [Abandoned trials]).
 
     Args:
         model: the model, with a trained supernet.
@@ -47,8 +39,8 @@ def evolve(
         budget: the most trainable parameters, heads left out: they are the same in every choice. None searches for both
             a high score and few parameters.
         trials: evaluations in all, those found in the storage included; fewer where the space has no more choices.
-        sampler: `"nsga2"` (evolution with the paper's population of 50, uniform crossover and mutation 0.2), or as
-            baselines `"random"` and `"tpe"`.
+        sampler: `"nsga2"` (evolution with the paper's population of 50, uniform crossover and mutation 0.2), or as a
+            baseline `"random"`.
         storage: None for memory; a file, SQLite's (`.db`, `.sqlite`, `.sqlite3`) or else a journal; a URL or an optuna
             storage.
         seed: of the search.
@@ -74,126 +66,28 @@ def evolve(
     """
     layers = layers_of(model)
     genes = Genes(layers, budget)
-    optuna = import_optional("optuna", "search")
-    from glora.search.sampler import SAMPLERS, BudgetSampler, Exhausted
-
-    if sampler not in SAMPLERS or type(trials) is not int or trials < 1:
+    if sampler not in get_args(_Sampler) or type(trials) is not int or trials < 1:
         raise ValueError(
-            f"sampler must be one of {', '.join(SAMPLERS)} and trials an int of at least 1; found {sampler!r} and "
-            f"{trials!r}."
+            f"sampler must be one of {', '.join(get_args(_Sampler))} and trials an int of at least 1; found "
+            f"{sampler!r} and {trials!r}."
         )
-    name = _study_name(genes, sampler, seed)
-    study = _open(_storage(storage), name, BudgetSampler(genes, sampler, seed), is_double=budget is None)
+    import_optional("optuna", "search")
+    tqdm = import_optional("tqdm", "search").tqdm
+    from glora.search.study import evaluated, make, next_trial, open_study
+
+    def score(configs: Mapping[str, GLoRAConfig]) -> float:
+        switch(layers, configs)
+        return float(evaluate(model))
+
+    study = open_study(genes, sampler, seed, storage)
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
-    call = uuid.uuid4().hex
-    _live.add(call)
-    bar = import_optional("tqdm", "search").tqdm(total=trials, desc="glora.search", disable=None)
-    best: Result | None = None
     try:
-        while True:
-            trial = _next_trial(study, optuna, trials, call)
-            if trial is None:
-                break
-            try:
-                drawn = {gene: trial.suggest_categorical(gene, values) for gene, values in genes.values.items()}
-            except Exhausted:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                break
-            configs = genes.configs(drawn)
-            for path, layer in layers.items():
-                layer.set(configs[path])
-            score, error = _score(model, evaluate)
-            if score is None:
-                trial.set_user_attr("error", error)
-                study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-            else:
-                values = [score] if budget is not None else [score, genes.parameters(configs)]
-                study.tell(trial, values, skip_if_finished=True)
-            bar.update()
-        best = result_of(_evaluated(study, genes))
-        return best
-    finally:
-        bar.close()
-        _live.discard(call)
-        for path, layer in layers.items():
-            layer.set(before[path] if best is None else best.targets.get(path, layer.space.config({}, 1)))
-
-
-def _score(model: Model, evaluate: Callable[[Model], float]) -> tuple[float | None, str]:
-    try:
-        score = float(evaluate(model))
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
-    return (score, "") if math.isfinite(score) else (None, f"it gave {score}")
-
-
-def _next_trial(study: Any, optuna: Any, trials: int, call: str) -> Any:
-    """One that was left by a process that is no more, or a new one; None where all are made or under way."""
-    there = [t for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.PRUNED]
-    left = [t for t in there if t.state == optuna.trial.TrialState.RUNNING and _is_left(t.user_attrs.get("worker"))]
-    if not left and len(there) >= trials:
-        return None
-    trial = optuna.trial.Trial(study, left[0]._trial_id) if left else study.ask()
-    trial.set_user_attr("worker", [socket.gethostname(), os.getpid(), call])
-    return trial
-
-
-def _is_left(worker: Any) -> bool:
-    """Whether a trial's process is known to be no more: its machine is this one, and the process is gone."""
-    if worker is None or worker[0] != socket.gethostname():
-        return False
-    if worker[1] == os.getpid():
-        return worker[2] not in _live
-    try:
-        os.kill(worker[1], 0)  # sends nothing: asks whether there is such a process
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
-def _evaluated(study: Any, genes: Genes) -> list[Trial]:
-    found: list[Trial] = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.name not in ("COMPLETE", "FAIL"):
-            continue
-        configs = genes.configs(trial.params)
-        score, error = trial.values[0] if trial.values else None, trial.user_attrs.get("error")
-        found.append(Trial(trial.number, without_nothing(configs), genes.parameters(configs), score, error))
-    return found
-
-
-def _open(storage: object, name: str, sampler: object, *, is_double: bool) -> Any:
-    optuna = import_optional("optuna", "search")
-    arguments: dict[str, Any] = {
-        "storage": storage,
-        "sampler": sampler,
-        "study_name": name,
-        "directions": ["maximize", "minimize"] if is_double else ["maximize"],
-        "load_if_exists": True,
-    }
-    for wait in (0.1, 0.2, 0.4, 0.8, 1.6):
-        # Processes that start together on a new database all make its tables, and all but one fail.
-        with contextlib.suppress(import_optional("sqlalchemy.exc", "search").SQLAlchemyError):
-            return optuna.create_study(**arguments)
-        time.sleep(wait)
-    return optuna.create_study(**arguments)
-
-
-def _study_name(genes: Genes, sampler: str, seed: int) -> str:
-    """Equal for equal searches, however many trials they are to have."""
-    spaces = [(path, layer.space, sorted(layer.costs.items())) for path, layer in genes.layers.items()]
-    return f"glora-{hashlib.sha256(repr((spaces, genes.budget, sampler, seed)).encode()).hexdigest()[:16]}"
-
-
-def _storage(storage: object) -> object:
-    if not isinstance(storage, (str, os.PathLike)):
-        return storage
-    text = str(storage)  # pyright: ignore[reportUnknownArgumentType]
-    if "://" in text:
-        return text
-    if Path(text).suffix in (".db", ".sqlite", ".sqlite3"):
-        return f"sqlite:///{text}"
-    journal = import_optional("optuna.storages.journal", "search")
-    return import_optional("optuna", "search").storages.JournalStorage(journal.JournalFileBackend(text))
+        with tqdm(total=trials, desc="glora.search", disable=None) as bar:
+            while (trial := next_trial(study, trials)) is not None and make(study, trial, genes, score):
+                bar.update()
+        result = result_of(evaluated(study, genes))
+    except BaseException:
+        switch(layers, before)
+        raise
+    switch(layers, complete(layers, result.targets))
+    return result

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
-
 from glora.config import GLoRAConfig
+from glora.engines.fsdp import is_fully_sharded
+from glora.layer.parametrization import Paths, Store
 from glora.layer.registration import unregister
 from glora.model.adapters import set_acting
 from glora.model.change import change
 from glora.model.walk import Model
+from glora.search.choices import complete, layers_of
 from glora.search.entangled import Entangled
-from glora.search.supernet import checked, layers_of
 
 
 def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
     """Turn a supernet into an ordinary adapter of a choice's forms alone, with the weights that it inherits.
 
-    The outputs are those of the supernet with this choice. What is left is what `glora.apply(model, targets)` attaches:
-    it merges, saves and trains as such. Heads stay as they are.
+    The outputs are those of the supernet with this choice. It is then the adapter that `glora.apply(model, targets)`
+    attaches: it merges, saves and trains as such. Heads stay as they are.
 
     Args:
         model: the model.
-        targets: path of a layer to its forms; a layer that is not named loses the adapter.
+        targets: path of a layer to its forms; a layer that is left out loses the adapter.
 
     Returns:
         The model. Its parameters are new tensors: make the optimizer after this.
 
     Raises:
         ValueError: as `choose`; a choice without any path.
-        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization beside or on top of the supernet.
+        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization beside or on top of the supernet;
+            a model under `fully_shard`.
 
     Example:
         >>> import torch, glora
@@ -40,24 +41,31 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
         >>> list(glora.state_dict(model))
         ['2.B.left', '2.B.right']
     """
-    layers = layers_of(model)
-    configs = checked(layers, targets)
+    configs = complete(layers_of(model), targets)
+    if any(is_fully_sharded(module) for module in model.modules()):
+        raise RuntimeError(
+            "fully_shard takes no new parameters, and an extracted adapter has new ones; found a model that it has "
+            "sharded. Extract first, or bring the supernet's glora.state_dict into a model with the same supernet that "
+            "is not sharded, with glora.load_state_dict, and extract there."
+        )
     if not any(config.paths for config in configs.values()):
         raise ValueError("A choice must have a path to be an adapter; every path of this one is none in every layer.")
     with change(model, taking_off=True) as walk:
-        made: dict[nn.Module, nn.Module | None] = {
-            part: part.extracted(configs[path]) for path, layer in layers.items() for part in layer.parts
-        }
         for owner in walk:
             for tensor_name, store in owner.stores.items():
-                for name, part in [(n, p) for n, p in store.parts().items() if isinstance(p, Entangled)]:
-                    plain = made[part]
-                    if plain is None:
-                        store.detach(name)
-                    else:
-                        store.parts()[name] = plain
+                for name, part in list(store.parts().items()):
+                    if isinstance(part, Entangled):
+                        _put(store, name, part.extracted(configs[part.owner]))
                 if not store.parts():
                     unregister(owner.module, tensor_name, keep_value=False)
             if owner.stores:
                 set_acting(owner, owner.acting.adapter_weights)
     return model
+
+
+def _put(store: Store, name: str, paths: Paths | None) -> None:
+    """Put ordinary paths in the place of a supernet's; None takes the supernet's off."""
+    if paths is None:
+        store.detach(name)
+    else:
+        store.parts()[name] = paths

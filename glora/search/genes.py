@@ -1,4 +1,4 @@
-"""A choice as genes, one for each path of each layer and one for its rank; and how genes keep to a budget."""
+"""A choice as genes, and how genes keep to a budget."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from glora.config import GLoRAConfig
-from glora.search.supernet import Layer
+from glora.search.choices import Layer
 
 
 class Genes:
-    """The genes of a supernet, those left out that have one value alone.
+    """The genes of a supernet: one for each path of each layer and one for its rank, where there is a choice.
 
     Args:
         layers: path to layer.
-        budget: the most numbers that a choice may have; None for no bound.
+        budget: the most parameters that a choice may have; None for no bound.
 
     Attributes:
         values: name of each gene (`<path of the layer> <A to E, or rank>`) to its values, the cheapest first.
-        least: how many numbers the smallest choice has.
+        owner: name of each gene to the path of its layer.
 
     Raises:
         ValueError: the smallest choice is over the budget, or there is nothing to choose.
@@ -36,9 +36,9 @@ class Genes:
             for gene, values in choices.items():
                 if len(values) > 1:
                     self.values[f"{path} {gene}"], self.owner[f"{path} {gene}"] = values, path
-        self.least = self.parameters({path: layer.space.smallest for path, layer in layers.items()})
-        if budget is not None and budget < self.least:
-            raise ValueError(f"budget={budget} must hold the smallest choice of the space, of {self.least} parameters.")
+        smallest = self.parameters({path: layer.space.smallest for path, layer in layers.items()})
+        if budget is not None and budget < smallest:
+            raise ValueError(f"budget={budget} must hold the smallest choice of the space, of {smallest} parameters.")
         if not self.values:
             raise ValueError("The space of a search must hold more than one choice; this one has one form everywhere.")
 
@@ -49,58 +49,47 @@ class Genes:
         return space.config(forms, genes.get(f"{path} rank", space.ranks[0]))
 
     def configs(self, genes: Mapping[str, Any]) -> dict[str, GLoRAConfig]:
-        """Every layer's config; equal choices have equal ones, whatever a rank says where no path is low rank."""
+        """Every layer's config. Equal choices have equal configs: a rank without a low-rank path has no say."""
         return {path: self.config(path, genes) for path in self.layers}
 
     def parameters(self, configs: Mapping[str, GLoRAConfig]) -> int:
-        """How many numbers a choice of every layer has."""
-        return sum(self.layers[path].count(config) for path, config in configs.items())
-
-    def count(self, path: str, genes: Mapping[str, Any]) -> int:
-        """How many numbers a layer has."""
-        return self.layers[path].count(self.config(path, genes))
+        """How many parameters a choice has."""
+        return sum([self.layers[path].count(config) for path, config in configs.items()])
 
     # Note [Under the budget]
-    # Of random choices none is near a budget of a thousandth, and a search that threw away what is over it would never
-    # begin. So a choice is fitted before it is evaluated. What it inherits is cut, a random gene by one step at a time,
-    # until it is under the budget. The genes that it does not inherit (all in the first generation, the mutated ones
-    # later) start at their cheapest and are drawn in random order, each draw kept if it fits. So inherited genes are
-    # not cut to make room for mutations. Random search draws in this very way.
-    def fit(self, given: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
-        """A whole choice within the budget (Note [Under the budget]).
+    # Of random choices none is near a budget of a thousandth, and a search that rejected what is over it would never
+    # begin. So a choice is fitted before it is evaluated. Its inherited genes are cut, a random one by one step at a
+    # time, until it is under the budget. The genes that it does not inherit (all in the first generation, the mutated
+    # ones later) start at their cheapest and are drawn in random order; a draw is kept if it fits. So inherited genes
+    # are not cut to make room for mutations. Random search draws all its genes in this way.
+    def fit(self, inherited: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
+        """A complete choice within the budget (Note [Under the budget]).
 
         Args:
-            given: what is inherited.
-            rng: draws the rest.
+            inherited: the genes that another choice handed down.
+            rng: cuts them, and draws the rest.
         """
-        genes = {gene: given.get(gene, values[0]) for gene, values in self.values.items()}
-        costs = {path: self.count(path, genes) for path in self.layers}
-        total = sum(costs.values())
+        genes = {gene: inherited.get(gene, values[0]) for gene, values in self.values.items()}
+        costs = {path: self.layers[path].count(self.config(path, genes)) for path in self.layers}
 
-        def over(gene: str, value: Any) -> bool:
-            """Set a gene; whether that is over the budget."""
-            nonlocal total
-            path, genes[gene] = self.owner[gene], value
-            cost = self.count(path, genes)
-            total += cost - costs[path]
-            costs[path] = cost
-            return self.budget is not None and total > self.budget
+        def is_over() -> bool:
+            return self.budget is not None and sum(costs.values()) > self.budget
 
-        dear = [gene for gene, value in genes.items() if value != self.values[gene][0]]
-        while self.budget is not None and total > self.budget:
-            gene = rng.choice(dear)
+        def put(gene: str, value: Any) -> None:
+            genes[gene], path = value, self.owner[gene]
+            costs[path] = self.layers[path].count(self.config(path, genes))
+
+        reducible = [gene for gene, value in genes.items() if value != self.values[gene][0]]
+        while is_over():
+            gene = rng.choice(reducible)
             values = self.values[gene]
-            over(gene, values[values.index(genes[gene]) - 1])
+            put(gene, values[values.index(genes[gene]) - 1])
             if genes[gene] == values[0]:
-                dear.remove(gene)
-        missing = [gene for gene in genes if gene not in given]
+                reducible.remove(gene)
+        missing = [gene for gene in genes if gene not in inherited]
         for gene in rng.sample(missing, len(missing)):
             before = genes[gene]
-            if over(gene, rng.choice(self.values[gene])):
-                over(gene, before)
+            put(gene, rng.choice(self.values[gene]))
+            if is_over():
+                put(gene, before)
         return genes
-
-
-def without_nothing(configs: Mapping[str, GLoRAConfig]) -> dict[str, GLoRAConfig]:
-    """The layers that have a path, in the form that `glora.apply` takes."""
-    return {path: config for path, config in configs.items() if config.paths}

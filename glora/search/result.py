@@ -55,19 +55,19 @@ def result_of(trials: Sequence[Trial]) -> Result:
     Raises:
         RuntimeError: none has a score.
     """
-    scored = [(trial.score, -trial.parameters, -trial.number, trial) for trial in trials if trial.score is not None]
+    scored = [(-trial.score, trial.parameters, trial.number, trial) for trial in trials if trial.score is not None]
     if not scored:
         last = next((trial.error for trial in reversed(trials)), "no trial was made")
         raise RuntimeError(
             f"A search needs one evaluation at least that gives a number; of {len(trials)} none did: {last}"
         )
-    ranked = [trial for *_, trial in sorted(scored, key=lambda row: row[:3], reverse=True)]
+    scored.sort(key=lambda row: row[:3])
     front: list[Trial] = []
-    for trial in ranked:
+    for *_, trial in scored:
         if not front or trial.parameters < front[-1].parameters:
             front.append(trial)
-    best = ranked[0]
-    return Result(best.targets, max(row[0] for row in scored), best.parameters, trials, front[::-1])
+    best = front[0]
+    return Result(best.targets, -scored[0][0], best.parameters, trials, front[::-1])
 
 
 def write_targets(targets: Mapping[str, GLoRAConfig], file: str | os.PathLike[str]) -> None:

@@ -55,10 +55,10 @@ class Space:
         object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
 
     def _listed(self, field: str) -> Collection[Any]:
-        given = getattr(self, field)
-        if isinstance(given, str) or not isinstance(given, Collection) or not given:
-            raise ValueError(f"{field} of a Space must list at least one choice; found {given!r}.")
-        return given  # pyright: ignore[reportUnknownVariableType]
+        choices = getattr(self, field)
+        if isinstance(choices, str) or not isinstance(choices, Collection) or not choices:
+            raise ValueError(f"{field} of a Space must list at least one choice; found {choices!r}.")
+        return choices  # pyright: ignore[reportUnknownVariableType]
 
     @property
     def forms(self) -> dict[str, tuple[str, ...]]:
@@ -75,38 +75,32 @@ class Space:
         """The cheapest form of every path, at the lowest rank."""
         return self.config({path: forms[-1] for path, forms in self.forms.items()}, min(self.ranks))
 
+    @property
+    def nothing(self) -> GLoRAConfig:
+        """No path at all; in the space only where every path may be none."""
+        return self.config({}, min(self.ranks))
+
     def config(self, forms: dict[str, str], rank: int) -> GLoRAConfig:
-        """These forms as a config; paths that are not named are none, and so is the rank's say where none is low rank.
+        """These forms as a config: paths left out are none; without a low-rank path the rank is the lowest.
 
         Example:
             >>> Space(ranks=[2, 8]).config({"B": "vector"}, 8).rank
             2
         """
-        full = tuple([forms.get(path, "none") for path in FORMS])
-        return _config(full, rank if "lora" in full else min(self.ranks), self.alpha, self.product)
+        full: dict[str, Any] = {path: forms.get(path, "none") for path in FORMS}
+        rank = rank if "lora" in full.values() else min(self.ranks)
+        return GLoRAConfig(**full, rank=rank, alpha=self.alpha, product=self.product)
 
     @functools.cache  # noqa: B019 - spaces are few and small
     def only(self, *paths: str) -> Space:
         """The space of a layer that has these paths alone (C, D and E need a bias)."""
         return replace(self, **{path: ("none",) for path in FORMS if path not in paths})
 
-    def misfit(self, config: GLoRAConfig) -> str | None:
+    def why_not(self, config: GLoRAConfig) -> str | None:
         """Why a config is not in this space; None if it is."""
-        for path, form in config.forms.items():
-            if form not in self.forms[path]:
-                return f"{path}={form!r}, where {path} may be {' or '.join(self.forms[path])}"
-        if "lora" in config.forms.values() and config.rank not in self.ranks:
-            return f"rank={config.rank}, where it may be {' or '.join(map(str, self.ranks))}"
-        rest = config.alpha, config.product, config.rank_dropout, config.create_bias
-        if rest != (self.alpha, self.product, 0.0, False):
-            return (
-                f"alpha={config.alpha}, product={config.product!r}, rank_dropout={config.rank_dropout}, create_bias="
-                f"{config.create_bias}, where it has {self.alpha}, {self.product!r}, 0.0, False"
-            )
+        ranks = self.ranks if "lora" in config.forms.values() else (config.rank,)
+        options = {"alpha": (self.alpha,), "product": (self.product,), "rank_dropout": (0.0,), "create_bias": (False,)}
+        for field, choices in {**self.forms, "rank": ranks, **options}.items():
+            if (value := getattr(config, field)) not in choices:
+                return f"{field}={value!r}, where {field} may be {' or '.join(map(str, choices))}"
         return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _config(forms: tuple[str, ...], rank: int, alpha: float | None, product: Product) -> GLoRAConfig:
-    named: dict[str, Any] = dict(zip(FORMS, forms, strict=True))
-    return GLoRAConfig(**named, rank=rank, alpha=alpha, product=product)

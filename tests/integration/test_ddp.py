@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glora
 from tests.helpers.calls import RANDOM
-from tests.helpers.models import adapted_block
+from tests.helpers.models import adapted_block, block
 from tests.helpers.ranks import differences, on_two_ranks
 
 pytestmark = pytest.mark.integration
@@ -93,3 +93,15 @@ def activated_after_wrapping(rank: int) -> None:
 
 def test_an_adapter_that_is_activated_after_wrapping_is_refused_at_its_first_gradient() -> None:
     on_two_ranks(activated_after_wrapping)
+
+
+def extracted_after_wrapping(_: int) -> None:
+    x, model = batches()[0], block()
+    wrapped = DistributedDataParallel(glora.search.supernet(model, "all-linear", glora.search.Space()))
+    glora.search.extract(model, {"0": glora.GLoRAConfig.lora(rank=2)})
+    with pytest.raises(RuntimeError, match="Wrap the model again"):
+        wrapped(x).sum().backward()
+
+
+def test_an_adapter_that_is_extracted_after_wrapping_is_refused_at_its_first_gradient() -> None:
+    on_two_ranks(extracted_after_wrapping)

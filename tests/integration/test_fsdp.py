@@ -110,6 +110,9 @@ def refusals(_: int, folder: str) -> None:
     bare = sharded(fresh(None), mesh)
     with pytest.raises(ValueError, match="attach or load before fully_shard"):
         glora.apply(bare, ["0"])
+    supernet = sharded(glora.search.supernet(fresh(None), "all-linear", glora.search.Space()), mesh)
+    with pytest.raises(RuntimeError, match="Extract first"):
+        glora.search.extract(supernet, {"0": GLoRAConfig.lora(rank=2)})
     flat, alone = FullyShardedDataParallel(fresh(), use_orig_params=True, device_id=torch.device("cpu")), fresh()
     for call in (lambda: glora.save(flat, folder), lambda: glora.state_dict(flat)):
         with pytest.raises(RuntimeError, match="summon_full_params"):

@@ -14,7 +14,7 @@ from torch import nn
 import glora
 from glora import GLoRAConfig
 from glora.search import Space, choose, extract
-from glora.search.supernet import layers_of
+from glora.search.choices import layers_of
 from tests.helpers.calls import RANDOM, attach
 from tests.helpers.kinds import experts
 from tests.helpers.search import any_choice, block, spaces, supernet

@@ -1,4 +1,4 @@
-"""Results, choices as files, pictures."""
+"""Results, and choices as files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glora import GLoRAConfig
-from glora.search import plot_forms, plot_front, read_targets, write_targets
+from glora.search import read_targets, write_targets
 from glora.search.result import Trial, result_of
 
 TARGETS = {"a.b": GLoRAConfig.lora(rank=2, alpha=4.0), "c": GLoRAConfig(A="constant", B="vector", product="matmul")}
@@ -36,11 +36,3 @@ def test_what_is_no_choice_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "choice.json").write_text(text)
     with pytest.raises(ValueError, match=r"'.*choice\.json' must be what write_targets wrote"):
         read_targets(tmp_path / "choice.json")
-
-
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot_forms(TARGETS, tmp_path / "forms.png")
-    plot_front(result_of([trial(0, 9, 0.5), trial(1, 2, 0.1), trial(2, 3, None)]), tmp_path / "front.png")
-    for name in ("forms.png", "front.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

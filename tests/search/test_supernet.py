@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -13,9 +11,8 @@ from benchmarks.counting import count_products
 from glora import GLoRAConfig
 from glora.search import Space, choose, spaces
 from tests.helpers.calls import RANDOM, attach, warned
-from tests.helpers.internals import chosen_kernel, kernels_taken
+from tests.helpers.internals import chosen_kernel
 from tests.helpers.search import any_choice, block, supernet
-from tests.helpers.state import unchanged
 
 LORA = GLoRAConfig.lora(rank=2)
 
@@ -44,38 +41,6 @@ def test_a_choice_without_an_elementwise_low_rank_A_goes_the_cheap_way() -> None
     assert count.flops < 1.2 * 2 * 2 * 128 * 64 * 64  # x asks for no gradient: the forward's product, and thin ones
 
 
-def test_a_choice_of_nothing_runs_the_base() -> None:
-    layer, x = nn.Linear(4, 5), torch.randn(3, 4)
-    y = layer(x)
-    supernet(layer)
-    with kernels_taken() as taken:
-        assert torch.equal(choose(layer, {})(x), y)
-    assert all(kernel == "factored" for kernel in taken)
-
-
-def test_switching_back_recompiles_nothing() -> None:
-    torch._dynamo.reset()
-    net, x, compiled = supernet(block()).eval(), torch.randn(3, 6), 0
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        nonlocal compiled
-        compiled += 1
-        return graph.forward
-
-    run = torch.compile(net, backend=backend, fullgraph=True)
-    choices = [any_choice(net, seed) for seed in (0, 20, 40)]
-    wanted = [choose(net, choice)(x) for choice in choices]
-    for choice, y in zip(choices, wanted, strict=True):
-        choose(net, choice)
-        assert torch.allclose(run(x), y, atol=1e-6)
-    first = compiled
-    assert first == 3
-    for choice, y in zip(choices[::-1] * 2, wanted[::-1] * 2, strict=True):
-        choose(net, choice)
-        assert torch.allclose(run(x), y, atol=1e-6)
-    assert compiled == first
-
-
 def test_a_supernet_beside_another_adapter_and_head() -> None:
     model, x = attach(block(), RANDOM, name="other"), torch.randn(3, 6)
     other = model(x)
@@ -86,48 +51,11 @@ def test_a_supernet_beside_another_adapter_and_head() -> None:
     assert torch.equal(choose(model, {"0": LORA})(x), other)
 
 
-def test_a_layer_without_a_bias_has_A_and_B() -> None:
-    model = block(bias=False)
-    messages = warned(lambda: glora.search.supernet(model, "all-linear", Space()))
-    assert len(messages) == 1
-    assert "no bias" in messages[0]
-    found = spaces(model)
-    assert found["0"].forms == {**Space().forms, "C": ("none",), "D": ("none",), "E": ("none",)}
-    assert found["2"] == Space()
-
-
 def test_a_layer_in_which_nothing_is_drawn_is_named() -> None:
     model = nn.MultiheadAttention(4, 2)
     messages = warned(lambda: glora.search.supernet(model, ["out_proj"], Space()))
     assert len(messages) == 1
     assert "out_proj" in messages[0]
-
-
-@pytest.mark.parametrize(
-    ("targets", "said"),
-    [
-        ({"1": LORA}, "'1' is no layer"),
-        ({"0": GLoRAConfig.lora(rank=3)}, "rank=3, where it may be 2 or 4 or 8"),
-        ({"0": GLoRAConfig(C="lora", rank=2)}, "C='lora', where C may be vector or none"),
-        ({"0": GLoRAConfig.lora(rank=2, alpha=1.0)}, "alpha=1.0"),
-        ({"0": GLoRAConfig.lora(rank=2, product="matmul")}, "product='matmul'"),
-        ({"0": "lora"}, "'lora', no GLoRAConfig"),
-    ],
-)
-def test_choices_outside_of_the_space_are_refused(targets: dict[str, GLoRAConfig], said: str) -> None:
-    model, x = supernet(block(), Space(C=["none", "vector"])), torch.randn(3, 6)
-    choose(model, {"0": LORA})
-    y = model(x)
-    for call in (choose, glora.search.extract):
-        with unchanged(model), pytest.raises(ValueError, match=said):
-            call(model, targets)
-    assert torch.equal(model(x), y)
-
-
-def test_a_space_without_none_wants_every_layer() -> None:
-    model = supernet(block(), Space(B=["lora", "vector"]))
-    with pytest.raises(ValueError, match="B='none', where B may be lora or vector"):
-        choose(model, {"0": LORA})
 
 
 def test_wrong_states_are_refused() -> None:
@@ -140,11 +68,3 @@ def test_wrong_states_are_refused() -> None:
         choose(model, None)
     with pytest.raises(ValueError, match=r"must be a glora\.search\.Space"):
         glora.search.supernet(block(), "all-linear", LORA)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"A": []}, {"A": "lora"}, {"B": ["low"]}, {"ranks": [0]}, {"ranks": []}, {"alpha": -1.0}, {"E": ["lora"]}]
-)
-def test_spaces_of_nothing_or_unknown_forms_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        Space(**wrong)

@@ -1,26 +1,22 @@
-"""Pictures of a search; matplotlib is imported when one is drawn."""
+"""Pictures of a search: the score of every trial, and the forms of a choice."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from glora.config import FORMS, GLoRAConfig
-from glora.files.container import import_optional
-from glora.search.result import Result
+from matplotlib.figure import Figure
+
+from glora import GLoRAConfig
+from glora.search import Result
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the letters in the cells tell the same.
 _COLORS = {"none": "#F0F0F0", "constant": "#F0E442", "vector": "#009E73", "lora": "#0072B2"}
 
 
 def plot_front(result: Result, file: str | os.PathLike[str]) -> None:
-    """Draw the score of every trial against its parameters, and the front.
-
-    Raises:
-        ImportError: matplotlib is not installed (the extra `glora[search]`).
-    """
-    figure = _figure((6, 4))
+    """Draw the score of every trial against its parameters, and the front."""
+    figure = Figure(figsize=(6, 4), layout="constrained")  # no pyplot: it would keep the figure, and open windows
     axes = figure.subplots()
     scored = [trial for trial in result.trials if trial.score is not None]
     order = axes.scatter(
@@ -40,11 +36,8 @@ def plot_forms(targets: Mapping[str, GLoRAConfig], file: str | os.PathLike[str])
     Args:
         targets: path of a layer to its forms, as in a `Result`.
         file: where to write it.
-
-    Raises:
-        ImportError: matplotlib is not installed (the extra `glora[search]`).
     """
-    figure = _figure((6, 1.2 + 0.22 * len(targets)))
+    figure = Figure(figsize=(6, 1.2 + 0.22 * len(targets)), layout="constrained")
     axes = figure.subplots()
     for row, config in enumerate(targets.values()):
         for column, form in enumerate(config.forms.values()):
@@ -52,14 +45,9 @@ def plot_forms(targets: Mapping[str, GLoRAConfig], file: str | os.PathLike[str])
             words = {"lora": f"lora {config.rank}", "none": ""}.get(form, form)
             dark = form in ("lora", "vector")
             axes.text(column, row, words, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.set_xticks(range(len(FORMS)), list(FORMS))
+    axes.set_xticks(range(5), list("ABCDE"))
     axes.set_yticks(range(len(targets)), list(targets), fontsize=7)
-    axes.set(xlim=(-0.5, len(FORMS) - 0.5), ylim=(len(targets) - 0.5, -0.5))
+    axes.set(xlim=(-0.5, 4.5), ylim=(len(targets) - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.xaxis.tick_top()
     figure.savefig(file, dpi=150)
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    # No pyplot: nothing global is changed, and no window opened.
-    return import_optional("matplotlib.figure", "search").Figure(figsize=size, layout="constrained")

@@ -1,0 +1,139 @@
+"""A study goes on: interrupted, killed, in several processes, in any storage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+from torch import nn
+
+from glora.search.choices import layers_of
+from glora.search.genes import Genes
+from glora.search.study import next_trial, open_study
+from tests.helpers.planted import BUDGET, build, history, planted, search
+
+
+@pytest.mark.parametrize("file", ["study.db", "study.journal"])
+def test_interrupted_and_resumed_it_is_the_same_study(file: str, tmp_path: Path) -> None:
+    unbroken = search(budget=BUDGET, trials=70)
+    for stop in (7, 55):  # in the first generation, and in the second
+        model, calls = build(), 0
+        evaluate = planted(model)
+
+        def interrupted(net: nn.Module, stop: int = stop, evaluate: Any = evaluate) -> float:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            return evaluate(net)
+
+        with pytest.raises(KeyboardInterrupt):
+            search(model, interrupted, budget=BUDGET, trials=70, storage=tmp_path / f"{stop}{file}")
+        resumed = search(budget=BUDGET, trials=70, storage=tmp_path / f"{stop}{file}")
+        assert history(resumed) == history(unbroken)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path[:0] = [sys.argv[1]]
+from tests.helpers.planted import BUDGET, build, planted, search
+torch.set_num_threads(1)
+model, calls = build(), 0
+evaluate = planted(model)
+def counted(net):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return evaluate(net)
+search(model, counted, budget=BUDGET, trials=60, storage=sys.argv[2])
+print(calls)
+"""
+
+
+def process(storage: Path, kill_at: int) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, root, str(storage), str(kill_at)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+
+
+def test_killed_and_resumed_it_is_the_same_study(tmp_path: Path) -> None:
+    first = process(tmp_path / "study.db", kill_at=53)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert history(search(budget=BUDGET, trials=60, storage=tmp_path / "study.db")) == history(
+        search(budget=BUDGET, trials=60)
+    )
+
+
+@pytest.mark.parametrize("file", ["study.db", "study.journal"])
+def test_two_processes_share_a_study_and_repeat_nothing(file: str, tmp_path: Path) -> None:
+    both = [process(tmp_path / file, kill_at=0) for _ in range(2)]
+    outputs = [one.communicate() for one in both]
+    assert [one.returncode for one in both] == [0, 0], outputs
+    calls = [int(output) for output, _ in outputs]
+    result = search(budget=BUDGET, trials=60, storage=tmp_path / file)
+    assert 60 <= len(result.trials) == sum(calls) <= 61
+    assert len({repr(sorted(t.targets.items())) for t in result.trials}) == len(result.trials)
+
+
+def test_a_search_beside_another_leaves_its_trials_alone(tmp_path: Path) -> None:
+    model, inner = build(), []
+    evaluate = planted(model)
+
+    def beside(net: nn.Module) -> float:
+        if not inner:  # a second one begins while the first one's trial is under way
+            inner.append(search(budget=BUDGET, trials=20, storage=tmp_path / "study.db"))
+        return evaluate(net)
+
+    outer = search(model, beside, budget=BUDGET, trials=20, storage=tmp_path / "study.db")
+    assert [t.number for t in inner[0].trials] == list(range(1, 20))
+    assert [t.number for t in outer.trials] == list(range(20))
+    assert len({repr(sorted(t.targets.items())) for t in outer.trials}) == 20
+
+
+def test_other_arguments_are_another_study_in_the_same_storage(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    short = search(budget=BUDGET, trials=5, storage=file)
+    assert len(search(budget=BUDGET, trials=8, storage=file).trials) == 8
+    assert history(search(budget=BUDGET, trials=5, storage=file))[:5] == history(short)
+    assert len(search(budget=BUDGET, trials=4, storage=file, seed=1).trials) == 4
+    assert len(search(budget=BUDGET - 1, trials=4, storage=f"sqlite:///{file}").trials) == 4
+
+
+def test_a_trial_of_another_machine_is_left_alone() -> None:
+    study = open_study(Genes(layers_of(build()), BUDGET), "random", 0, None)
+    ours, theirs = next_trial(study, 2), next_trial(study, 2)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours.set_user_attr("process", [ours.user_attrs["process"][0], gone.pid])
+    theirs.set_user_attr("process", ["another machine", gone.pid])
+    assert next_trial(study, 2).number == ours.number
+    assert next_trial(study, 2) is None
+
+
+def test_interrupted_in_memory_it_goes_on_too() -> None:
+    storage, model, calls = InMemoryStorage(), build(), 0
+
+    def interrupted(net: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return planted_score(net)
+
+    planted_score = planted(model)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, interrupted, budget=BUDGET, trials=6, storage=storage)
+    assert history(search(budget=BUDGET, trials=6, storage=storage)) == history(search(budget=BUDGET, trials=6))
