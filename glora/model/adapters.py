@@ -185,7 +185,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             part = store.parts().get(name)
             if isinstance(part, Paths):
                 path = cast("Weight | Bias", store).matrix.path(named.path)
-                found |= {join(path, key): value for key, value in part.named_parameters()}
+                tensors = (*part.named_parameters(), *part.named_buffers())
+                found |= {join(path, key): tensor for key, tensor in tensors}
             elif isinstance(part, HeadCopy):
                 found[join(named.path, tensor_name)] = part.value
     return found

@@ -81,7 +81,7 @@ def unsupported_matrix(at: Site, config: GLoRAConfig, ties: Ties) -> str | None:
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    if at.bias is not None and at.bias.frozen_weight is not None:
+    if at.bias is not None and at.bias.has_frozen_prompt():
         return (
             "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
             "remove those of the bias too."

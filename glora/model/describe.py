@@ -65,7 +65,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
 
 def _describe_layer(at: Site, paths: dict[str, GLoRAConfig]) -> LayerSpec:
     """A matrix with these paths of an adapter."""
-    if at.bias is not None and at.bias.frozen_weight is not None and "C" in paths:
+    if at.bias is not None and "C" in paths and at.bias.has_frozen_prompt():
         raise RuntimeError(
             f"torch's removal has baked the weight of {at.path!r} in, and its path C goes by the weight before, which "
             f"no checkpoint holds. Remove the bias's adapters too, or merge before saving."

@@ -56,12 +56,12 @@ class Entangled(Paths):
         self.drawn = Draws(f"{seed} {owner} {names}")
         self._shape, self._by_columns = tuple(weight.shape), space.product == "matmul"
 
-    def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
+    def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to tensors and their scale, in the forms chosen; in a layer's forward in training, in those drawn."""
         config = self.chosen
         if config is None:
             config = draw(self.drawn, self.space) if dropout else self.config
-        return self.factors_of(config, scale)
+        return self.factors_of(config, adapter_weight)
 
     def factors_of(self, config: GLoRAConfig, scale: Tensor) -> dict[str, Factors]:
         """The same in the forms of a config."""
