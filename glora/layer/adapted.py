@@ -1,44 +1,35 @@
-"""The class that a module has while it is adapted: its tensors computed, its forward by the cheapest kernel."""
+"""The class that a module has while it is adapted: its tensors are computed, and what would go wrong is refused."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glora.kernels import select
+from glora.kernels.select import has_linear_forward
 from glora.layer import routed
-from glora.layer.computed import cached_in_call, caching_reads
+from glora.layer.computed import adapter_weights_of, caching_reads, freeze_prompts, read_attribute
+from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
-from glora.layer.parametrization import (
-    AdapterWeights,
-    Bias,
-    Parametrizations,
-    Store,
-    Weight,
-    biases_of,
-    live_parametrizations,
-)
-from glora.matrices import LINEAR, TRANSPOSED, Matrix, is_transposed_linear
+from glora.layer.parametrization import live_parametrizations
+from glora.matrices import LINEAR, TRANSPOSED, is_transposed_linear
 
 # Note [One class per base class]
-# torch's `register_parametrization` gives every module a class of its own, with a property that knows its module. Two
-# things follow that we cannot have. Twelve equal blocks are twelve classes, and torch.compile recompiles for each until
-# it gives up. And a deep copy shares that class: taking a parametrization off the copy deletes the property under the
-# original. So all adapted modules of one base class share a class of ours. It has no property: a parametrized tensor's
-# place in `_parameters` holds None, which keeps the order of the parameters, and `__getattr__` computes it. A tensor
-# that somebody puts into that place counts (torch.func.functional_call does, and `glora.merged`).
+# torch's `register_parametrization` gives every module a class of its own, with a property for each tensor. Two things
+# go wrong. Twelve equal blocks have twelve classes, and torch.compile recompiles for each until it gives up. And a deep
+# copy shares the class: removing a parametrization from the copy deletes the property of the original.
 #
-# torch's functions work on it as on their own. The property that they set on the class, and delete from it, is not
-# taken up by `_AdaptedType`; all else that they do is done to the instance.
+# So all adapted modules of one base class share one class of ours. It has no property: a parametrized tensor's entry in
+# `_parameters` is None, which keeps the order of the parameters, and `__getattr__` computes the value. A tensor in that
+# entry wins over the computed one (torch.func.functional_call and `glora.merged` put one there).
+#
+# torch's own functions work on this class. They set a property on the class and delete it later; `_AdaptedType` ignores
+# both. Everything else they change is the instance's.
 
 
 class _AdaptedType(type):
@@ -57,18 +48,13 @@ _classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakre
 def adapted_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module has, or would get, while it is adapted.
 
-    Whatever its base class has against being extended is raised here.
+    Raises what subclassing the base class raises.
     """
     base = parametrize.type_before_parametrizations(module)
-    found = _classes.get(base)
-    if found is None:
-        found = _classes[base] = _make_class(base)
-    return found
-
-
-def read(module: nn.Module, name: str) -> Tensor:
-    """The tensor `name` of an adapted module, as its attribute gives it."""
-    return cast("Tensor", getattr(module, name))
+    adapted = _classes.get(base)
+    if adapted is None:
+        adapted = _classes[base] = _make_class(base)
+    return adapted
 
 
 def _make_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -82,14 +68,13 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         _glora_adapted = True
 
         def __getattr__(self, name: str) -> Any:
-            lists = vars(self).get("_modules", {}).get("parametrizations")
-            if lists is None or name not in lists._modules:
-                return super().__getattr__(name)
-            return _attribute(self, cast("Parametrizations", lists._modules), name)
+            parametrizations = live_parametrizations(self)
+            if name in parametrizations:
+                return read_attribute(self, parametrizations, name)
+            return super().__getattr__(name)
 
         def __setattr__(self, name: str, value: object) -> None:
-            lists = vars(self).get("_modules", {}).get("parametrizations")
-            if lists is not None and name in lists._modules:
+            if name in live_parametrizations(self):
                 _assign(self, name, value)
             else:
                 super().__setattr__(name, cast("Any", value))
@@ -114,7 +99,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                     f"{name!r}. Call parallelize_module on the plain model, and then glora.apply or glora.load."
                 )
             super().register_parameter(name, param)
-            _keep_frozen(self, name, param)
+            freeze_prompts(self, name, param)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             adopt_plain_keys(self, state_dict, prefix)
@@ -133,14 +118,17 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
-    own, at_once = cast("tuple[Any, Any]", (caching_reads(base.forward), None))
-    if select.has_linear_forward(base):
+    if has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
-        own, at_once = _linear_forward(matrix), _linear_at_once(matrix)
+        run, run_per_sample = linear_forward(matrix), per_sample_forward(matrix)
+    else:
+        run, run_per_sample = caching_reads(base.forward), None
 
-    @functools.wraps(own)
+    @functools.wraps(run)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return routed.call(self, own, at_once, args, kwargs) if routed.active_routes else own(self, *args, **kwargs)
+        if routed.active_routes:
+            return routed.call(self, run, run_per_sample, args, kwargs)
+        return run(self, *args, **kwargs)
 
     Parametrized.forward = forward
     Parametrized.__name__ = Parametrized.__qualname__ = f"Parametrized{base.__name__}"
@@ -149,155 +137,15 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     return Parametrized
 
 
-def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
-    """nn.Linear's forward for a class that holds its weight so, by the cheapest kernel."""
-
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        lists, dropout = self._modules.get("parametrizations"), self.training
-        stacks = {} if lists is None else cast("Parametrizations", lists._modules)
-        adapter_weights = _scales(self, stacks)
-        if not input.is_meta and any(stack.original.is_meta for stack in stacks.values()):
-            raise RuntimeError(
-                f"An adapted layer's tensors must be where its input is, {input.device}; they are on the meta device. "
-                f"If accelerate has offloaded them, give its cpu_offload, disk_offload or dispatch_model "
-                f"preload_module_classes=[{type(self).__name__!r}] (to serve: it trains nothing that is offloaded); "
-                f"else give the model memory first (to_empty, and load)."
-            )
-        bias = _tensor(self, stacks, "bias", adapter_weights, dropout)
-        stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
-        if store is None:
-            W = cast("Tensor", _tensor(self, stacks, "weight", adapter_weights, dropout))
-            return F.linear(input, matrix.read(W), bias)
-        return select.linear(
-            input, matrix.read(cast("Any", stack).original), bias, store.factors(adapter_weights, dropout)
-        )
-
-    return forward
-
-
-def _linear_at_once(matrix: Matrix) -> Callable[..., Tensor | None]:
-    """The same forward for samples of several adapters; None where it has to be run for one adapter after the other."""
-
-    def forward(
-        self: nn.Module, input: Tensor, *, acting: Sequence[AdapterWeights], sizes: Sequence[int], owner: Tensor
-    ) -> Tensor | None:
-        stacks, dropout = live_parametrizations(self), self.training
-        stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
-        if store is None:
-            return None
-        W0 = matrix.read(cast("Any", stack).original)
-        groups = [store.factors(adapter_weights, dropout) for adapter_weights in acting]
-        if not select.takes_samples(input, W0, groups, sizes):
-            return None
-        biases = [_tensor(self, stacks, "bias", adapter_weights, dropout) for adapter_weights in acting]
-        return select.linear_of_samples(input, W0, biases, groups, owner)
-
-    return forward
-
-
-def _weight_alone(module: nn.Module, stacks: Parametrizations, matrix: Matrix) -> Weight | None:
-    """What adapts the weight, where it is all that computes the weight and sees it as this matrix."""
-    stack, placed = stacks.get("weight"), module._parameters.get("weight")
-    store = None if stack is None or placed is not None or len(stack) > 1 else stack._modules["0"]
-    return store if isinstance(store, Weight) and store.matrix.pattern == matrix.pattern else None
-
-
-def _scales(module: nn.Module, stacks: Parametrizations) -> AdapterWeights:
-    """What acts on the module: looked up once for all of its tensors (Note [Never torn])."""
-    for stack in stacks.values():
-        first = stack._modules["0"]
-        if isinstance(first, Store):
-            active = first.acting.of_a_call()
-            return routed.scales_of(module, active) if routed.active_routes else active
-    return {}
-
-
-def _tensor(
-    module: nn.Module, stacks: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
-) -> Tensor | None:
-    """A tensor of an adapted layer: the plain one where one stands in its place, else the computed one."""
-    plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
-    return (
-        plain if plain is not None or name not in stacks else _compute(module, stacks, name, adapter_weights, dropout)
-    )
-
-
-def _attribute(module: nn.Module, stacks: Parametrizations, name: str) -> Tensor | None:
-    """A tensor as whoever reads it has it."""
-    if isinstance(stacks[name]._modules["0"], Head):
-        return _tensor(module, stacks, name, _scales(module, stacks), False)
-    value = cached_in_call(module, name, lambda: _tensor(module, stacks, name, _scales(module, stacks), False))
-    if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _remember_frozen(module, name, value)
-    return value
-
-
-def _compute(
-    module: nn.Module, stacks: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
-) -> Tensor:
-    stack = stacks[name]
-    first, *others = cast("list[nn.Module]", stack._modules.values())
-    try:
-        if isinstance(first, Weight):
-            value = first(stack.original, adapter_weights, dropout)
-        elif isinstance(first, Bias):
-            value = first(stack.original, _frozen_weight(module, stacks, first), adapter_weights, dropout)
-        elif isinstance(first, Head):
-            value = first(stack.original, adapter_weights)
-        else:  # somebody else's, on a tensor that we left plain
-            return cast("Callable[[], Tensor]", stack)()
-        for other in others:
-            value = other(value)
-        return value
-    except AttributeError as error:
-        # Python would take it for the attribute's own and say that there is no attribute `name`.
-        raise RuntimeError(f"Computing `{name}` of an adapted {type(module).__name__} failed: {error}") from error
-
-
-def _frozen_weight(module: nn.Module, stacks: Parametrizations, bias: Bias) -> Tensor:
-    """W0, also where torch's removal has put W' in its place (Note [Bias needs the frozen weight])."""
-    name = bias.matrix.weight
-    if bias.frozen_weight is not None:
-        return bias.frozen_weight
-    if name in stacks and isinstance(stacks[name]._modules["0"], Weight):
-        return stacks[name].original
-    return read(module, name)
-
-
-# Note [Removal order]
-# `remove_parametrizations(layer, "weight")` reads `layer.weight` under no_grad and at once does `original.set_(W')`:
-# what was W0 is gone. If the layer's bias has a C, that read attaches an alias of W0 (no bytes are copied) to the W'
-# that it returns; both are freed together. `_keep_frozen`, which torch reaches through `register_parameter`, takes the
-# alias from there. With `leave_parametrized=False` what was read, if anything, is not what now stands in the parameter:
-# the parameter itself is W0, and goes on being read. Removal of the bias needs none of this.
-def _remember_frozen(module: nn.Module, name: str, value: Tensor) -> None:
-    original = live_parametrizations(module)[name].original
-    for bias in _prompted_biases(module, name) if value is not original else ():
-        vars(value)["glora_frozen"] = original.detach()
-        bias.last_read = weakref.ref(value)
-
-
-def _keep_frozen(module: nn.Module, name: str, restored: Tensor | None) -> None:
-    for bias in _prompted_biases(module, name) if restored is not None else ():
-        value = bias.last_read() if bias.last_read is not None else None
-        if value is not None and value.untyped_storage()._cdata == cast("Tensor", restored).untyped_storage()._cdata:
-            bias.frozen_weight = vars(value)["glora_frozen"]
-
-
-def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
-    """The biases of the module that multiply this weight, and have not kept what it was."""
-    biases = biases_of(module).values()
-    return [b for b in biases if b.matrix.weight == weight and b.has_prompt() and b.frozen_weight is None]
-
-
 def _assign(module: nn.Module, name: str, value: object) -> None:
     """Let a head bind a buffer of its own anew, as some modules do in training; refuse any other assignment."""
-    stack = live_parametrizations(module)[name]
-    store = stack._modules["0"]
-    if isinstance(store, Head) and not isinstance(stack.original, nn.Parameter) and isinstance(value, Tensor):
-        acting = store.acting_copy(_scales(module, live_parametrizations(module)))
+    parametrizations = live_parametrizations(module)
+    parametrization = parametrizations[name]
+    head, is_buffer = parametrization._modules["0"], not isinstance(parametrization.original, nn.Parameter)
+    if isinstance(head, Head) and is_buffer and isinstance(value, Tensor):
+        acting = head.acting_copy(adapter_weights_of(module, parametrizations))
         if acting is None:
-            stack.original = value
+            parametrization.original = value
         else:
             cast("HeadCopy", acting).value = value  # a buffer is never shared
         return

@@ -1,25 +1,113 @@
-"""What a module's own forward reads of its adapted tensors, computed once a call."""
+"""Reading a tensor of an adapted module: W', b', or a head's copy, computed once a call."""
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from glora.layer import routed
+from glora.layer.heads import Head
+from glora.layer.parametrization import (
+    AdapterWeights,
+    Bias,
+    Parametrizations,
+    Store,
+    Weight,
+    biases_of,
+    live_parametrizations,
+)
+from glora.torch_internals import storage_of
 
 Value = TypeVar("Value")
 
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """The tensor `name` of an adapted module, as its attribute gives it."""
+    return cast("Tensor", getattr(module, name))
+
+
+def read_attribute(module: nn.Module, parametrizations: Parametrizations, name: str) -> Tensor | None:
+    """Value of the attribute `name`, which glora or somebody else parametrizes."""
+
+    def compute() -> Tensor | None:
+        return tensor_of(module, parametrizations, name, adapter_weights_of(module, parametrizations))
+
+    if isinstance(parametrizations[name]._modules["0"], Head):
+        return compute()
+    value = cached_in_call(module, name, compute)
+    if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _attach_frozen_weight(module, name, value)
+    return value
+
+
+def adapter_weights_of(module: nn.Module, parametrizations: Parametrizations) -> AdapterWeights:
+    """The adapters that act on the module: looked up once for all of its tensors (Note [Never torn])."""
+    for parametrization in parametrizations.values():
+        store = parametrization._modules["0"]
+        if isinstance(store, Store):
+            active = store.acting.of_a_call()
+            return routed.adapter_weights_of(module, active) if routed.active_routes else active
+    return {}
+
+
+def tensor_of(
+    module: nn.Module,
+    parametrizations: Parametrizations,
+    name: str,
+    adapter_weights: AdapterWeights,
+    dropout: bool = False,
+) -> Tensor | None:
+    """A tensor of an adapted module: the plain one where one is in its place, else the computed one."""
+    plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
+    if plain is not None or name not in parametrizations:
+        return plain
+    return _compute(module, parametrizations, name, adapter_weights, dropout)
+
+
+def _compute(
+    module: nn.Module, parametrizations: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
+) -> Tensor:
+    parametrization = parametrizations[name]
+    store, *others = cast("list[nn.Module]", parametrization._modules.values())
+    try:
+        if isinstance(store, Weight):
+            value = store(parametrization.original, adapter_weights, dropout)
+        elif isinstance(store, Bias):
+            W0 = _frozen_weight(module, parametrizations, store.matrix.weight)
+            value = store(parametrization.original, W0, adapter_weights, dropout)
+        elif isinstance(store, Head):
+            value = store(parametrization.original, adapter_weights)
+        else:  # somebody else's, on a tensor without adapters
+            return cast("Callable[[], Tensor]", parametrization)()
+        for other in others:
+            value = other(value)
+        return value
+    except AttributeError as error:
+        # Python would take it for the attribute's own and say that there is no attribute `name`.
+        raise RuntimeError(f"Computing `{name}` of an adapted {type(module).__name__} failed: {error}") from error
+
+
+def _frozen_weight(module: nn.Module, parametrizations: Parametrizations, name: str) -> Tensor:
+    """W0: under its parametrization, or the plain tensor (Note [Bias needs the frozen weight])."""
+    if name in parametrizations and isinstance(parametrizations[name]._modules["0"], Weight):
+        return parametrizations[name].original
+    return read(module, name)
+
+
 # Note [Reading once]
 # A forward of a module's own may read a tensor many times (experts do, once for each). Inside such a call, and for the
-# module that was called alone, each is computed once. Not while compiling, where the compiler finds what is equal.
+# module that was called alone, each is computed once. Not under torch.compile, which merges equal computations.
 _calls: ContextVar[tuple[int, dict[tuple[str, bool], Any]] | None] = ContextVar("glora_calls", default=None)
 
 
 def caching_reads(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward, with what `cached_in_call` computes inside of it kept until it returns."""
+    """The forward, with a cache for `cached_in_call` that lives until it returns."""
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +123,7 @@ def caching_reads(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -> Value:
-    """The tensor `name` of a module, computed anew unless this call has read it already."""
+    """The tensor `name` of a module, computed unless this call of the module has read it already."""
     call = None if torch.compiler.is_compiling() else _calls.get()
     if call is None or call[0] != id(module):
         return compute()
@@ -43,3 +131,31 @@ def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -
     if key not in call[1]:
         call[1][key] = compute()
     return call[1][key]
+
+
+# Note [Removal order]
+# `remove_parametrizations(layer, "weight")` reads `layer.weight` under no_grad and at once does `original.set_(W')`:
+# W0 is gone, and a path C of the bias would multiply W'. So that read attaches an alias of W0 (no bytes are copied) to
+# the W' that it returns; both are freed together. Torch then registers the original, with W' in it, as the module's
+# parameter: `freeze_prompts` takes W0 from the alias and replaces each C by the vector W0 C, which trains no more.
+#
+# With `leave_parametrized=False`, or where no adapter acts, the original is W0 still: C multiplies the plain parameter,
+# and trains on. If the bias goes first there is nothing to do.
+def _attach_frozen_weight(module: nn.Module, name: str, value: Tensor) -> None:
+    original = live_parametrizations(module)[name].original
+    for bias in _prompted_biases(module, name) if value is not original else ():
+        vars(value)["glora_frozen"] = original.detach()
+        bias.last_read = weakref.ref(value)
+
+
+def freeze_prompts(module: nn.Module, name: str, restored: Tensor | None) -> None:
+    """Where torch's removal has just baked the weight `name` in: freeze what multiplies it."""
+    for bias in _prompted_biases(module, name) if restored is not None else ():
+        value = bias.last_read() if bias.last_read is not None else None
+        if value is not None and storage_of(value) == storage_of(cast("Tensor", restored)):
+            bias.freeze_prompts(vars(value)["glora_frozen"])
+
+
+def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
+    """The biases of the module that multiply this weight."""
+    return [bias for bias in biases_of(module).values() if bias.matrix.weight == weight and bias.has_prompt()]

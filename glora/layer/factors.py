@@ -1,7 +1,7 @@
-"""One small module for each form of a path; `none` is the absence of a module.
+"""One small module for each form of a path; the form `none` has no module.
 
-Each holds raw tensors and hands them out with their scale, as `glora.functional.Factors`. Who multiplies them, and
-when, is the business of whoever reads them.
+Each holds raw tensors, and returns them with their scale as `glora.functional.Factors`. It multiplies nothing: the
+kernels choose what to multiply first.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class LowRank(nn.Module):
         self.scaling = config.scaling
         self.dropout = config.rank_dropout
 
-    def factors(self, scale: Tensor, dropout: bool = False) -> Factors:
-        """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r."""
-        if self.scaling != 1.0:
-            scale = scale * self.scaling
+    def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:
+        """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r numbers."""
+        left, right = self.left, self.right
+        scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
         if dropout and self.dropout:
-            left, kept = self.left, 1 - self.dropout
+            kept = 1 - self.dropout
             drawn = torch.empty(left.shape[-1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)
             scale = drawn * (scale / kept)  # Note [Rank dropout]
-        return Factors((self.left, self.right), scale)
+        return Factors((left, right), scale)
 
     # Note [Rank dropout]
-    # Each of the r components is kept with probability 1 - p and then scaled by 1 / (1 - p), so that the expectation of
-    # left @ right is the product without dropout. It is drawn in the layer's forward, in training, and nowhere else:
-    # whoever reads `layer.weight` (a merge above all) gets that expectation, and nothing dropped is ever baked in.
+    # Each of the r components is kept with probability 1 - p and then scaled by 1 / (1 - p): the expectation of
+    # left @ right is the product without dropout. Only the layer's forward draws, and only in training. `layer.weight`
+    # reads as the expectation, so that a merge bakes in nothing that was dropped.
 
     @torch.no_grad()
     def reset_parameters(self, size: float | None) -> None:
@@ -60,20 +60,20 @@ class LowRank(nn.Module):
             _draw(self.right, each)
 
     def extra_repr(self) -> str:
-        """The factors' shapes and the scale, for `print(layer)`."""
+        """Shapes and scaling, for `print(layer)`."""
         return f"left={tuple(self.left.shape)}, right={tuple(self.right.shape)}, scale={self.scaling:g}"
 
 
 class Vector(nn.Module):
-    """One number a channel; or one for all, `(1,)` and not 0-dimensional, which FSDP refuses to shard."""
+    """One number a channel; or one for all, `(1,)`, since FSDP refuses to shard a 0-dimensional tensor."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = nn.Parameter(value)
 
-    def factors(self, scale: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, nothing to drop
+    def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, no dropout
         """The value and its scale."""
-        return Factors(self.value, scale)
+        return Factors(self.value, adapter_weight)
 
     @torch.no_grad()
     def reset_parameters(self, size: float | None) -> None:
@@ -84,34 +84,61 @@ class Vector(nn.Module):
             _draw(self.value, size)
 
     def extra_repr(self) -> str:
-        """The value's shape, for `print(layer)`."""
+        """The shape, for `print(layer)`."""
         return f"value={tuple(self.value.shape)}"
+
+
+class FrozenPrompt(nn.Module):
+    """The vector W0 C in place of a path C whose W0 is gone (Note [Removal order]); it does not train.
+
+    Args:
+        shift: `(out,)`.
+        scaling: that of C.
+    """
+
+    shift: Tensor
+
+    def __init__(self, shift: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.scaling = scaling
+
+    def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, no dropout
+        """The vector and its scale."""
+        return Factors(self.shift, adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling)
+
+    def reset_parameters(self, size: float | None) -> None:  # noqa: ARG002 - without W0 no random C can be drawn
+        """Start at zero."""
+        self.shift.zero_()
+
+    def extra_repr(self) -> str:
+        """The shape, for `print(layer)`."""
+        return f"shift={tuple(self.shift.shape)}"
 
 
 def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
     """The size of the path's entries at the start; None for the start that changes nothing.
 
-    A random start moves W' (or b') by about a tenth of W0's norm. With `n = ||W0||` (Frobenius): entries of A of size s
-    move W' by `s n` (elementwise) or, when A is a whole random matrix, by `s sqrt(in) n` (matrix product); B by
-    `s sqrt(out in)`; C moves b' by about `s n`, D by `s ||b0||`, E by `s sqrt(out)`. Of a batch of matrices, the same
-    for each, by their root mean square norm.
+    A random start moves W' (or b') by about a tenth of W0's norm. With `n = ||W0||` (Frobenius), entries of size s move
+    W' by `s n` in A (elementwise), by `s sqrt(in) n` in a random matrix A (matrix product), and by `s sqrt(out in)` in
+    B. They move b' by about `s n` in C, `s ||b0||` in D and `s sqrt(out)` in E. The matrices of a batch share one size,
+    from their root mean square norm.
     """
     if config.init == "identity" or weight.is_meta:
         return None
     *batch, out_features, in_features = weight.shape
     if path in "ACD":
-        whole = (path, config.A, config.product) == ("A", "lora", "matmul")
-        return 0.1 / math.sqrt(in_features) if whole else 0.1
+        mixes_inputs = (path, config.A, config.product) == ("A", "lora", "matmul")
+        return 0.1 / math.sqrt(in_features) if mixes_inputs else 0.1
     weight = dense(gathered(weight.detach()))
     norm = wide(weight).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
-    # A weight of zeros has no size to go by; that of nn.Linear's own start stands in.
-    norm = norm if norm > 0 else math.sqrt(out_features)
+    norm = norm if norm > 0 else math.sqrt(out_features)  # of zeros: about the norm of nn.Linear's own start
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))
 
 
 def _draw(factor: Tensor, size: float) -> None:
     def draw(tensor: Tensor) -> None:
-        # Away from zero in every entry (0.5 to 1.5 of `size`, either sign): even a layer of 1 x 1 is moved.
+        # No entry is near zero (0.5 to 1.5 of `size`, either sign): even a layer of 1 x 1 changes.
         tensor.uniform_(0.5 * size, 1.5 * size)
         tensor.mul_(torch.empty_like(tensor).bernoulli_(0.5).mul_(2).sub_(1))
 
@@ -119,11 +146,11 @@ def _draw(factor: Tensor, size: float) -> None:
 
 
 def _kaiming(right: Tensor) -> None:
-    nn.init.kaiming_uniform_(right.flatten(0, -2), a=math.sqrt(5))  # each row goes by its own length
+    nn.init.kaiming_uniform_(right.flatten(0, -2), a=math.sqrt(5))  # the bound comes from the length of a row
 
 
 def _fill(factor: Tensor, fill: Callable[[Tensor], object]) -> None:
-    """Fill a factor at random; a sharded one with parts of one draw (ranks of one seed would draw equal parts)."""
+    """Fill a factor at random. A sharded one gets its part of one draw: ranks with one seed would draw equal parts."""
     if is_sharded(factor) and not factor.is_meta:
         drawn = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
         fill(drawn)

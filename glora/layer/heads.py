@@ -45,20 +45,20 @@ class SharedCopy(nn.Module):
 
 
 # Note [Tied heads]
-# A head may be tied to other modules: one Parameter stands in several places, as an embedding and the output layer do.
-# The adapter has one copy, on the module that was chosen (of several that were, the first); the others have a
-# `SharedCopy`, which is no owner: it holds the copy's module, not its tensor (which `to_empty` replaces), and not as a
-# child, so that parameters, flags and state dicts meet the copy once. The originals are one Parameter all the time.
+# A head may be tied to other modules: one Parameter is in several places, as in an embedding and the output layer. The
+# adapter has one copy, on the chosen module (the first of several). The other modules have a `SharedCopy`: a plain
+# reference to the owner, and no child module, so that parameters, flags and state dicts list the tensor once. It refers
+# to the owner and not to the tensor, which `to_empty` replaces. The originals stay one Parameter.
 class Head(Store):
     """On each tensor of a trainable module: the copy of the adapter that acts, or the base model's tensor."""
 
     def forward(self, original: Tensor, adapter_weights: AdapterWeights | None = None) -> Tensor:
-        """The copy itself, not a copy of it: what a module writes into a buffer goes to the adapter that acts."""
+        """The copy itself, not a clone of it: what the module writes into a buffer is written into the copy."""
         acting = self.acting_copy(adapter_weights)
         return original if acting is None else acting.value
 
     def acting_copy(self, adapter_weights: AdapterWeights | None = None) -> HeadCopy | SharedCopy | None:
-        """The copy of the adapter that acts; None where none of them has one here."""
+        """The copy of the adapter that acts; None where no acting adapter has one."""
         for name in self.acting.adapter_weights if adapter_weights is None else adapter_weights:
             if name in self._modules:
                 return cast("HeadCopy | SharedCopy", self._modules[name])

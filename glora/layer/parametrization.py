@@ -1,6 +1,9 @@
-"""What stands under torch's `parametrizations` of an adapted module: for each tensor, every adapter's part by name.
+"""The modules in torch's `parametrizations` of an adapted module: for each tensor, every adapter's paths by name.
 
-`Weight` turns W0 into W', `Bias` turns b0 into b'. Each knows only its own tensor; `glora.layer.adapted` brings them
+    layer.parametrizations.weight[0]: Weight    adapter name -> Paths: A, B
+    layer.parametrizations.bias[0]: Bias        adapter name -> Paths: C, D, E
+
+`Weight` turns W0 into W', `Bias` turns b0 into b'. Each knows its own tensor only; `glora.layer.computed` brings them
 together.
 """
 
@@ -20,27 +23,32 @@ from glora.functional import Factors, WeightFactors
 from glora.kernels.frozen import thin_product
 from glora.kernels.matvec import wide_matvec
 from glora.kernels.select import is_exporting
-from glora.layer.factors import LowRank, Vector, init_size
+from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, is_quantised, replicated_like
+from glora.torch_internals import not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
-"""Adapter name to scale: the adapters that act."""
+"""The adapters that act: name to weight, the w_i of `W0 + sum_i w_i (W0 * A_i + B_i)`."""
+
+ONE = torch.ones((), dtype=torch.float64, device="cpu")
+"""The weight of an adapter that acts alone."""
 
 # Note [Adapter weights are tensors]
-# An adapter's scale w_i is a 0-dimensional float64 tensor on the CPU, and no buffer. As a Python float it would be
-# compiled in, and recompiled for each value; as a buffer it would be cast by `.half()` and wiped by `.to_empty()`.
-# Being 0-dimensional it takes part in no type promotion, and needs no transfer to meet a tensor of another device.
-# torch.compile takes such a tensor for a Python number, finds that nobody uses it as one, and traces the whole graph
-# again. A Parameter it takes for a tensor at once; torch.export in turn wants every Parameter to be a module's.
+# An adapter's weight is a 0-dimensional float64 tensor on the CPU, and no buffer. A Python float would be a constant of
+# a compiled graph, and each value would recompile it. A buffer would be cast by `.half()` and lost by `.to_empty()`.
+# A 0-dimensional tensor takes no part in type promotion, and meets tensors of any device without a transfer.
+#
+# torch.compile specialises on such a tensor as on a Python number, and then retraces the whole graph. It takes a
+# Parameter for a tensor at once; but torch.export wants every Parameter to belong to a module.
 
 
 class Acting:
-    """The adapters that act on one module; its tensors share this object, so that one assignment switches them all.
+    """The adapters that act on one module. Its stores share this object: one assignment switches all of its tensors.
 
     Attributes:
-        compiled: `adapter_weights` as Parameters: for torch.compile (Note [Adapter weights are tensors]).
+        compiled: `adapter_weights` as Parameters, for torch.compile (Note [Adapter weights are tensors]).
     """
 
     def __init__(self) -> None:
@@ -54,23 +62,23 @@ class Acting:
     @adapter_weights.setter
     def adapter_weights(self, adapter_weights: AdapterWeights) -> None:
         self.compiled: AdapterWeights = {
-            name: nn.Parameter(scale, requires_grad=False) for name, scale in adapter_weights.items()
+            name: nn.Parameter(weight, requires_grad=False) for name, weight in adapter_weights.items()
         }
         self._adapter_weights = adapter_weights
 
     def of_a_call(self) -> AdapterWeights:
-        """What a forward pass that begins here takes."""
+        """The adapter weights for a forward pass that begins here."""
         return self.compiled if torch.compiler.is_compiling() and not is_exporting() else self._adapter_weights
 
 
 # Note [Named adapters live in one parametrization]
-# Parametrizations stacked on one tensor compose: the second would see the first one's W' as its W0. Adapters add up
-# against one W0, whatever their order: W0 + sum_i w_i (W0 * A_i + B_i). So they live side by side in one
-# parametrization, under their names, and `Acting` says which act.
+# Parametrizations stacked on one tensor compose: the second would take the first one's W' for its W0. Adapters add up
+# on one W0, in any order: W0 + sum_i w_i (W0 * A_i + B_i). So they are side by side in one parametrization, under their
+# names, and `Acting` says which act.
 
 
 class Store(nn.Module):
-    """The parts of several adapters for one tensor; the base of Weight, Bias and Head.
+    """Several adapters' paths, or copies, for one tensor; the base of Weight, Bias and Head.
 
     Args:
         acting: the module's.
@@ -85,13 +93,13 @@ class Store(nn.Module):
         return cast("dict[str, nn.Module]", self._modules)
 
     def is_active(self) -> bool:
-        """Whether an adapter that acts has a part here."""
+        """Whether an adapter that acts is on this tensor."""
         return any(name in self._modules for name in self.acting.adapter_weights)
 
     def extra_repr(self) -> str:
         """The adapters that act, with their weights, for `print(layer)`."""
-        acting = {name: scale for name, scale in self.acting.adapter_weights.items() if name in self._modules}
-        return ", ".join(f"{name}={scale.item():g}" for name, scale in acting.items()) or "none acts"
+        acting = {name: weight for name, weight in self.acting.adapter_weights.items() if name in self._modules}
+        return ", ".join(f"{name}={weight.item():g}" for name, weight in acting.items()) or "none acts"
 
     def detach(self, name: str) -> None:
         """Drop an adapter's part, if there is one."""
@@ -127,15 +135,15 @@ class Paths(nn.Module):
             self.add_module(name, path)
 
     def paths(self) -> dict[str, LowRank | Vector]:
-        """Path to module."""
+        """Path to module; a `FrozenPrompt` may be in the place of C."""
         return cast("dict[str, LowRank | Vector]", self._modules)
 
-    def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
+    def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
-        return {name: path.factors(scale, dropout) for name, path in self.paths().items()}
+        return {name: path.factors(adapter_weight, dropout) for name, path in self.paths().items()}
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """Start again, as `config.init` says, for a layer with this frozen weight as a matrix."""
+        """Start again as `config.init` says, on this frozen weight as a matrix."""
         for name, path in self.paths().items():
             path.reset_parameters(init_size(name, self.config, weight))
 
@@ -154,25 +162,22 @@ class Weight(Store):
 
     def forward(self, W0: Tensor, adapter_weights: AdapterWeights | None = None, dropout: bool = False) -> Tensor:
         """The adapted weight, of W0's shape and dtype; W0 itself where no adapter acts."""
-        factors, matrix = (
-            self.factors(self.acting.adapter_weights if adapter_weights is None else adapter_weights, dropout),
-            self.matrix,
-        )
-        if matrix.is_plain:
+        factors = self.factors(self.acting.adapter_weights if adapter_weights is None else adapter_weights, dropout)
+        if self.matrix.is_plain:
             return functional.adapted_weight(dense(W0) if factors else W0, factors)
-        read = matrix.read(W0)
-        updates = [u.expand_as(read) for u in functional.weight_updates(read, factors) if u is not None]
-        return functional.add(W0, [matrix.write(update, W0) for update in updates])
+        matrix = self.matrix.read(W0)
+        updates = [u.expand_as(matrix) for u in functional.weight_updates(matrix, factors) if u is not None]
+        return functional.add(W0, [self.matrix.write(update, W0) for update in updates])
 
     def factors(self, adapter_weights: AdapterWeights, dropout: bool = False) -> list[WeightFactors]:
-        """What each adapter that acts does to the weight."""
-        found: list[WeightFactors] = []
-        for name, scale in adapter_weights.items():
-            part = cast("Paths | None", self._modules.get(name))
-            if part is not None:
-                factors = part.factors(scale, dropout)
-                found.append(WeightFactors(factors.get("A"), factors.get("B"), part.config.product))
-        return found
+        """The paths of each adapter that acts."""
+        adapters: list[WeightFactors] = []
+        for name, adapter_weight in adapter_weights.items():
+            paths = cast("Paths | None", self._modules.get(name))
+            if paths is not None:
+                factors = paths.factors(adapter_weight, dropout)
+                adapters.append(WeightFactors(factors.get("A"), factors.get("B"), paths.config.product))
+        return adapters
 
 
 class Bias(Store):
@@ -182,19 +187,20 @@ class Bias(Store):
         acting: the module's.
         matrix: the weight that it is the bias of.
         created: the layer has no bias of its own; this one is there for the paths alone.
+
+    Attributes:
+        last_read: the last W' that was read without gradients, while it lives (Note [Removal order]).
     """
 
     # Note [Bias needs the frozen weight]
-    # C multiplies W0, which stands under the other tensor's parametrization. `glora.layer.adapted` hands it in at each
-    # call; a reference kept here would go stale whenever the parameter is replaced (`to_empty`, FSDP, functional_call).
-    # Torch's `remove_parametrizations(layer, "weight")` writes W' into the very tensor that held W0. A layer that has a
-    # C then keeps W0 here, as a buffer that moves, copies and saves with the model.
-    frozen_weight: Tensor | None
+    # C multiplies W0, which is under the weight's parametrization. `glora.layer.computed` passes it in at each call; a
+    # reference kept here would go stale whenever the parameter is replaced (`to_empty`, FSDP, functional_call).
+    # Torch's `remove_parametrizations(layer, "weight")` writes W' into the very tensor that held W0. Each C is then
+    # replaced by the vector W0 C (`FrozenPrompt`), a buffer that moves, copies and saves with the model.
 
     def __init__(self, acting: Acting | None = None, matrix: Matrix = LINEAR, created: bool = False) -> None:
         super().__init__(acting)
         self.matrix, self.created = matrix, created
-        self.register_buffer("frozen_weight", None)
         self.last_read: weakref.ref[Tensor] | None = None
 
     def forward(
@@ -207,94 +213,114 @@ class Bias(Store):
                 "of the layer that glora.apply adapted; its parametrization cannot be moved to another layer."
             )
         updates: list[Tensor | None] = []
-        for name, scale in (self.acting.adapter_weights if adapter_weights is None else adapter_weights).items():
-            part = cast("Paths | None", self._modules.get(name))
-            if part is not None:
-                updates += self._updates(part.factors(scale, dropout), scale, b0, W0)
+        for name, adapter_weight in (
+            self.acting.adapter_weights if adapter_weights is None else adapter_weights
+        ).items():
+            paths = cast("Paths | None", self._modules.get(name))
+            if paths is None:
+                continue
+            factors = paths.factors(adapter_weight, dropout)
+            if "C" in factors:
+                frozen = isinstance(paths._modules["C"], FrozenPrompt)
+                updates.append(_frozen_prompt(factors["C"]) if frozen else _prompt(self.matrix.read(W0), factors["C"]))
+            D, E = [cast("Tensor", factors[path].tensors) if path in factors else None for path in "DE"]
+            update = functional.bias_update(b0, None, D, E)
+            updates.append(None if update is None else update * adapter_weight)
         return functional.add(b0, updates)
 
-    def _updates(self, paths: dict[str, Factors], scale: Tensor, b0: Tensor, W0: Tensor) -> list[Tensor | None]:
-        """What one adapter adds to b0. Vectors and constants have one scale in common, the adapter's own."""
-        vectors = {path: wide(found.tensors) for path, found in paths.items() if isinstance(found.tensors, Tensor)}
-        prompt = _prompted(self.matrix.read(W0), vectors["C"]) if "C" in vectors else None
-        own = functional.bias_update(b0, prompt, vectors.get("D"), vectors.get("E"))
-        updates = [None if own is None else own * scale]
-        if "C" in paths and "C" not in vectors:
-            updates.append(_prompted(self.matrix.read(W0), paths["C"].scaled()))
-        return updates
-
-    def detach(self, name: str) -> None:
-        """As for all adapters; the kept weight goes with the last C."""
-        super().detach(name)
-        if not self.has_prompt():
-            self.frozen_weight = None
-
     def has_prompt(self) -> bool:
-        """Whether any adapter, active or not, has a path C."""
-        return any("C" in part._modules for part in self.parts().values())
+        """Whether any adapter, active or not, has a path C that multiplies W0."""
+        return any("C" in paths._modules for paths in self.parts().values()) and not self.has_frozen_prompt()
+
+    def has_frozen_prompt(self) -> bool:
+        """Whether torch's removal has baked the weight in, and frozen each C (Note [Removal order])."""
+        return any(isinstance(paths._modules.get("C"), FrozenPrompt) for paths in self.parts().values())
+
+    def freeze_prompts(self, W0: Tensor) -> None:
+        """Replace each adapter's path C by the vector W0 C."""
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could never be part of a training step
+            for paths in cast("dict[str, Paths]", self.parts()).values():
+                C = paths.paths().get("C")
+                if C is not None:
+                    shift = _product(self.matrix.read(W0), C.factors(ONE).tensors)
+                    paths._modules["C"] = FrozenPrompt(shift, C.scaling if isinstance(C, LowRank) else 1.0)
 
 
-def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def _prompt(W0: Tensor, C: Factors) -> Tensor:
+    """What a path C adds to the bias, scaled as it is."""
+    if C.scale.ndim:  # one number for each component (Note [Rank dropout])
+        return _product(W0, C.scaled())
+    return _product(W0, C.tensors) * C.scale
+
+
+def _frozen_prompt(C: Factors) -> Tensor:
+    return cast("Tensor", C.tensors) * C.scale
+
+
+def _product(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """`W0 C`, `(out,)`, in the working dtype."""
     if is_quantised(W0):
-        return thin_product(W0, functional.whole(C)).squeeze(1)
+        return thin_product(W0, wide(functional.whole(C))).squeeze(1)
     if W0.dtype in (torch.float32, torch.float64) or W0.ndim > 2:
         return functional.prompted(W0, C)
-    return wide_matvec(W0, functional.whole(C).squeeze(1))  # Note [No wide copy]
+    return wide_matvec(W0, wide(functional.whole(C)).squeeze(1))  # Note [No wide copy]
 
 
 # Note [Merged for a while]
-# Inside `glora.merged` a module is plain: its class, its keys and its tensors are those of a merged one, and what
-# parametrized it is held here. It is no attribute of the module, so that a deep copy made inside is a plain merged
-# model for good, and not one that waits for the end of a block that it is not in.
+# Inside `glora.merged` a module is plain: its class, keys and tensors are those of a merged one. Its parametrizations
+# are stashed here, and not in an attribute of the module: a deep copy made inside is merged for good, since no block
+# that ends would restore it.
 stashed: weakref.WeakKeyDictionary[nn.Module, Stash] = weakref.WeakKeyDictionary()
 
 
 class Stash(NamedTuple):
-    """What a module that is plain for a while was: torch's lists of parametrizations, and its class."""
+    """What `glora.merged` takes from a module for a while: torch's `parametrizations`, and its class."""
 
-    lists: nn.ModuleDict
-    adapted_class: type[nn.Module]  # the registry holds it weakly
+    parametrizations: nn.ModuleDict
+    adapted_class: type[nn.Module]  # the registry of classes is weak
 
 
 Parametrizations: TypeAlias = dict[str, parametrize.ParametrizationList]
+"""Tensor name to torch's list of the parametrizations that compute it; glora's store is the first."""
 
 
 def live_parametrizations(module: nn.Module) -> Parametrizations:
-    """Tensor name to what parametrizes it now."""
-    lists = module._modules.get("parametrizations")
-    return cast("Parametrizations", lists._modules) if isinstance(lists, nn.ModuleDict) else {}
+    """The parametrizations that the module has now."""
+    parametrizations = vars(module).get("_modules", {}).get("parametrizations")
+    return cast("Parametrizations", parametrizations._modules) if isinstance(parametrizations, nn.ModuleDict) else {}
 
 
 def parametrizations_of(module: nn.Module) -> Parametrizations:
-    """Tensor name to what parametrizes it, stashed or not (Note [Merged for a while])."""
+    """The parametrizations of the module, live or stashed (Note [Merged for a while])."""
     stash = stashed.get(module) if stashed else None
-    return live_parametrizations(module) if stash is None else cast("Parametrizations", stash.lists._modules)
+    return live_parametrizations(module) if stash is None else cast("Parametrizations", stash.parametrizations._modules)
 
 
 def stores_of(module: nn.Module) -> dict[str, Store]:
-    """Tensor name to the adapters on it, for the tensors of this very module that glora parametrizes.
+    """Tensor name to the adapters on it, for the tensors of this very module.
 
-    In the order of the module's own tensors, whatever was attached first: optimizers' state dicts go by the order.
+    In the order of the module's tensors, and not of attaching: optimizers' state dicts go by the order.
     """
-    stacks, found = parametrizations_of(module), dict[str, Store]()
-    for name in (*module._parameters, *module._buffers) if stacks else ():
-        first = stacks[name]._modules["0"] if name in stacks else None
+    parametrizations, stores = parametrizations_of(module), dict[str, Store]()
+    for name in (*module._parameters, *module._buffers) if parametrizations else ():
+        first = parametrizations[name]._modules["0"] if name in parametrizations else None
         if isinstance(first, Store):
-            found[name] = first
-    return found
+            stores[name] = first
+    return stores
 
 
 def biases_of(module: nn.Module) -> dict[str, Bias]:
-    """Tensor name to the adapters on it, for the biases alone."""
+    """Tensor name to the adapters on it, for the biases only."""
     return {name: store for name, store in stores_of(module).items() if isinstance(store, Bias)}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and persistent buffers by name, those of the base model where adapters are on them."""
+    """A module's own parameters and persistent buffers by name; those of the base model where adapters are on them."""
+    left_out = not_persistent(module)
     tensors = {
         name: tensor
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and name not in module._non_persistent_buffers_set
+        if tensor is not None and name not in left_out
     }
     for name in stores_of(module) if is_adapted(module) else ():
         tensors[name] = parametrizations_of(module)[name].original
@@ -302,10 +328,10 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether the module may carry adapters, stashed or not."""
+    """Whether the module may have adapters, live or stashed."""
     return hasattr(type(module), "_glora_adapted") or (bool(stashed) and module in stashed)
 
 
 def has_adapted_class(module: nn.Module) -> bool:
-    """Whether the module's class is one of glora's itself, and not one that somebody (FSDP) has put on top."""
+    """Whether the module's class is glora's own, and not a subclass that FSDP has made of it."""
     return "_glora_adapted" in vars(type(module))

@@ -9,41 +9,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glora.layer.adapted import adapted_class, read
+from glora.layer.adapted import adapted_class
+from glora.layer.computed import read
 from glora.layer.parametrization import Bias, Store, has_adapted_class, live_parametrizations, stores_of
 from glora.tensors import is_quantised, is_sharded
 
 
 def register(module: nn.Module, name: str, store: Store) -> None:
     """Put adapters on a tensor of a module, as torch's `register_parametrization` does; takes no memory of its size."""
-    adapted = adapted_class(module)
-    lists = module._modules.get("parametrizations")
-    lists = nn.ModuleDict() if lists is None else cast("nn.ModuleDict", lists)
+    adapted = type(module) if has_adapted_class(module) else adapted_class(module)
+    parametrizations = module._modules.get("parametrizations")
+    parametrizations = nn.ModuleDict() if parametrizations is None else cast("nn.ModuleDict", parametrizations)
     place = cast("dict[str, Tensor | None]", module._parameters if name in module._parameters else module._buffers)
-    lists[name] = _parametrization(store, cast("Tensor", place[name]))
-    own = [*module._parameters, *module._buffers]
-    lists._modules = dict(sorted(lists._modules.items(), key=lambda item: own.index(item[0])))
-    # In this order, since a forward pass may be under way (Note [Never torn]).
-    module._modules["parametrizations"] = lists
-    module.__class__ = adapted if not has_adapted_class(module) else type(module)
+    parametrizations[name] = _parametrization(store, cast("Tensor", place[name]))
+    order = [*module._parameters, *module._buffers]
+    parametrizations._modules = dict(sorted(parametrizations._modules.items(), key=lambda item: order.index(item[0])))
+    # In this order, since a forward pass may be running (Note [Never torn]).
+    module._modules["parametrizations"] = parametrizations
+    module.__class__ = adapted
     place[name] = None
 
 
 def _parametrization(store: Store, original: Tensor) -> parametrize.ParametrizationList:
-    # unsafe: torch would otherwise compute the tensor once, to check a dtype that we know.
+    # unsafe: torch would otherwise compute the tensor once, to check a dtype that is known.
     if not is_quantised(original):
         return parametrize.ParametrizationList([store], original, unsafe=True)
     # torch swaps a tensor of a subclass with itself, which a graph that still holds it forbids.
-    stack = parametrize.ParametrizationList([store], nn.Parameter(torch.empty(0), requires_grad=False), unsafe=True)
-    stack.original = cast("nn.Parameter", original)
-    return stack
+    placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+    parametrization = parametrize.ParametrizationList([store], placeholder, unsafe=True)
+    parametrization.original = cast("nn.Parameter", original)
+    return parametrization
 
 
 def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
-    """Take the adapters off a tensor: its computed value stays (`keep_value`), or the original, by torch's own call."""
+    """Take the adapters off a tensor, by torch's own call: its computed value stays (`keep_value`), or the original."""
     store, original, kind = stores_of(module)[name], live_parametrizations(module)[name].original, type(module)
-    # Torch's removal writes the value into the original's memory. A quantised one cannot take it (Note [Quantised]):
-    # another Parameter does. With one that is sharded it exchanges the memory, which fully_shard goes on using.
+    # Torch writes the value into the original's memory. A quantised original cannot hold it (Note [Quantised]): a new
+    # Parameter does. For a sharded one torch would exchange the memory, which fully_shard goes on using: copy into it.
     value = read(module, name) if keep_value and (is_quantised(original) or is_sharded(original)) else None
     if value is not None and is_sharded(original):
         with torch.no_grad():
@@ -61,11 +63,11 @@ _plain_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = 
 
 
 def _on_base_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that somebody (fully_shard) has put on top of one of ours, on top of its base class instead."""
-    found = _plain_classes.get(kind)
-    if found is None:
+    """The subclass that somebody (fully_shard) has made of one of our classes, made of its base class instead."""
+    plain = _plain_classes.get(kind)
+    if plain is None:
         bases = tuple([base.__bases__[0] if "_glora_adapted" in vars(base) else base for base in kind.__bases__])
         attributes = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
         made = type(bases[-1])(kind.__name__.replace("Parametrized", ""), bases, attributes)
-        found = _plain_classes[kind] = cast("type[nn.Module]", made)
-    return found
+        plain = _plain_classes[kind] = cast("type[nn.Module]", made)
+    return plain

@@ -1,4 +1,4 @@
-"""What one module does inside `glora.route`: each sample of the batch through its own adapter."""
+"""One module inside `glora.route`: each sample of the batch goes through its own adapter."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from glora.layer.parametrization import AdapterWeights, stores_of
+from glora.layer.parametrization import ONE, AdapterWeights, stores_of
+from glora.torch_internals import not_compiled, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 # Note [Routing]
-# A route belongs to the thread or task that entered it: it is a value of a context variable, and nothing of the model
-# changes. A module that the route covers splits what it is called with along the batch's dimension into one part for
-# each adapter, runs its forward on each part with that adapter alone acting, and puts the results together in the
-# batch's order. Modules inside of a module that has split (a head's children) find themselves within one adapter's part
-# and run it whole.
+# A route belongs to the thread or task that entered it: it is the value of a context variable, and changes nothing in
+# the model. A routed module splits its arguments along the batch's dimension into a group for each adapter, runs its
+# forward on each group with that adapter alone active, and joins the results in the batch's order. Modules inside it (a
+# head's children) run within one adapter's group, and do not split again.
 #
-# Outside of such a call no sample owns an adapted tensor, so that reading it raises (MultiheadAttention reads
+# Outside of such a call an adapted tensor has no single value, and reading it raises (MultiheadAttention reads
 # `out_proj.weight`, and so does a fused TransformerEncoderLayer).
 
 
 @dataclass(frozen=True)
 class Route:
-    """What acts on some modules in this thread or task, in place of the adapters that are active.
+    """The adapters that act on some modules in this thread or task, in place of the active ones.
 
     Attributes:
-        paths: id of each covered module to its path.
-        routing: how a call is split; None where nothing is.
-        adapter_weights: what acts; None where a call has yet to be split.
+        paths: id of each routed module to its path.
+        routing: how a call is split; None where it is not.
+        adapter_weights: the adapters that act; None where a call has yet to be split.
     """
 
     paths: Mapping[int, str]
@@ -43,85 +41,81 @@ class Route:
     adapter_weights: AdapterWeights | None
 
 
-# The covers that any thread is under. Whether there is one is all that a plain call looks at, and a compiled one guards
-# on; each step on a list is whole, whichever thread comes between.
+# One entry for each route that any thread has entered. A plain call only checks whether the list is empty, and a
+# compiled one guards on that. List operations are atomic.
 active_routes: list[object] = []
-_covers: ContextVar[tuple[Route, ...]] = ContextVar("glora_covers", default=())
-_ONE = torch.ones((), dtype=torch.float64, device="cpu")
+_routes: ContextVar[tuple[Route, ...]] = ContextVar("glora_routes", default=())
 
 
 def route_of(module: nn.Module) -> Route | None:
-    """The innermost cover over the module; None where the active adapters act."""
-    for cover in reversed(_covers.get()):
-        if id(module) in cover.paths:
-            return cover
+    """The innermost route of the module; None where the active adapters act."""
+    for route in reversed(_routes.get()):
+        if id(module) in route.paths:
+            return route
     return None
 
 
 def is_routed(module: nn.Module) -> bool:
-    """Whether a route that this thread or task is inside of covers the module."""
-    return any(cover.routing is not None and id(module) in cover.paths for cover in _covers.get())
+    """Whether this thread or task is inside a route of the module that splits calls."""
+    return any(route.routing is not None and id(module) in route.paths for route in _routes.get())
 
 
 @contextmanager
-def enter(cover: Route) -> Generator[None]:
-    """Inside the `with` block, in this thread or task, what `cover` says."""
-    outer, entry = _covers.get(), object()
+def enter(route: Route) -> Generator[None]:
+    """Inside the `with` block the route holds, in this thread or task."""
+    outer, entry = _routes.get(), object()
     try:
         try:
             active_routes.append(entry)
-            _covers.set((*outer, cover))
+            _routes.set((*outer, route))
             yield
         finally:
             _leave(outer, entry)
-    finally:  # again: cut off in its midst (Ctrl-C), the first has left something
+    finally:  # again: Ctrl-C may have cut the first one off
         _leave(outer, entry)
 
 
 def _leave(outer: tuple[Route, ...], entry: object) -> None:
-    _covers.set(outer)
+    _routes.set(outer)
     if entry in active_routes:
         active_routes.remove(entry)
 
 
-def scales_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
-    """What acts on the module here and now, for one that has been called.
+def adapter_weights_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
+    """The adapters that act on the module in this thread or task; `active`, where no route is over it.
 
     Raises:
-        RuntimeError: a tensor that is read where no sample owns it.
+        RuntimeError: a tensor is read outside of a call, where it has no single value.
     """
-    cover = route_of(module)
-    if cover is None:
+    route = route_of(module)
+    if route is None:
         return active
-    if cover.adapter_weights is None:
+    if route.adapter_weights is None:
         raise RuntimeError(
             f"Inside glora.route an adapted layer can only be called, since each sample has its own tensors; one of "
-            f"{cover.paths[id(module)]!r} was read (nn.MultiheadAttention and fused layers read a layer's weight and "
+            f"{route.paths[id(module)]!r} was read (nn.MultiheadAttention and fused layers read a layer's weight and "
             f"never call it; so do layers whose forward is replaced on the instance). Leave it out of the adapters "
             f"(exclude=), or run each adapter's samples with glora.activate."
         )
-    return cover.adapter_weights
+    return route.adapter_weights
 
 
-def _call(
+@not_compiled  # which adapter a sample goes through is data of each call
+def call(
     module: nn.Module,
     forward: Callable[..., Any],
-    at_once: Callable[..., Tensor | None] | None,
+    per_sample: Callable[..., Tensor | None] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """`forward(module, *args, **kwargs)`, split where a route covers the module.
+    """`forward(module, *args, **kwargs)`, split where a route of the module says so.
 
-    `at_once`, where the module has one, is asked first: it runs all samples together, or gives None.
+    `per_sample`, where the module has one, is tried first: it runs all samples in one call, or returns None.
     """
-    cover = route_of(module)
-    if cover is None or cover.adapter_weights is not None or cover.routing is None:
+    route = route_of(module)
+    if route is None or route.adapter_weights is not None or route.routing is None:
         return forward(module, *args, **kwargs)
-    return cover.routing.call(module, cover, forward, at_once, args, kwargs)
-
-
-# Not compiled: which samples go where is data of each call.
-call: Callable[..., Any] = _disable_dynamo(_call)  # torch.compiler.disable imports the compiler, at once
+    return route.routing.call(module, route, forward, per_sample, args, kwargs)
 
 
 class Routing:
@@ -129,9 +123,9 @@ class Routing:
 
     Args:
         names: for each sample an adapter's name, or None for the base model.
-        known: id of each covered module to the adapters that it has.
-        dim: the dimension of tensors that the samples are in.
-        flattened: whether there may be several rows for each sample in it, one sample's after the other's.
+        known: id of each routed module to the adapters that it has.
+        dim: the batch's dimension of tensors.
+        flattened: whether a sample may have several rows in that dimension, one sample's after the other's.
     """
 
     def __init__(
@@ -148,43 +142,48 @@ class Routing:
         numbers = {name: number for number, name in enumerate(self.groups)}
         self.owner = torch.tensor([numbers[name] for name in self.names])  # each sample's group
         self.sizes = [len(group) for group in self.groups.values()]
-        self.acting: list[AdapterWeights] = [{} if name is None else {name: _ONE} for name in self.groups]
+        self.acting: list[AdapterWeights] = [{} if name is None else {name: ONE} for name in self.groups]
         self.checkpoints = _checkpoint_frames()
         self.grad = torch.is_grad_enabled()
 
     def call(
         self,
         module: nn.Module,
-        cover: Route,
+        route: Route,
         forward: Callable[..., Any],
-        at_once: Callable[..., Tensor | None] | None,
+        per_sample: Callable[..., Tensor | None] | None,
         args: tuple[Any, ...],
         kwargs: Any,
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
-        path = cover.paths[id(module)]
+        path = route.paths[id(module)]
         rows = self._rows(path, (args, kwargs))
-        there = {name for store in stores_of(module).values() for name in store.parts()}
-        gone = [name for name in self.groups if name in self.known[id(module)] and name not in there]
-        if gone:
-            raise RuntimeError(f"{gone[0]!r} was deleted from {path!r} while a glora.route sends samples through it.")
-        if at_once is not None and self.dim == 0 and len(self.groups) > 1:
-            whole = at_once(module, *args, **kwargs, acting=self.acting, sizes=self.sizes, owner=self.owner)
-            if whole is not None:
-                return whole
+        attached = {name for store in stores_of(module).values() for name in store.parts()}
+        deleted = [name for name in self.groups if name in self.known[id(module)] and name not in attached]
+        if deleted:
+            raise RuntimeError(
+                f"{deleted[0]!r} was deleted from {path!r} while a glora.route sends samples through it."
+            )
+        if per_sample is not None and self.dim == 0 and len(self.groups) > 1:
+            result = per_sample(module, *args, **kwargs, acting=self.acting, sizes=self.sizes, owner=self.owner)
+            if result is not None:
+                return result
+        if len(self.groups) == 1:
+            with enter(Route(route.paths, None, self.acting[0])):
+                return forward(module, *args, **kwargs)
         results: list[Any] = []
         for group, adapter_weights in zip(self.groups.values(), self.acting, strict=True):
-            given, named = (args, kwargs) if len(self.groups) == 1 else self._part((args, kwargs), group, rows)
-            with enter(Route(cover.paths, None, adapter_weights)):
-                results.append(forward(module, *given, **named))
-        return results[0] if len(results) == 1 else self._together(path, results, rows)
+            group_args, group_kwargs = self._select((args, kwargs), group, rows)
+            with enter(Route(route.paths, None, adapter_weights)):
+                results.append(forward(module, *group_args, **group_kwargs))
+        return self._join(path, results, rows)
 
-    def _rows(self, path: str, given: object) -> int:
-        """How many rows the module is called with for each sample; raise where it cannot be split."""
-        found = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)
-        size = None if found is None or found.ndim <= max(self.dim, 1) else found.shape[self.dim]
+    def _rows(self, path: str, arguments: object) -> int:
+        """How many rows each sample has in the module's arguments; raise where they cannot be split."""
+        first = next((leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), None)
+        size = None if first is None or first.ndim <= max(self.dim, 1) else first.shape[self.dim]
         if not size or size % len(self.names) or (size != len(self.names) and not self.flattened):
-            shape = None if found is None else tuple(found.shape)
+            shape = None if first is None else tuple(first.shape)
             raise ValueError(
                 f"glora.route was given {len(self.names)} names, and {path!r} was called with an input of shape {shape}"
                 f", whose dimension {self.dim} is not that many samples. Give one name a sample. Where the model has "
@@ -199,8 +198,8 @@ class Routing:
             )
         return size // len(self.names)
 
-    def _part(self, given: Any, group: list[int], rows: int) -> Any:
-        """The arguments for some samples: tensors that have the whole batch, or all its rows, are taken apart."""
+    def _select(self, arguments: Any, group: list[int], rows: int) -> Any:
+        """The arguments for some samples: of tensors with a row for each sample, or with all rows, their rows."""
 
         def of(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.ndim <= self.dim:
@@ -213,20 +212,20 @@ class Routing:
                 return leaf.narrow(self.dim, first * each, len(group) * each)
             return leaf.index_select(self.dim, _rows_of(torch.tensor(group), each).to(leaf.device))
 
-        return tree_map(of, given)
+        return tree_map(of, arguments)
 
-    def _together(self, path: str, results: list[Any], rows: int) -> Any:
-        """The results of the groups as those of one call, in the batch's order."""
+    def _join(self, path: str, results: list[Any], rows: int) -> Any:
+        """The results of the groups as the result of one call, in the batch's order."""
 
         def join(*parts: Any) -> Any:
             if all(isinstance(part, Tensor) for part in parts):
-                held = [part.shape[self.dim] if part.ndim > self.dim else 0 for part in parts]
+                sizes = [part.shape[self.dim] if part.ndim > self.dim else 0 for part in parts]
                 for each in (1, rows):
-                    if held == [size * each for size in self.sizes]:
-                        whole = torch.cat(parts, self.dim)
+                    if sizes == [size * each for size in self.sizes]:
+                        joined = torch.cat(parts, self.dim)
                         if self.in_order:
-                            return whole
-                        return whole.index_select(self.dim, _rows_of(self.back, each).to(whole.device))
+                            return joined
+                        return joined.index_select(self.dim, _rows_of(self.back, each).to(joined.device))
                 same = all(torch.equal(part, parts[0]) for part in parts[1:])
             else:
                 same = all(type(part) is type(parts[0]) and part == parts[0] for part in parts[1:])
@@ -250,7 +249,7 @@ def _rows_of(samples: Tensor, each: int) -> Tensor:
 
 
 def _checkpoint_frames() -> int:
-    """How many calls of torch's activation checkpointing are under way in this thread."""
+    """How many calls of torch's activation checkpointing are running in this thread."""
     count, frame = 0, sys._getframe()
     while frame is not None:
         count += frame.f_code.co_filename == torch.utils.checkpoint.__file__

@@ -1,77 +1,74 @@
-"""A module as a plain one, merged, for a while: swapped in, and restored (Note [Merged for a while])."""
+"""A module made plain and merged for a while, and restored (Note [Merged for a while])."""
 
 from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from glora.layer.adapted import read
+from glora.layer.computed import read
 from glora.layer.parametrization import Bias, Parametrizations, Stash, live_parametrizations, stashed, stores_of
 
 # Note [Never torn]
-# A forward pass may be under way in another thread while a module is swapped. It takes what parametrizes the module
-# once, or reads the plain tensors one by one. So the plain tensors are in their places before the parametrizations go,
-# and the parametrizations are back before the plain tensors go: in between both give the same values.
+# A forward pass may be running in another thread while a module is swapped. It looks the parametrizations up once, or
+# reads the plain tensors one by one. So the plain tensors are set before the parametrizations go, and the
+# parametrizations are back before the plain tensors go: in between both give the same values.
 
 
 def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
     """W' and b' of an adapted module as the tensors of a plain one; None for a created bias that nothing acts on."""
-    found: dict[str, Tensor | None] = {}
-    adapters = stores_of(module)
-    for name, stack in live_parametrizations(module).items():
-        store = adapters.get(name)
+    tensors: dict[str, Tensor | None] = {}
+    stores = stores_of(module)
+    for name, parametrization in live_parametrizations(module).items():
+        store = stores.get(name)
         if isinstance(store, Bias) and store.created and not store.is_active():
-            found[name] = None
+            tensors[name] = None
             continue
         value = read(module, name).detach()
-        # A head's copy, or W0 itself: another tensor, so that what happens inside to its flags or data stays inside.
+        # An alias: where the value is a head's copy or W0 itself, its flags and `.data` must not change inside.
         value = value.view_as(value)
-        found[name] = nn.Parameter(value, requires_grad=False) if isinstance(stack.original, nn.Parameter) else value
-    return found
+        is_parameter = isinstance(parametrization.original, nn.Parameter)
+        tensors[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    return tensors
 
 
 def swap_in(module: nn.Module, values: dict[str, Tensor | None]) -> None:
     """Make an adapted module plain, with these tensors, until `restore`; takes no memory."""
-    stacks = live_parametrizations(module)
-    lists = cast("nn.ModuleDict", module._modules["parametrizations"])
-    stashed[module] = Stash(lists, type(module))  # first: from here on `restore` undoes it
+    parametrizations = live_parametrizations(module)
+    modules = cast("nn.ModuleDict", module._modules["parametrizations"])
+    stashed[module] = Stash(modules, type(module))  # first: from here on `restore` undoes it
     for name, value in values.items():
-        _place(module, name, stacks)[name] = value
+        _place(module, name, parametrizations)[name] = value
     module.__class__ = type(module).__bases__[0]
     del module._modules["parametrizations"]
 
 
 def restore(module: nn.Module) -> None:
-    """Undo `swap_in`: the adapters and the very originals again, where the module has been moved to.
+    """Undo `swap_in`: the adapters and the very originals again, on the device and in the dtype of the module now.
 
-    Called again after an interrupt, it goes on where it was.
+    Called again after an interrupt, it continues.
     """
     stash = stashed.get(module)
     if stash is None:
         return
-    lists = stash.lists
-    stacks = cast("Parametrizations", lists._modules)
-    if "parametrizations" not in module._modules:  # while the plain tensors, which may have been moved, are all there
-        own = (*module._parameters.values(), *module._buffers.values())
-        somewhere = next((t for t in own if t is not None and t.is_floating_point()), None)
-        for name, stack in stacks.items():
-            like = _place(module, name, stacks).get(name)
-            like = somewhere if like is None else like
-            if like is not None and _placed(like) != _placed(stack.original):
-                stack.to(*_placed(like))
-        lists.train(module.training)
-        module._modules["parametrizations"] = lists
+    parametrizations = cast("Parametrizations", stash.parametrizations._modules)
+    if "parametrizations" not in module._modules:  # the plain tensors, which may have been moved, are all there
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        floating = next((t for t in tensors if t is not None and t.is_floating_point()), None)
+        for name, parametrization in parametrizations.items():
+            like = _place(module, name, parametrizations).get(name)
+            like = floating if like is None else like
+            original = parametrization.original
+            if like is not None and (like.device, like.dtype) != (original.device, original.dtype):
+                parametrization.to(like.device, like.dtype)
+        stash.parametrizations.train(module.training)
+        module._modules["parametrizations"] = stash.parametrizations
     module.__class__ = stash.adapted_class
-    for name in stacks:
-        _place(module, name, stacks)[name] = None
+    for name in parametrizations:
+        _place(module, name, parametrizations)[name] = None
     del stashed[module]
 
 
-def _place(module: nn.Module, name: str, stacks: Parametrizations) -> dict[str, Tensor | None]:
-    return module._parameters if isinstance(stacks[name].original, nn.Parameter) else module._buffers  # pyright: ignore
-
-
-def _placed(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    return tensor.device, tensor.dtype
+def _place(module: nn.Module, name: str, parametrizations: Parametrizations) -> dict[str, Tensor | None]:
+    is_parameter = isinstance(parametrizations[name].original, nn.Parameter)
+    return module._parameters if is_parameter else module._buffers  # pyright: ignore

@@ -194,7 +194,8 @@ def adapter_tensors(walk: Iterable[Owner], name: str) -> dict[str, Tensor]:
             part = store.parts().get(name)
             if isinstance(part, Paths):
                 prefix = join(cast("Weight | Bias", store).matrix.path(owner.path), "")
-                tensors |= {prefix + key: value for key, value in part.named_parameters()}
+                held = (*part.named_parameters(), *part.named_buffers())
+                tensors |= {prefix + key: tensor for key, tensor in held}
             elif isinstance(part, HeadCopy):
                 tensors[join(owner.path, tensor_name)] = part.value
     return tensors

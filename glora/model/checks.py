@@ -80,7 +80,7 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
                 f"its {name} is tied to {ties[id(layer), name]}, which would change with it; untie them (give this "
                 f"layer a clone), or leave it out with exclude=."
             )
-    if site.bias is not None and site.bias.frozen_weight is not None:
+    if site.bias is not None and site.bias.has_frozen_prompt():
         return (
             "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
             "remove those of the bias too."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from glora.layer.adapted import read
+from glora.layer.computed import read
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Store, stashed
 from glora.layer.registration import unregister

@@ -190,7 +190,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
 
 def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:
     """A matrix with these paths of an adapter."""
-    if site.bias is not None and site.bias.frozen_weight is not None and "C" in configs:
+    if site.bias is not None and "C" in configs and site.bias.has_frozen_prompt():
         raise RuntimeError(
             f"torch's removal has baked the weight of {site.path!r} in, and its path C goes by the weight before, "
             f"which no checkpoint holds. Remove the bias's adapters too, or merge before saving."

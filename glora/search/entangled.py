@@ -48,17 +48,17 @@ class Entangled(Paths):
         self.draws = Draws(f"{seed} {owner} {names}")
         self.weight_shape = tuple(weight.shape)
 
-    def factors(self, scale: Tensor, dropout: bool) -> dict[str, Factors]:
+    def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to tensors and their scale, in the forms chosen; in a layer's forward in training, in those drawn."""
         config = self.chosen
         if config is None:
             config = draw(self.draws, self.space) if dropout else self.config
         tensors = self.tensors(config)
-        low_rank_scale = scale if config.alpha is None else scale * config.scaling
+        low_rank_scale = adapter_weight if config.alpha is None else adapter_weight * config.scaling
         return {
             path: Factors((tensors[f"{path}.left"], tensors[f"{path}.right"]), low_rank_scale)
             if f"{path}.left" in tensors
-            else Factors(tensors[f"{path}.value"], scale)
+            else Factors(tensors[f"{path}.value"], adapter_weight)
             for path in self.paths()
             if getattr(config, path) != "none"
         }

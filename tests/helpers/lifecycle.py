@@ -47,13 +47,11 @@ class Layer:
 
     Attributes:
         created: the bias is there for an adapter alone.
-        prompted: the weight that C goes by, where torch's removal has baked another one in.
     """
 
     weight: Tensor
     bias: Tensor | None
     created: bool = False
-    prompted: Tensor | None = None
 
     @property
     def has_own_bias(self) -> bool:
@@ -76,10 +74,19 @@ class Adapter:
         tensors = self.tensors
         if f"{layer}.{path}.left" in tensors:
             left, right = tensors[f"{layer}.{path}.left"].double(), tensors[f"{layer}.{path}.right"].double()
-            config = self.configs[layer]
-            return left @ right * (1.0 if config.alpha is None else config.alpha / config.rank)
+            return left @ right * self.scaling(layer)
         value = tensors.get(f"{layer}.{path}.value")
         return None if value is None else value.double()
+
+    def scaling(self, layer: str) -> float:
+        config = self.configs[layer]
+        return 1.0 if config.alpha is None else config.alpha / config.rank
+
+    def frozen_prompt(self, layer: str) -> Tensor | None:
+        """W0 C in float64, where torch's removal has baked the weight in, and C is gone."""
+        shift = self.tensors.get(f"{layer}.C.shift")
+        is_low_rank = self.configs[layer].C == "lora" if layer in self.configs else False
+        return None if shift is None else shift.double() * (self.scaling(layer) if is_low_rank else 1.0)
 
 
 class Saved(NamedTuple):
@@ -155,6 +162,9 @@ class Subject:
     def acts(self, layer: str, tensor: str) -> bool:
         return any(self.adapters[name].has(layer, tensor) for name in self.acting)
 
+    def has_frozen_prompt(self, layer: str) -> bool:
+        return any(f"{layer}.C.shift" in adapter.tensors for adapter in self.adapters.values())
+
     def forms_the_head(self) -> bool:
         """Whether the head is adapted by paths, rather than trained as a whole."""
         return any(key.count(".") == 2 and key.startswith("head.") for a in self.adapters.values() for key in a.tensors)
@@ -186,15 +196,17 @@ class Subject:
         layer = self.layers[name]
         if layer.bias is None:
             return None
-        W0, b0 = (layer.weight if layer.prompted is None else layer.prompted).double(), layer.bias.double()
+        W0, b0 = layer.weight.double(), layer.bias.double()
         value, bound = b0, b0.abs()
         for adapter, w in [(self.adapters[other], w) for other, w in acting.items()]:
             if f"{name}.bias" in adapter.tensors:
                 value = adapter.tensors[f"{name}.bias"].double()
                 return value, value.abs()
             C, D, E = (adapter.path(name, path) for path in "CDE")
+            frozen = adapter.frozen_prompt(name)
             for term, size in (
                 (None, None) if C is None else ((W0 @ C).squeeze(1), (W0.abs() @ C.abs()).squeeze(1)),
+                (frozen, None if frozen is None else frozen.abs()),
                 (None, None) if D is None else (b0 * D, (b0 * D).abs()),
                 (E, None if E is None else E.abs()),
             ):
@@ -288,20 +300,32 @@ class Subject:
         """Adapters are off a tensor, for good; `value`: what is baked in, None for what was there before."""
         state = self.layers[layer]
         if tensor == "weight":
-            prompts = any(
-                key.startswith(f"{layer}.C.") for adapter in self.adapters.values() for key in adapter.tensors
-            )
-            if value is not None and prompts and self.acts(layer, "weight"):
-                state.prompted = state.weight
+            half_removed = parametrize.is_parametrized(getattr(self.model, layer), "bias")
+            if value is not None and half_removed and self.acts(layer, "weight"):
+                for name, adapter in self.adapters.items():
+                    self._freeze_prompt(layer, name, adapter)
             state.weight = state.weight if value is None else value
         else:
             state.bias = state.bias if value is None else value
-            state.created, state.prompted = False, None
+            state.created = False
             self.flags.setdefault(f"{layer}.bias", False)
         for adapter in self.adapters.values():
             adapter.tensors = {key: t for key, t in adapter.tensors.items() if not is_on(key, layer, tensor)}
         self.adapters = {name: adapter for name, adapter in self.adapters.items() if adapter.tensors}
         self.acting = {name: w for name, w in self.acting.items() if name in self.adapters}
+
+    def _freeze_prompt(self, layer: str, name: str, adapter: Adapter) -> None:
+        """The model has the vector W0 C in place of C."""
+        W0, C = self.layers[layer].weight.double(), adapter.path(layer, "C")
+        if C is not None:
+            module = getattr(self.model, layer).parametrizations.bias[0].get_submodule(name)
+            adapter.tensors[f"{layer}.C.shift"] = module.C.shift.clone()
+            found, bound = adapter.frozen_prompt(layer), (W0.abs() @ C.abs()).squeeze(1)
+            assert found is not None
+            eps = torch.finfo(module.C.shift.dtype).eps
+            assert ((found - (W0 @ C).squeeze(1)).abs() <= 16 * eps * bound + 1e-7).all()
+            gone = ("left", "right", "value")
+            adapter.tensors = {k: t for k, t in adapter.tensors.items() if k not in [f"{layer}.C.{g}" for g in gone]}
 
     def dropped(self, name: str) -> None:
         del self.adapters[name]
@@ -320,13 +344,12 @@ class Subject:
         for name, layer in self.layers.items():
             if not self.has(name, "bias"):
                 layer.bias = None if layer.created else layer.bias
-                layer.created, layer.prompted = False, None
+                layer.created = False
 
     def converted(self, dtype: torch.dtype) -> None:
         for layer in self.layers.values():
             layer.weight = layer.weight.to(dtype)
             layer.bias = None if layer.bias is None else layer.bias.to(dtype)
-            layer.prompted = None if layer.prompted is None else layer.prompted.to(dtype)
         for adapter in self.adapters.values():
             adapter.tensors = {key: tensor.to(dtype) for key, tensor in adapter.tensors.items()}
 

@@ -66,13 +66,13 @@ def test_a_summary_has_a_row_for_each_adapter_of_the_module_itself() -> None:
     ]
 
 
-def test_a_kept_weight_goes_with_the_last_prompt() -> None:
+def test_a_frozen_prompt_goes_with_its_adapter() -> None:
     layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.bitfit(), name="a")
     glora.apply(layer, config=RANDOM, name="b")
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
-    assert "parametrizations.bias.0.frozen_weight" in layer.state_dict()
+    assert "parametrizations.bias.0.b.C.shift" in layer.state_dict()
     glora.delete(layer, "b")
-    assert "parametrizations.bias.0.frozen_weight" not in layer.state_dict()
+    assert "parametrizations.bias.0.b.C.shift" not in layer.state_dict()
     glora.apply(layer, config=RANDOM, name="c")
 
 
@@ -111,7 +111,7 @@ def test_strided_nested_tensors_go_through_as_through_a_plain_layer(config: glor
         torch.testing.assert_close(y, layer(part))
 
 
-@pytest.mark.parametrize("name", ["factors", "acting_copy", "frozen_weight"])
+@pytest.mark.parametrize("name", ["factors", "acting_copy", "freeze_prompts"])
 def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="An adapter's name must be"):
         glora.plan(two_layers(), name=name)

@@ -129,7 +129,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def fits(self, subject: Subject, targets: list[str], head: bool) -> bool:
         """Whether an adapter of these layers, and of the head as a whole, can be attached."""
-        if any(subject.layers[layer].prompted is not None for layer in targets):
+        if any(subject.has_frozen_prompt(layer) for layer in targets):
             return False
         return not (("head" in targets and subject.trains_the_head()) or (head and subject.forms_the_head()))
 
@@ -168,7 +168,7 @@ class Lifecycle(RuleBasedStateMachine):
         adapter = subject.adapters[name]
         half_a_head = len({key for key in adapter.tensors if key in HEAD}) == 1
         prompts = {key.split(".")[0] for key in adapter.tensors if ".C." in key}
-        if half_a_head or any(subject.layers[layer].prompted is not None for layer in prompts):
+        if half_a_head or any(subject.has_frozen_prompt(layer) for layer in prompts):
             self.refused(subject, RuntimeError, lambda: glora.save(subject.model, folder, name))
             return
         with unchanged(subject.model):
@@ -344,7 +344,6 @@ class Lifecycle(RuleBasedStateMachine):
         given = {key: 0.5 * torch.randn_like(tensor) for key, tensor in subject.base.items()}
         assert subject.model.load_state_dict({k: t.clone() for k, t in given.items()}, assign=assign) == ([], [])
         for layer, state in subject.layers.items():
-            state.prompted = None if state.prompted is None else given[f"{layer}.weight"]
             state.weight = given[f"{layer}.weight"]
             if state.has_own_bias:
                 state.bias = given[f"{layer}.bias"]
