@@ -158,6 +158,7 @@ CHANGES: dict[str, Any] = {
     "another bias": {"change": lambda said: said["layers"]["0"].update(bias=False)},
     "an unknown field": {"change": lambda said: said["layers"]["0"].update(unknown=1)},
     "a form of none": {"change": lambda said: said["layers"]["0"]["forms"].update(A="diagonal")},
+    "an unknown path": {"change": lambda said: said["layers"]["0"]["forms"].update(Z="vector")},
     "a JSON bomb": {"text": "[" * 100_000},
     "a list": {"text": "[]"},
     "a tensor more": {"change": dict, "tensors": {"0.Z.left": torch.zeros(1)}},

@@ -9,9 +9,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch import nn
 
 import glora
+from glora import interop
+from tests.helpers.calls import only
 from tests.helpers.files import most_bytes_of_a_header, saved, small_model, stored_sum
 
 
@@ -26,6 +29,20 @@ def test_more_layers_than_a_file_describes_are_refused_before_anything_is_writte
     with pytest.raises(ValueError, match="one safetensors file|fewer layers"):
         glora.save(huge, tmp_path / "huge")
     assert not (tmp_path / "huge").exists()
+
+
+def test_tensors_without_memory_are_refused_by_name_in_every_format(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 4))
+    glora.apply(model, config=only(A="lora", B="lora", product="matmul"))
+    with pytest.raises(ValueError, match="'0.A.left' is on the meta device"):
+        glora.save(model, tmp_path / "glora")
+    with pytest.raises(ValueError, match="'lycoris_0.a1.weight' is on the meta device"):
+        interop.save_lycoris(model, tmp_path / "lycoris.safetensors")
+    model = glora.apply(glora.remove(model), config=only(A="lora", B="lora"))
+    with pytest.raises(ValueError, match="'base_model.model.0.glora_A.Xd' is on the meta device"):
+        interop.save_peft(model, tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:

@@ -49,10 +49,8 @@ def read_peft(directory: Path) -> AdapterSpec:
     raw = parse_json(config_file.read_bytes(), config_file)
     config = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
     method = config.get("peft_type")
-    if not isinstance(method, str):
-        raise AdapterFileError(f"{config_file} is not a config of PEFT: it names no peft_type.")
-    if method not in METHODS:
-        raise AdapterFileError(f"Of PEFT's methods glora reads {', '.join(METHODS)}; {config_file} is of {method}.")
+    if not isinstance(method, str) or method not in METHODS:
+        raise AdapterFileError(f"Of PEFT's methods glora reads {', '.join(METHODS)}; {config_file} has {method!r}.")
     _refuse_unsupported(config, config_file)
     tensors, base = read_tensors(file)
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
