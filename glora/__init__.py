@@ -24,7 +24,7 @@ from glora.spec import AdapterFileError
 from glora.version import __version__
 
 if TYPE_CHECKING:
-    from glora import interop, search
+    from glora import integrations, interop, search
 
 __all__ = [
     "AdapterFileError",
@@ -39,6 +39,7 @@ __all__ = [
     "delete",
     "disabled",
     "functional",
+    "integrations",
     "interop",
     "load",
     "load_state_dict",
@@ -59,7 +60,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`glora.interop` and `glora.search`, imported when they are first asked for."""
-    if name in ("interop", "search"):
+    """`glora.integrations`, `glora.interop` and `glora.search`, imported when they are first asked for."""
+    if name in ("integrations", "interop", "search"):
         return importlib.import_module(f"glora.{name}")
     raise AttributeError(f"module 'glora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The module's names, with those that are not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from glora.files.adapter import read, write
@@ -17,7 +17,7 @@ from glora.text import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it succeeded, 1 after an error that was printed, 2 for a call that is not understood."""
+    """Run one command; 0 when it succeeded, 1 after an error that was printed, 2 after wrong arguments."""
     parser = argparse.ArgumentParser(prog="glora", description="Adapter files, without a model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     lycoris = argparse.ArgumentParser(add_help=False)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge.add_argument("--strict", action="store_true", help="an error for another base than the adapter's, no warning")
     merge.set_defaults(run=_merge)
 
-    inspect = "print an adapter's layers, forms, ranks, parameters, bytes, norms"
+    inspect = "print an adapter's layers, forms, ranks, parameters, bytes and norms"
     commands.add_parser("inspect", help=inspect, parents=[reads]).set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write an adapter as another library has it", parents=[reads])
@@ -50,28 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_any(path: Path, base: Path | None, *, rs_lora: bool = False) -> AdapterSpec:
-    """An adapter of glora, PEFT or LyCORIS, told apart by what is there."""
+def _read(options: argparse.Namespace) -> AdapterSpec:
+    """An adapter of glora, PEFT or LyCORIS, recognised by its files."""
+    path: Path = options.adapter
     if not path.exists():
         raise FileNotFoundError(f"An adapter is a folder or a file; there is none at {str(path)!r}.")
-    folder = path.is_dir()
-    if folder or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors":
         file = adapter_file(path)
-        if "glora" in (read_header(file)[0].get("__metadata__") or {}):
+        if "glora" in read_header(file).metadata:
             return read(file)
-        if folder:
+        if path.is_dir():
             return read_peft(path) if (path / PEFT_CONFIG_FILE).exists() else read(file)
-    if base is None:
+    if options.base is None:
         raise ValueError(
-            f"LyCORIS has underscores for the dots in its layers' names, so that {path} can only be read beside "
-            f"the base checkpoint: pass --base."
+            f"A file of LyCORIS has underscores for the dots in its layers' paths, and the base checkpoint says which "
+            f"are dots; found no base for {path}. Pass --base."
         )
-    shapes = {key.removesuffix(".weight"): shape for key, shape in shapes_of(base).items() if key.endswith(".weight")}
-    return read_lycoris(path, shapes, rs_lora=rs_lora)
-
-
-def _read(options: argparse.Namespace) -> AdapterSpec:
-    return read_any(options.adapter, options.base, rs_lora=options.rs_lora)
+    shapes = {key.removesuffix(".weight"): s for key, s in shapes_of(options.base).items() if key.endswith(".weight")}
+    return read_lycoris(path, shapes, rs_lora=options.rs_lora)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -90,24 +86,22 @@ def _inspect(options: argparse.Namespace) -> None:
     adapter = _read(options)
     rows: list[Sequence[str | int | None]] = []
     for path, layer in adapter.layers.items():
-        forms = " ".join(f"{name}={form}" for name, form in layer.config.forms.items() if form != "none")
-        if layer.config.product == "matmul" and layer.config.A != "none":
-            forms += " (matmul)"
-        rank = layer.rank
+        product = " (matmul)" if layer.config.product == "matmul" and layer.config.A != "none" else ""
         shape = "x".join("?" if size is None else str(size) for size in (layer.out_features, layer.in_features))
-        rows.append([path, shape, forms, rank, *_numbers(adapter, [join(path, key) for key in layer.tensors()])])
+        keys = [join(path, key) for key in layer.tensors()]
+        rows.append([path, shape, layer.forms + product, layer.rank, *_numbers(adapter, keys)])
     for path, names in adapter.heads.items():
-        rows.append([path, "-", "head", "-", *_numbers(adapter, [join(path, name) for name in names])])
-    parameters, size, norm = _numbers(adapter, list(adapter.tensors))
-    title = f"{len(adapter.layers)} layers, {parameters} parameters, {size} bytes, norm {norm}"
+        rows.append([path, None, "head", None, *_numbers(adapter, [join(path, name) for name in names])])
+    parameters, size, norm = _numbers(adapter, adapter.tensors)
+    title = f"{len(adapter.layers)} layers, {parameters:,} parameters, {size:,} bytes, norm {norm}"
     print(table(title, ["module", "out x in", "forms", "rank", "parameters", "bytes", "norm"], rows))
 
 
-def _numbers(adapter: AdapterSpec, keys: list[str]) -> list[str]:
+def _numbers(adapter: AdapterSpec, keys: Iterable[str]) -> tuple[int, int, str]:
     """Parameters, bytes and Frobenius norm of some tensors."""
     tensors = [adapter.tensors[key] for key in keys if key in adapter.tensors]
     norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
-    return [f"{sum(t.numel() for t in tensors):,}", f"{sum(t.nbytes for t in tensors):,}", f"{norm:.4g}"]
+    return sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors), f"{norm:.4g}"
 
 
 def _convert(options: argparse.Namespace) -> None:

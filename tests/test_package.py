@@ -11,7 +11,7 @@ PUBLIC = {
     *("AdapterFileError", "GLoRAConfig", "Plan", "Summary"),
     *("activate", "adapters", "apply", "base_state_dict", "delete", "disabled", "load", "load_state_dict", "merge"),
     *("merged", "named_parameters", "parameters", "plan", "remove", "reset_parameters", "route", "save"),
-    *("state_dict", "summary", "functional"),
+    *("state_dict", "summary", "functional", "integrations", "interop", "search"),
 }
 
 
@@ -40,6 +40,26 @@ def test_interop_comes_with_glora_and_without_safetensors() -> None:
     script = "import sys, glora; print(sorted(glora.interop.__all__), 'safetensors' in sys.modules)"
     names = ["load_lycoris", "load_official", "load_peft", "save_lycoris", "save_peft"]
     assert run(script).strip() == f"{names} False"
+
+
+def test_the_integrations_come_with_glora_and_without_their_frameworks() -> None:
+    script = """
+import sys, glora
+names = ["integrations", "interop", "search"]
+print(set(names) <= set(dir(glora)), set(names) <= set(glora.__all__))
+print({"lightning", "trainer"} <= set(dir(glora.integrations)))
+print(glora.integrations.trainer.AdapterCheckpoints.__module__, {"transformers", "lightning"} & set(sys.modules))
+try:
+    glora.integrations.keras
+except AttributeError as error:
+    print(error)
+"""
+    assert run(script).splitlines() == [
+        "True True",
+        "True",
+        "glora.integrations.trainer set()",
+        "module 'glora.integrations' has no attribute 'keras'",
+    ]
 
 
 def test_importing_glora_imports_no_compiler_and_little_beside_torch() -> None:

@@ -1,4 +1,4 @@
-"""Adapter files: one safetensors file that holds the whole truth, and a JSON copy of its description for readers."""
+"""Adapter files: one safetensors file that holds everything, and a JSON copy of its description for people."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from glora.config import FORMS, GLoRAConfig
 from glora.engines.fill import fill_spec, is_filled_by_load
 from glora.engines.fsdp import save_together
-from glora.files.base import parse_base
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
     PEFT_CONFIG_FILE,
     adapter_file,
+    bytes_of,
+    parse_fingerprints,
     parse_json,
     plain_tensors,
     read_safetensors,
@@ -40,25 +40,25 @@ from glora.version import __version__
 FORMAT_VERSION = 1
 
 # Note [Adapter file]
-# A folder cannot be replaced atomically, a file can: so one file holds everything, tensors and description, and the
-# JSON beside it is a copy that nothing depends on. The file's metadata has three entries: "format" (safetensors' own
-# habit), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape and
-# bytes. Reading checks, in this order: the container (safetensors), the sum, the description's every field, and that
-# its layers account for every tensor with the right shape; only then is a model looked at. "base" in the description,
-# the fingerprints of frozen tensors, and "ties" (Note [Tied heads]) are not in earlier files of this format.
+# A file can be replaced atomically, a folder cannot: so one file holds everything, tensors and description, and the
+# JSON beside it is a copy that nothing depends on. The file's metadata has three entries: "format" (a convention of
+# safetensors), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape
+# and bytes. Reading checks the container (safetensors), then the sum, then every field of the description, then that
+# the tensors are those which the description asks for, and only then the model. Older files of this format have no
+# "base" (fingerprints of frozen tensors) and no "ties" (Note [Tied heads]).
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
-    """Write one adapter into a folder: `adapter_model.safetensors`, and `glora_config.json` for readers.
+    """Write one adapter into a folder: `adapter_model.safetensors`, and `glora_config.json` for people.
 
-    The first holds the adapter's tensors, heads included, and in its metadata all that is needed to attach them again:
-    each layer's forms, rank, alpha, product, base shape and a fingerprint of its frozen tensors, by which `load` knows
-    the base again, the format's version and a SHA-256 sum of it all. It is written beside, flushed to the disk and put
-    in place in one step: killed at any moment, the folder has the old adapter or the new one. `glora_config.json` is a
-    copy of the description, for people; nothing depends on it.
+    The first holds the adapter's tensors, heads included, and in its metadata everything that attaching them needs: the
+    forms, rank, alpha, product and base shape of each layer, a fingerprint of each frozen tensor, by which `load`
+    recognises the base, the version of the format, and a SHA-256 sum of it all. It is written under a temporary name,
+    flushed to the disk and renamed: killed at any moment, the folder has the old adapter or the new one.
+    `glora_config.json` is a copy of the description; nothing depends on it.
 
-    An `adapter_config.json` in the folder, PEFT's or an earlier glora's, describes the adapter that is replaced, and is
-    removed. PEFT and transformers then say that there is no adapter of theirs; `glora.interop.save_peft` writes one.
+    An `adapter_config.json` in the folder, PEFT's or an older glora's, describes the adapter that is replaced, and is
+    removed. PEFT then reports that there is none of its own; `glora.interop.save_peft` writes one.
 
     Args:
         model: the model, or a wrapper of it.
@@ -71,8 +71,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         ImportError: safetensors is not installed (the extra `glora[files]`).
         RuntimeError: tensors that FullyShardedDataParallel has flattened; see its `summon_full_params`.
 
-    A model under `fully_shard` is saved by all ranks together: the adapter's tensors alone are gathered, one by one,
-    the first rank writes, and the others leave when the file is there, or raise what it raised.
+    A model under `fully_shard` is saved by all ranks together. Only the adapter's tensors are gathered, one at a time.
+    Rank 0 writes; the others return once the file is in place, or raise what rank 0 raised.
 
     Example:
         >>> import copy, tempfile, torch, glora
@@ -85,7 +85,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         True
     """
     adapter = describe(model, name)
-    save_together(adapter.tensors, lambda whole: write(Path(directory), replace(adapter, tensors=whole)))
+    save_together(adapter.tensors, lambda gathered: write(Path(directory), replace(adapter, tensors=gathered)))
 
 
 def load(
@@ -98,37 +98,36 @@ def load(
 ) -> Model:
     """Attach an adapter from a folder that `glora.save` wrote, in one call; no config is needed.
 
-    Everything is checked before the model changes: the file's sum, its description, every tensor's key, shape and
-    dtype, and that the model has each layer with the shape that was adapted. Nothing is unpickled. The rest of the
+    Everything is checked before the model changes: the file's sum, its description, the key, shape and dtype of every
+    tensor, and that the model has each layer in the shape that was adapted. Nothing is unpickled. The rest of the
     model is frozen, as by `glora.apply`, and the adapter is the only active one.
 
-    A model under `fully_shard` takes no new adapter: it has the adapter already, by this name (attached on the meta
-    device, say), and every rank calls `load` to fill it (Note [Load after sharding]).
+    A model under `fully_shard` takes no new adapter. Attach it before, under this name, on the meta device say; then
+    every rank calls `load` to fill it (Note [Load after sharding]).
 
     Args:
-        model: the model. Tensors go to each layer's device; on the meta device, whose layers have no memory yet, they
-            stay on the CPU until the model is moved.
+        model: the model. Tensors go to each layer's device; for layers on the meta device they stay on the CPU until
+            the model is moved.
         directory: the folder, or its `adapter_model.safetensors`.
         name: the adapter's name in the model.
-        trainable: whether its tensors ask for gradients; False for one that only serves.
-        strict: whether a base other than the one that the adapter was trained beside is an error, or a warning. The
-            file has a fingerprint of each adapted layer's frozen tensors, which rounding to half precision does not
-            change; layers without memory, or sharded, are not compared.
+        trainable: whether its tensors ask for gradients; False for inference.
+        strict: whether a base other than the one that the adapter was trained on is an error, or a warning. The file
+            has a fingerprint of each frozen tensor of the adapted layers, which rounding to half precision does not
+            change; layers on the meta device, or sharded, are not compared.
 
     Returns:
         The model.
 
     Raises:
-        glora.AdapterFileError: a file that is damaged, foreign, or does not fit the model, or with `strict=True`
-            belongs to another base; the model is as it was.
+        glora.AdapterFileError: a file that is damaged, of another library, or does not fit the model; with
+            `strict=True`, another base. The model is as it was.
         FileNotFoundError: no file.
         ValueError: a name that is taken.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Warns:
-        UserWarning: layers, by name, whose frozen tensors are not those that the adapter was trained beside (a head
-            that was random then, above all); `glora_config.json` does not say what `adapter_model.safetensors` says,
-            which counts.
+        UserWarning: frozen tensors, by name, that differ from those that the adapter was trained on (most often a head
+            that was random then); a `glora_config.json` that differs from `adapter_model.safetensors`, which counts.
     """
     file = adapter_file(directory)
     spec = read(file)
@@ -139,9 +138,6 @@ def load(
 
 def write(directory: Path, adapter: AdapterSpec) -> None:
     """Write a described adapter into a folder (Note [Adapter file])."""
-    meta = [key for key, tensor in adapter.tensors.items() if tensor.is_meta]
-    if meta:
-        raise ValueError(f"Only tensors with memory can be saved; {meta[0]!r} is on the meta device.")
     fields, tensors = _to_json(adapter), plain_tensors(adapter.tensors)
     text, copy = json.dumps(fields, sort_keys=True), json.dumps(fields, indent=2, sort_keys=True) + "\n"
     data = serialize(tensors, {"glora": text, "sha256": digest(text, tensors)})
@@ -153,7 +149,7 @@ def read(file: Path) -> AdapterSpec:
     """Read and check an adapter's file (Note [Adapter file]).
 
     Raises:
-        AdapterFileError: it is damaged or foreign.
+        AdapterFileError: it is damaged, or of another library.
     """
     tensors, metadata, header = read_safetensors(file)
     if "glora" not in metadata:
@@ -164,13 +160,13 @@ def read(file: Path) -> AdapterSpec:
     text = metadata["glora"]
     if set(metadata) != {"format", "glora", "sha256"} or metadata["format"] != "pt":
         raise AdapterFileError(f"The metadata of {file} are not what glora writes; the file is damaged.")
-    # Padding is spaces: other white space there means nothing to a parser, and is damage that the sum does not cover.
+    # safetensors pads with spaces. Parsers skip other white space too, and the sum does not cover the padding.
     if any(byte in header for byte in b"\t\n\r"):
         raise AdapterFileError(f"The header of {file} has white space that safetensors never writes; it is damaged.")
     if digest(text, tensors) != metadata["sha256"]:
         raise AdapterFileError(
-            f"The contents of {file} do not have the SHA-256 sum that was saved with them; the file is damaged. Get it "
-            f"again from where it came from."
+            f"The contents of an adapter file must have the SHA-256 sum that was saved with them; those of {file} have "
+            f"another, so that it is damaged. Copy it again from its source."
         )
     adapter = _parse(file, parse_json(text, file), tensors)
     _compare_copy(file, text)
@@ -183,7 +179,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         total.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy())))
+        total.update(bytes_of(tensor))
     return total.hexdigest()
 
 
@@ -199,22 +195,19 @@ def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bias": layer.bias,
-            # Said only where it is not as in a linear layer: a reader of before then refuses what it does not know.
-            **({} if layer.is_linear else {"matrix": _matrix_to_json(layer), "batch": list(layer.batch or ())}),
         }
+        if not layer.is_linear:  # older versions refuse files with these two fields, and read all others
+            matrix = cast("Matrix", layer.matrix)
+            layers[path]["matrix"] = {"weight": matrix.weight, "bias": matrix.bias, "pattern": matrix.pattern}
+            layers[path]["batch"] = list(layer.batch or ())
     heads = {path: sorted(names) for path, names in adapter.heads.items()}
     fields = {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
     optional = {"base": {key: list(known) for key, known in adapter.base.items()}, "ties": dict(adapter.ties)}
     return fields | {key: value for key, value in optional.items() if value}
 
 
-def _matrix_to_json(layer: LayerSpec) -> dict[str, Any]:
-    matrix = cast("Matrix", layer.matrix)
-    return {"weight": matrix.weight, "bias": matrix.bias, "pattern": matrix.pattern}
-
-
 def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
-    """The adapter that a description and tensors make, every field of it checked."""
+    """The adapter of a description and its tensors; every field is checked."""
     raw = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
     if raw.get("format_version") != FORMAT_VERSION:
         raise AdapterFileError(
@@ -225,8 +218,8 @@ def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         by_path, by_head = cast("dict[str, dict[str, Any]]", raw["layers"]), cast("dict[str, Any]", raw["heads"])
         layers = {path: _parse_layer(fields) for path, fields in by_path.items()}
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
-        base, tied = parse_base(raw.get("base", {})), cast("dict[str, Any]", raw.get("ties", {}))
-        ties = {str(key): str(owner) for key, owner in tied.items()}
+        base = parse_fingerprints(raw.get("base", {}))
+        ties = {str(key): str(owner) for key, owner in cast("dict[str, Any]", raw.get("ties", {})).items()}
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
     adapter = AdapterSpec(layers, heads, tensors, ties, base)
@@ -238,23 +231,20 @@ def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
 
 def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
     fields = dict(fields)
-    shape = fields.pop("out_features"), fields.pop("in_features")
-    bias = fields.pop("bias")
-    known = [size for size in shape if size is not None]
-    if not all(type(size) is int and size > 0 for size in known) or not (bias is None or type(bias) is bool):
-        raise ValueError(f"sizes {shape} and bias {bias!r}")
+    shape, bias = (fields.pop("out_features"), fields.pop("in_features")), fields.pop("bias")
     matrix, batch = fields.pop("matrix", None), fields.pop("batch", [])
-    if not all(type(size) is int and size > 0 for size in batch) or (batch and matrix is None):
-        raise ValueError(f"a batch {batch} of matrices")
+    sizes = [size for size in (*shape, *batch) if size is not None]
+    if not all(type(size) is int and size > 0 for size in sizes) or None in batch or (batch and matrix is None):
+        raise ValueError(f"a weight of shape {shape} in a batch {batch}")
+    if bias is not None and type(bias) is not bool:
+        raise ValueError(f"a bias {bias!r}")
     matrix = None if matrix is None else parse_matrix(**matrix)
-    forms = {name: fields["forms"].get(name, "none") for name in FORMS}
-    if not set(fields.pop("forms")) <= set(FORMS):
-        raise ValueError("paths other than A to E")
+    forms = {**dict.fromkeys(FORMS, "none"), **fields.pop("forms")}
     return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias, matrix, tuple(batch))
 
 
 def _compare_copy(file: Path, text: str) -> None:
-    """Warn where the readers' copy, under today's name or the earlier one, says something else than the file."""
+    """Warn where the copy of the description, under today's name or the earlier one, differs from the file's."""
     copy = next((copy for name in (CONFIG_FILE, PEFT_CONFIG_FILE) if (copy := file.with_name(name)).exists()), None)
     try:
         same = copy is None or parse_json(copy.read_bytes(), copy) == json.loads(text)
@@ -262,8 +252,8 @@ def _compare_copy(file: Path, text: str) -> None:
         same = False
     if not same:
         warnings.warn(
-            f"{copy} does not say what {file.name} beside it says, which is what counts. It may have been edited, or "
-            f"belong to another adapter; saving again renews it.",
+            f"{copy} does not say what {file.name} says, which is what counts. It may have been edited, or belong to "
+            f"another adapter; saving again renews it.",
             UserWarning,
             stacklevel=4,
         )

@@ -1,20 +1,23 @@
-"""Safetensors files: read whole, checked, and put in place in one step."""
+"""Safetensors files: read and checked in one step, replaced in one step."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
+from glora.fingerprint import Fingerprint
 from glora.spec import AdapterFileError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -22,8 +25,8 @@ CONFIG_FILE = "glora_config.json"
 PEFT_CONFIG_FILE = "adapter_config.json"  # PEFT's; earlier versions of glora gave their own this name
 
 _MOST_HEADER = 100_000_000  # bytes: safetensors reads no larger header
-# Seconds without a write after which a temporary file belongs to a save that was killed. Not less: the first shard of
-# a large merge waits until the last one is written.
+# Seconds without a write after which a temporary file counts as left by a killed save. This long, because the first
+# shard of a large merge waits until the last one is written.
 _STALE = 24 * 3600.0
 
 
@@ -33,6 +36,14 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     header: bytes
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of its tensors: key to dtype, shape and offsets, counted from byte `start`."""
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+    start: int
 
 
 def adapter_file(directory: str | os.PathLike[str]) -> Path:
@@ -45,33 +56,36 @@ def adapter_file(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def read_safetensors(file: Path) -> Contents:
-    """All of a safetensors file, from one reading of its bytes."""
-    safetensors = import_optional("safetensors.torch")
-    data = file.read_bytes()
-    try:
-        tensors = cast("dict[str, Tensor]", safetensors.load(data))
-        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-        return Contents(tensors, json.loads(header).get("__metadata__") or {}, header)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a parser makes of damaged bytes
-        raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, without reading them, and at which byte they begin."""
-    safe_open = import_optional("safetensors").safe_open
+@contextlib.contextmanager
+def parsing(file: Path, expected: str = "a complete safetensors file") -> Generator[None]:
+    """Turn whatever a parser raises on damaged bytes into an AdapterFileError; first, the file must exist."""
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {str(file)!r}.")
     try:
-        with safe_open(os.fspath(file), framework="pt"), file.open("rb") as opened:  # safe_open checks it
-            size = int.from_bytes(opened.read(8), "little")
-            return json.loads(opened.read(size)), 8 + size
-    except MemoryError:
+        yield
+    except (MemoryError, OSError):
         raise
-    except Exception as error:  # whatever a parser makes of damaged bytes
-        raise AdapterFileError(f"{file} is no whole safetensors file ({error}).") from error
+    except Exception as error:
+        raise AdapterFileError(f"{file} cannot be read as {expected} ({error}).") from error
+
+
+def read_safetensors(file: Path) -> Contents:
+    """All of a safetensors file, from one reading of its bytes."""
+    safetensors = import_optional("safetensors.torch")
+    with parsing(file):
+        data = file.read_bytes()
+        tensors = cast("dict[str, Tensor]", safetensors.load(data))
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        return Contents(tensors, json.loads(header).get("__metadata__") or {}, header)
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file, without reading the tensors."""
+    safe_open = import_optional("safetensors").safe_open
+    with parsing(file), safe_open(os.fspath(file), framework="pt"), file.open("rb") as opened:  # safe_open checks it
+        size = int.from_bytes(opened.read(8), "little")
+        tensors: dict[str, Any] = json.loads(opened.read(size))
+        return Header(tensors, tensors.pop("__metadata__", None) or {}, 8 + size)
 
 
 def parse_json(text: str | bytes, file: Path) -> Any:
@@ -82,16 +96,40 @@ def parse_json(text: str | bytes, file: Path) -> Any:
         raise AdapterFileError(f"The JSON of {file} cannot be read ({error}).") from error
 
 
+def parse_fingerprints(raw: Any) -> dict[str, Fingerprint]:
+    """Key to fingerprint, from parsed JSON.
+
+    Raises:
+        TypeError, ValueError, AttributeError, OverflowError: it is anything else.
+    """
+    fingerprints = {str(key): tuple([float(number) for number in numbers]) for key, numbers in raw.items()}
+    if not all(len(numbers) and all(map(math.isfinite, numbers)) for numbers in fingerprints.values()):
+        raise ValueError("fingerprints that are empty or not finite")
+    return fingerprints
+
+
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: on the CPU, contiguous, no two sharing memory."""
+    """The tensors as safetensors takes them: on the CPU, contiguous, no two sharing memory.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"Only tensors with memory can be saved; {key!r} is on the meta device.")
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of one of `plain_tensors`, without a copy."""
+    return memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file of plain tensors.
 
     Raises:
-        ValueError: names and metadata that are more than a reader of such files takes.
+        ValueError: names and metadata that are longer than readers of such files accept.
     """
     safetensors = import_optional("safetensors.torch")
     try:
@@ -107,39 +145,39 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
 
 
 # Note [Replacing files]
-# All files are written beside their places and flushed to the disk before the first is put in place: an error leaves
-# the old ones. Of several files the last one describes the others (an index, a config). It is taken away first and put
-# in place last, so that a kill in between leaves no description, rather than one of other files.
+# All files are written under temporary names and flushed to the disk before the first is renamed: an error leaves the
+# old files. Of several files the last one describes the others (an index, a config). The old one is removed first and
+# the new one put in place last: a kill in between leaves no description, rather than a wrong one.
 def replace_files(
     contents: Mapping[Path, bytes | Callable[[BinaryIO], object]], *, obsolete: Iterable[Path] = ()
 ) -> None:
-    """Put files of one folder in place, the last one naming the others (Note [Replacing files]).
+    """Put files of one folder in place, the last one describing the others (Note [Replacing files]).
 
     Args:
-        contents: path to its bytes, or to what writes them into the open file.
-        obsolete: files of the same folder to remove, which say something of those that are replaced.
+        contents: path to its bytes, or to a function that writes them into the open file.
+        obsolete: files of the same folder to remove: they describe files that are replaced.
     """
     last = list(contents)[-1]
-    folders = [path for path in contents if path.is_dir()]
-    if folders:
-        raise IsADirectoryError(f"A file is to be written, and there is a folder of its name: {folders[0]}.")
+    for path in contents:
+        if path.is_dir():
+            raise IsADirectoryError(f"A file can be written only where no folder has its name; {path} is a folder.")
     last.parent.mkdir(parents=True, exist_ok=True)
-    beside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
     try:
         for path, content in contents.items():
-            with beside[path].open("xb") as file:
+            with temporaries[path].open("xb") as file:
                 file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())
         for old in (*obsolete, *([last] if len(contents) > 1 else [])):
             old.unlink(missing_ok=True)
-        for path, temporary in beside.items():
+        for path, temporary in temporaries.items():
             if path == last:
-                _sync(last.parent)  # what goes before reaches the disk before
+                _sync(last.parent)  # the others must reach the disk first
             os.replace(temporary, path)
         _sync(last.parent)
     except BaseException:
-        for temporary in beside.values():
+        for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
         raise
     _remove_stale(last.parent, {path.name for path in contents})
@@ -156,7 +194,7 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_stale(folder: Path, names: set[str]) -> None:
-    """Remove the temporary files that killed saves of these files have left."""
+    """Remove the temporary files that killed saves of these files left."""
     for file in folder.iterdir():
         match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", file.name, re.DOTALL)
         with contextlib.suppress(OSError):  # another save may have removed it
@@ -165,7 +203,7 @@ def _remove_stale(folder: Path, names: set[str]) -> None:
 
 
 def import_optional(module: str, extra: str = "files") -> Any:
-    """An optional module, or an error that names the extra that brings it."""
+    """An optional module, or an ImportError that names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that hold the adapter in place of the whole model."""
+"""transformers' Trainer with checkpoints that hold the adapter instead of the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import nn
 
 from glora.files.adapter import read, save
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE
-from glora.integrations.acting import acting_adapter
+from glora.integrations.active import active_adapter
 from glora.model.state import load_state_dict
 
 
 class AdapterCheckpoints:
-    """Mixed into a `Trainer`: its checkpoints hold the acting adapter, as `glora.save` writes it, and not the model.
+    """A mixin of `Trainer`: its checkpoints hold the active adapter, as `glora.save` writes it, instead of the model.
 
     The rest of a checkpoint (optimizer, scheduler, random state, arguments, tokenizer) is the Trainer's own.
-    `train(resume_from_checkpoint=...)` and `load_best_model_at_end` read the adapter back into the model, on which it
-    must be attached as it was; a folder without an adapter of glora is left to the Trainer. `glora.load(model, folder)`
-    reads a checkpoint too. Buffers of the base model that training changes (BatchNorm's) are in no adapter, unless
-    its module is one of the `trainable=`. In one process or with DistributedDataParallel; not with FSDP or DeepSpeed,
-    which write checkpoints of their own.
+    `train(resume_from_checkpoint=...)` and `load_best_model_at_end` read the adapter back into the model, to which it
+    must be attached already, with the same config; a folder without an adapter of glora is left to the Trainer.
+    `glora.load(model, folder)` reads a checkpoint too. Buffers of the base model that training changes (BatchNorm's)
+    are saved only where their module is one of `trainable=`. It works in one process and with DistributedDataParallel,
+    not with FSDP or DeepSpeed, which write checkpoints of their own.
 
     Raises:
-        ValueError: while saving: not exactly one adapter acts, or something trains that is not the adapter's.
+        ValueError: while saving: not exactly one adapter is active, or a parameter trains that does not belong to it.
         RuntimeError: while saving under FSDP or DeepSpeed.
         glora.AdapterFileError: while loading: a damaged file.
 
@@ -37,7 +37,7 @@ class AdapterCheckpoints:
         >>> AdapterTrainer(model, args, train_dataset=data).train(resume_from_checkpoint=True)  # doctest: +SKIP
     """
 
-    # The Trainer's own, which are read here.
+    # Attributes of the Trainer.
     model: nn.Module
     args: Any
     state: Any
@@ -55,7 +55,7 @@ class AdapterCheckpoints:
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        save(self.model, folder, acting_adapter(self.model))
+        save(self.model, folder, active_adapter(self.model))
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -70,8 +70,8 @@ class AdapterCheckpoints:
             cast("Any", super())._load_best_model()
 
     def _load_adapter(self, folder: str | os.PathLike[str]) -> bool:
-        """Read the adapter of a checkpoint into the model; False where the folder has none of glora's."""
+        """Read the adapter of a checkpoint into the model; False where the folder has no adapter of glora."""
         if not Path(folder, CONFIG_FILE).exists():
             return False
-        load_state_dict(self.model, read(Path(folder, ADAPTER_FILE)).tensors, acting_adapter(self.model))
+        load_state_dict(self.model, read(Path(folder, ADAPTER_FILE)).tensors, active_adapter(self.model))
         return True

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.files.base import base_metadata, read_base
-from glora.files.container import plain_tensors, replace_files, serialize
-from glora.interop.tensors import read_tensors
+from glora.files.container import replace_files
+from glora.interop.tensors import read_tensors, tensor_file
 from glora.model.attach import attach_spec
 from glora.model.state import describe
 from glora.model.walk import Model, owners
@@ -25,15 +24,16 @@ from glora.text import format_names, format_problems
 
 # Note [LyCORIS's layouts]
 # W' = W0 + (W0 A + B) alpha / r, or alpha / sqrt(r) where it was trained with rs_lora, which the file does not say. An
-# alpha of 0 means r. Since its version 3 the tensors are A = a1 a2 and B = b1 b2, with a1 (in, r), a2
-# (r, in), b1 (out, r), b2 (r, in); before, A = a2 a1 and B = b2 b1, with the shapes exchanged. The shapes tell which,
-# beside those of the model's layers, unless in and r are one number and out too; then it is taken as today's.
+# alpha of 0 means r. Since version 3 of LyCORIS A = a1 a2 and B = b1 b2, with a1 (in, r), a2 (r, in), b1 (out, r) and
+# b2 (r, in); before, A = a2 a1 and B = b2 b1, with the shapes exchanged. The shapes of the model's layers tell the two
+# apart, unless in = out = r; then the layout counts as today's.
 #
-# A layer's name is a prefix ("lycoris", "lora_unet", ...) and its path with underscores for dots. Underscores are in
-# paths too, so that only the model's own paths can say which layer is meant.
+# A layer's name is a prefix ("lycoris", "lora_unet", ...) and its path with underscores for dots. Paths have
+# underscores too, so that a name can only be matched with the paths of the model.
 
-# Our keys within a layer, and LyCORIS's.
+# glora's keys within a layer, and LyCORIS's.
 _KEYS = {"A.left": "a1.weight", "A.right": "a2.weight", "B.left": "b1.weight", "B.right": "b2.weight"}
+_FORMS: dict[str, Any] = {"A": "lora", "B": "lora", "C": "none", "D": "none", "E": "none", "product": "matmul"}
 
 
 def load_lycoris(
@@ -47,15 +47,15 @@ def load_lycoris(
 ) -> Model:
     """Attach a GLoRA that LyCORIS saved: A and B low rank, `product="matmul"`, with its alpha.
 
-    Both layouts of its tensors are read, that of version 3 and later and the one before. LyCORIS is not needed.
+    Both layouts of its tensors are read, that since version 3 and that before. LyCORIS is not needed.
 
     Args:
-        model: the model; its layers' paths with underscores for dots, after one prefix, are the file's names.
+        model: the model; the names in the file must be one prefix and its layers' paths with underscores for dots.
         file: `.safetensors`, or what `torch.save` wrote (read as tensors alone).
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients.
-        rs_lora: whether it was trained with LyCORIS's `rs_lora`, a scale of `alpha / sqrt(rank)` for `alpha / rank`.
-            The file does not say, and LyCORIS itself reads every file as without.
+        rs_lora: whether it was trained with LyCORIS's `rs_lora`, scaled by `alpha / sqrt(rank)` instead of
+            `alpha / rank`. The file does not say, and LyCORIS itself reads every file as without.
         strict: for files that glora wrote: whether another base is an error, or a warning; see `glora.load`.
 
     Returns:
@@ -68,8 +68,8 @@ def load_lycoris(
     Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
     """
     file = Path(file)
-    layers = [f for f in owners(model) if isinstance(f.module, nn.Linear)]
-    shapes = {f.path: tuple(f.tensors["weight"].shape) for f in layers}
+    layers = [owner for owner in owners(model) if isinstance(owner.module, nn.Linear)]
+    shapes = {layer.path: tuple(layer.tensors["weight"].shape) for layer in layers}
     adapter = read_lycoris(file, shapes, rs_lora=rs_lora)
     return attach_spec(model, adapter, file, name=name, trainable=trainable, strict=strict)
 
@@ -86,8 +86,8 @@ def save_lycoris(
         rs_lora: write the alpha for a network that is made with `rs_lora`; the file does not say which it is.
 
     Raises:
-        ValueError: what LyCORIS cannot say, named: A or B that is not low rank (none is written as zeros), an
-            elementwise A, any C, D or E, a head. Nothing is written then.
+        ValueError: what LyCORIS's format cannot hold, by name: A or B that is not low rank (none is written as zeros),
+            an elementwise A, any C, D or E, a head. Nothing is written then.
         KeyError: no adapter of that name.
 
     Source: LyCORIS 4.1, `lycoris/modules/glora.py`.
@@ -97,45 +97,46 @@ def save_lycoris(
 
 def read_lycoris(file: Path, shapes: Mapping[str, tuple[int, ...]], *, rs_lora: bool = False) -> AdapterSpec:
     """The adapter in a file of LyCORIS, for a model with layers at these paths, with weights of these shapes."""
+    read, base = read_tensors(file)
     by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_tensors(file).items():
-        layer, _, part = key.partition(".")
-        by_name.setdefault(layer, {})[part] = tensor
-    resolved = _resolve(list(by_name), list(shapes), file)
+    for key, tensor in read.items():
+        name, _, part = key.partition(".")
+        by_name.setdefault(name, {})[part] = tensor
+    path_of = _resolve(list(by_name), list(shapes), file)
     layers: dict[str, LayerSpec] = {}
     tensors: dict[str, Tensor] = {}
-    for layer, given in by_name.items():
-        matrices = [given[part] for part in _KEYS.values() if part in given and given[part].ndim == 2]
-        if len(matrices) < 4 or given.keys() != {*_KEYS.values(), "alpha"}:
+    for name, parts in by_name.items():
+        matrices = [parts[part] for part in _KEYS.values() if part in parts and parts[part].ndim == 2]
+        if len(matrices) < 4 or parts.keys() != {*_KEYS.values(), "alpha"}:
             raise AdapterFileError(
-                f"A linear layer of LyCORIS's GLoRA has {', '.join(_KEYS.values())} (matrices) and alpha; {layer!r} in "
-                f"{file} has {', '.join(f'{part} {tuple(t.shape)}' for part, t in given.items())}."
+                f"A linear layer of LyCORIS's GLoRA has {', '.join(_KEYS.values())} (matrices) and alpha; {name!r} in "
+                f"{file} has {', '.join(f'{part} {tuple(t.shape)}' for part, t in parts.items())}."
             )
-        path = resolved[layer]
-        a1, a2, b1, b2 = matrices
+        path = path_of[name]
         if not _fit(matrices, shapes[path]):
-            matrices = [a2, a1, b2, b1]
+            a2, a1, b2, b1 = matrices
+            matrices = [a1, a2, b1, b2]
         if not _fit(matrices, shapes[path]):
             raise AdapterFileError(
-                f"The tensors of {layer!r} in {file} are of neither layout of LyCORIS's GLoRA for {path!r} of shape "
+                f"The tensors of {name!r} in {file} are of neither layout of LyCORIS's GLoRA for {path!r} of shape "
                 f"{shapes[path]}."
             )
         rank = matrices[0].shape[1]
         try:
-            alpha = (float(given["alpha"]) or rank) * (math.sqrt(rank) if rs_lora else 1)
-            config = GLoRAConfig(A="lora", B="lora", **_REST, rank=rank, alpha=alpha, product="matmul")
+            alpha = (float(parts["alpha"]) or rank) * (math.sqrt(rank) if rs_lora else 1)
+            config = GLoRAConfig(**_FORMS, rank=rank, alpha=alpha)
         except (ValueError, RuntimeError) as error:
-            raise AdapterFileError(f"{layer!r} in {file}: {error}") from error
+            raise AdapterFileError(f"{name!r} in {file}: {error}") from error
         layers[path] = LayerSpec(config, shapes[path][0], shapes[path][1])
         tensors |= {join(path, key): tensor for key, tensor in zip(_KEYS, matrices, strict=True)}
-    return AdapterSpec(layers, {}, tensors, base=read_base(file) if file.suffix == ".safetensors" else {})
+    return AdapterSpec(layers, {}, tensors, base=base)
 
 
 def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) -> None:
-    """Write a described adapter as LyCORIS's GLoRA.
+    """Write an adapter as LyCORIS's GLoRA.
 
     Raises:
-        ValueError: LyCORIS's GLoRA cannot say it; nothing is written.
+        ValueError: LyCORIS's GLoRA cannot hold it; nothing is written.
     """
     problems = [f"{path!r} is a head" for path in adapter.heads]
     tensors: dict[str, Tensor] = {}
@@ -152,12 +153,11 @@ def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) ->
         name = f"lycoris_{path}".replace(".", "_")
         if f"{name}.alpha" in tensors:
             problems.append(f"two layers have the one name {name!r} there")
-        own = {key: adapter.tensors[join(path, key)] for key in _KEYS if join(path, key) in adapter.tensors}
-        dtype = working_dtype(next(iter(own.values()), torch.empty(0)))
-        whole = replace(layer, config=replace(config, A="lora", B="lora", **_REST, product="matmul"))
-        for key, spec in whole.tensors().items():  # zeros where there is no path
-            empty = torch.zeros(cast("tuple[int, ...]", spec.shape), dtype=dtype)
-            tensors[f"{name}.{_KEYS[key]}"] = own.get(key, empty)
+        factors = {key: adapter.tensors[join(path, key)] for key in _KEYS if join(path, key) in adapter.tensors}
+        dtype = working_dtype(next(iter(factors.values()), torch.empty(0)))
+        for key, spec in replace(layer, config=replace(config, **_FORMS)).tensors().items():
+            zeros = torch.zeros(cast("tuple[int, ...]", spec.shape), dtype=dtype)  # for a path that is none
+            tensors[f"{name}.{_KEYS[key]}"] = factors.get(key, zeros)
         factor = math.sqrt(config.rank) if rs_lora else config.rank
         tensors[f"{name}.alpha"] = torch.tensor(config.scaling * factor, dtype=dtype)
     if problems:
@@ -165,10 +165,7 @@ def write_lycoris(file: Path, adapter: AdapterSpec, *, rs_lora: bool = False) ->
             f"LyCORIS's GLoRA has A and B low rank, of a matrix product, and nothing else; this adapter cannot be "
             f"written for it, and nothing was. Found: {format_problems(problems)}. Keep it with glora.save."
         )
-    replace_files({file: serialize(plain_tensors(tensors), base_metadata(adapter.base))})
-
-
-_REST: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}
+    replace_files({file: tensor_file(tensors, adapter.base)})
 
 
 def _fit(matrices: list[Tensor], shape: tuple[int, ...]) -> bool:
@@ -178,24 +175,21 @@ def _fit(matrices: list[Tensor], shape: tuple[int, ...]) -> bool:
     return [tuple(t.shape) for t in matrices] == [(i, rank), (rank, i), (o, rank), (rank, i)]
 
 
-def _resolve(names: list[str], paths: list[str], file: Path) -> Mapping[str, str]:
-    """The file's names to the model's paths, under the one prefix that all of them have."""
-    flat: dict[str, list[str]] = {}
+def _resolve(names: list[str], paths: list[str], file: Path) -> dict[str, str]:
+    """The file's names to the model's paths, under one prefix that all names have."""
+    paths_of: dict[str, list[str]] = {}
     for path in paths:
-        flat.setdefault(path.replace(".", "_"), []).append(path)
-    found: list[dict[str, str]] = []
+        paths_of.setdefault(path.replace(".", "_"), []).append(path)
     first = names[0] if names else ""
-    prefixes = [first[: len(first) - len(end) - 1] for end in flat if end and first.endswith(f"_{end}")]
-    for prefix in sorted(set(prefixes), key=lambda prefix: prefix != "lycoris"):
-        ends = {name: name.removeprefix(f"{prefix}_") for name in names}
-        if all(name.startswith(f"{prefix}_") and ends[name] in flat for name in names):
-            found.append({name: flat[end][0] for name, end in ends.items()})
-            twice = [path for end in ends.values() for path in flat[end] if len(flat[end]) > 1]
-            if twice:
-                raise AdapterFileError(f"{file} names layers by one name for several: {format_names(twice)}.")
-    if not found:
-        raise AdapterFileError(
-            f"The names in {file} must be a prefix and the model's paths with underscores for dots; found "
-            f"{format_names(names)}, and the model has {format_names(paths)}."
-        )
-    return found[0]
+    prefixes = {first.removesuffix(flat) for flat in paths_of if flat and first.endswith(f"_{flat}")}
+    for prefix in sorted(prefixes, key=lambda prefix: (prefix != "lycoris_", prefix)):
+        flat_of = {name: name.removeprefix(prefix) for name in names}
+        if all(name.startswith(prefix) and flat in paths_of for name, flat in flat_of.items()):
+            ambiguous = [path for flat in flat_of.values() for path in paths_of[flat] if len(paths_of[flat]) > 1]
+            if ambiguous:
+                raise AdapterFileError(f"{file} names layers by one name for several: {format_names(ambiguous)}.")
+            return {name: paths_of[flat][0] for name, flat in flat_of.items()}
+    raise AdapterFileError(
+        f"The names in {file} must be a prefix and the model's paths with underscores for dots; found "
+        f"{format_names(names)}, and the model has {format_names(paths)}."
+    )

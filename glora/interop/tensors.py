@@ -1,34 +1,47 @@
-"""Files of tensors: safetensors, or what torch.save wrote of tensors alone."""
+"""Other libraries' files of tensors: safetensors, or what torch.save wrote of tensors alone."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from glora.files.container import read_safetensors
+from glora.files.container import parse_fingerprints, parse_json, parsing, plain_tensors, read_safetensors, serialize
+from glora.fingerprint import Fingerprint
 from glora.spec import AdapterFileError
 
+_BASE = "glora_base"  # metadata that other readers ignore: the fingerprints of the adapter's base
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Key to tensor; a file of torch.save is read with `weights_only=True`, which runs no code of the file's.
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Fingerprint]]:
+    """Key to tensor, and the fingerprints that `tensor_file` wrote; none in files of other libraries.
+
+    A file of torch.save is read with `weights_only=True`, which runs no code of the file's.
 
     Raises:
         AdapterFileError: a file that is damaged, or holds anything but tensors under string keys.
         FileNotFoundError: no file.
     """
-    if not file.exists():
-        raise FileNotFoundError(f"There is no file {str(file)!r}.")
     if file.suffix == ".safetensors":
-        return read_safetensors(file).tensors
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader makes of damaged bytes
-        raise AdapterFileError(f"{file} cannot be read as tensors alone ({error}).") from error
-    if not isinstance(held, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in cast("dict[object, object]", held).items()
+        tensors, metadata, _ = read_safetensors(file)
+        try:
+            return tensors, parse_fingerprints(parse_json(metadata.get(_BASE, "{}"), file))
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise AdapterFileError(f"The fingerprints in {file} cannot be understood: {error!r}.") from error
+    with parsing(file, "tensors alone"):
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor)
+        for key, value in cast("dict[object, object]", loaded).items()
     ):
         raise AdapterFileError(f"{file} must hold tensors under their names, and holds something else.")
-    return cast("dict[str, Tensor]", held)
+    return cast("dict[str, Tensor]", loaded), {}
+
+
+def tensor_file(tensors: Mapping[str, Tensor], base: Mapping[str, Fingerprint]) -> bytes:
+    """A safetensors file of an adapter's tensors, with the fingerprints of its base in the metadata."""
+    return serialize(plain_tensors(tensors), {_BASE: json.dumps(base)} if base else {})

@@ -1,13 +1,13 @@
-"""Adapter files: what is saved comes back, and nothing is lost half way."""
+"""Adapter files: what is saved comes back; damaged and forged files are found before anything has changed."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
+import json
+import random
+import warnings
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import glora
-from tests.helpers.files import most_bytes_of_a_header, saved, small_model, stored_sum
-from tests.helpers.state import same
+from tests.helpers import internals
+from tests.helpers.files import damages, is_reordered, saved, small_model, stored_sum
+from tests.helpers.state import clones, same
 from tests.helpers.strategies import Case, cases
 
 
@@ -115,59 +116,66 @@ def test_a_description_of_many_layers_is_read_again(tmp_path: Path) -> None:
     assert len(glora.state_dict(glora.load(plain, tmp_path))) == 40
 
 
-def test_more_layers_than_a_file_describes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    made = saved(tmp_path)
-    before = stored_sum(tmp_path)
-    with most_bytes_of_a_header(1000), pytest.raises(ValueError, match="fewer layers"):
-        glora.save(made, tmp_path)
-    assert stored_sum(tmp_path) == before
-    # safetensors' own limit: it reads no header above 100 MB, and its newer versions write none.
-    huge = glora.apply(nn.ModuleDict({"m" * 51_000_000: nn.Linear(1, 1)}), config=glora.GLoRAConfig.bitfit())
-    with pytest.raises(ValueError, match="one safetensors file|fewer layers"):
-        glora.save(huge, tmp_path / "huge")
-    assert not (tmp_path / "huge").exists()
-
-
-def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:
-    digits = "0123456789abcdef" * 2
-    stale = [f".adapter_model.safetensors.{digits}", f".glora_config.json.{digits}"]
-    others = [
-        f".adapter_model.safetensors.{digits[:-1]}",
-        f".adapter_model.safetensors.{digits.upper()}",
-        f".adapter_model.safetensors.{digits}.part",
-        f".other.safetensors.{digits}",
-        f"adapter_model.safetensors.{digits}",
-        f".adapter_model_safetensors.{digits}",
-    ]
-    running = f".adapter_model.safetensors.{digits[::-1]}"  # of a save that goes on at the same time
-    for name in (*stale, *others, running):
-        (tmp_path / name).touch()
-        if name != running:
-            os.utime(tmp_path / name, times=(0, 0))
+def test_a_thousand_damages_are_all_found_and_change_nothing(tmp_path: Path) -> None:
     saved(tmp_path)
-    left = {file.name for file in tmp_path.iterdir()}
-    assert left == {*others, running, "adapter_model.safetensors", "glora_config.json"}
+    saved(tmp_path / "other", seed=1)
+    file = tmp_path / "adapter_model.safetensors"
+    good, other = file.read_bytes(), (tmp_path / "other" / file.name).read_bytes()
+    text = (tmp_path / "glora_config.json").read_bytes()
+    target, rng, found = small_model(), random.Random(0), 0
+    before = clones(target.state_dict())
+    while found < 1000:
+        damaged = damages(good, other, text, rng)
+        if is_reordered(damaged, good) or is_reordered(damaged, other):
+            continue
+        file.write_bytes(damaged)
+        with pytest.raises(glora.AdapterFileError, match=file.name):
+            glora.load(target, tmp_path)
+        found += 1
+    assert type(target[0]) is nn.Linear
+    assert same(target.state_dict(), before)
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("count", range(1, 7))
-def test_stopped_anywhere_the_old_adapter_or_the_new_one_is_there(tmp_path: Path, step: str, count: int) -> None:
+def rewritten(directory: Path, **changes: Any) -> None:
+    """The file with other contents, and a right sum over them: not damaged, but made."""
+    from safetensors.torch import load, save
+
+    file = directory / "adapter_model.safetensors"
+    data = file.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    said, tensors = json.loads(header["__metadata__"]["glora"]), load(data)
+    tensors |= changes.pop("tensors", {})
+    text = changes.pop("text", None) or json.dumps(changes.pop("change")(said) or said)
+    file.write_bytes(save(tensors, {"format": "pt", "glora": text, "sha256": internals.sum_of_contents(text, tensors)}))
+
+
+CHANGES: dict[str, Any] = {
+    "a newer format": {"change": lambda said: said.update(format_version=2)},
+    "no layers": {"change": lambda said: said.pop("layers") and None},
+    "a path that climbs out": {"change": lambda said: said["layers"].update({"../../etc": said["layers"].pop("0")})},
+    "a rank that would fill memory": {"change": lambda said: said["layers"]["0"].update(rank=10**12)},
+    "another shape": {"change": lambda said: said["layers"]["0"].update(out_features=7)},
+    "another bias": {"change": lambda said: said["layers"]["0"].update(bias=False)},
+    "an unknown field": {"change": lambda said: said["layers"]["0"].update(unknown=1)},
+    "a form of none": {"change": lambda said: said["layers"]["0"]["forms"].update(A="diagonal")},
+    "an unknown path": {"change": lambda said: said["layers"]["0"]["forms"].update(Z="vector")},
+    "a JSON bomb": {"text": "[" * 100_000},
+    "a list": {"text": "[]"},
+    "a tensor more": {"change": dict, "tensors": {"0.Z.left": torch.zeros(1)}},
+    "integers": {"change": dict, "tensors": {"0.D.value": torch.zeros(4, dtype=torch.int32)}},
+    "another head": {"change": lambda said: said["heads"].update({"1": ["weight"]})},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_made_file_is_refused_by_what_it_says(name: str, tmp_path: Path) -> None:
     saved(tmp_path)
-    old = stored_sum(tmp_path)
-    real, calls = getattr(os, step), []
-
-    def stop(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with mock.patch.object(os, step, stop), contextlib.suppress(KeyboardInterrupt):
-        saved(tmp_path, seed=1)
-    saved(tmp_path / "new", seed=1)
-    new = stored_sum(tmp_path / "new")
-    # All bytes are on the disk (two flushes) before the first file is replaced; the copy is never another adapter's.
-    replaced = count > (2 if step == "fsync" else 1)
-    assert stored_sum(tmp_path) == (new if replaced else old)
-    assert {file.name for file in tmp_path.iterdir()} <= {"new", "glora_config.json", "adapter_model.safetensors"}
-    glora.load(small_model(seed=1 if replaced else 0), tmp_path)  # with no warning
+    rewritten(tmp_path, **dict(CHANGES[name]))
+    target = small_model()
+    before = clones(target.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the readers' copy differs as well
+        with pytest.raises(glora.AdapterFileError, match="adapter_model"):
+            glora.load(target, tmp_path)
+    assert same(target.state_dict(), before)
+    assert type(target[0]) is nn.Linear

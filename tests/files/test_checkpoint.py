@@ -72,7 +72,7 @@ def test_what_merge_refuses_leaves_no_file(tmp_path: Path, capsys: pytest.Captur
         ("base.safetensors", "base.safetensors", "stays as it is"),
         ("other.safetensors", "out.safetensors", "does not have"),
         ("huge.safetensors", "out.safetensors", "must be finite"),
-        ("cut.safetensors", "out.safetensors", "no whole safetensors file"),
+        ("cut.safetensors", "out.safetensors", "a complete safetensors file"),
         ("climbing.safetensors.index.json", "out.safetensors", "its own folder"),
         ("nowhere.safetensors", "out.safetensors", "no file"),
     ):

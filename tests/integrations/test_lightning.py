@@ -47,12 +47,10 @@ def module() -> Module:
 
 
 def fit(epochs: int, folder: Path, resume: Path | None = None) -> tuple[Module, Any]:
-    from glora.integrations.lightning import AdapterCheckpoints
-
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[AdapterCheckpoints()],
+        callbacks=[glora.integrations.lightning.AdapterCheckpoints()],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,

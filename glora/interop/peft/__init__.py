@@ -35,7 +35,7 @@ def load_peft(
     | IA3 | A and D vectors (outputs), or an A vector of the matrix product (inputs) |
     | modules_to_save | heads, as by `trainable=` |
 
-    PEFT itself is not needed. Dropout of the input (lora_dropout), which acts in training alone, is not taken over.
+    PEFT itself is not needed. Dropout of the input (lora_dropout, in training only) is left out.
 
     Args:
         model: the base model that PEFT wrapped.
@@ -48,8 +48,8 @@ def load_peft(
         The model; the adapter is the only active one.
 
     Raises:
-        glora.AdapterFileError: files that are damaged, of another method, or with something that glora does not do
-            (DoRA, trained base biases, starts that change the base weights), named; or that do not fit the model.
+        glora.AdapterFileError: files that are damaged, of another method, do not fit the model, or need something that
+            glora does not do (DoRA, trained base biases, starts that change the base weights), by name.
         FileNotFoundError: no such files.
 
     Source: Hugging Face PEFT 0.21.
@@ -62,8 +62,8 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | N
     """Write one adapter as PEFT's GLoRA does, for `PeftModel.from_pretrained(base_model, directory)`.
 
     The files are `adapter_model.safetensors` and `adapter_config.json`; a `glora_config.json` in the folder describes
-    an adapter that is replaced, and is removed. `alpha / rank` is multiplied into the left factors, since PEFT's GLoRA
-    has none. Rank dropout is left out.
+    the adapter that is replaced, and is removed. `alpha / rank` is multiplied into the left factors, since PEFT's GLoRA
+    has no alpha. Rank dropout is left out.
 
     Args:
         model: the model.
@@ -71,7 +71,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str], name: str | N
         name: the adapter; None for the only one.
 
     Raises:
-        ValueError: what PEFT's GLoRA cannot say, named: A and B (or D and E) of different forms in one layer, layers
+        ValueError: what PEFT's GLoRA cannot hold, by name: A and B (or D and E) of different forms in one layer, layers
             that differ in forms or rank, a matrix product, a created bias. Nothing is written then.
         KeyError: no adapter of that name.
 

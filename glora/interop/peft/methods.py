@@ -1,4 +1,4 @@
-"""PEFT's methods: what each one's tensors and config say of one layer."""
+"""PEFT's methods: one layer's tensors and config, read as glora's."""
 
 from __future__ import annotations
 
@@ -15,73 +15,75 @@ from glora.precision import wide
 from glora.spec import LayerSpec
 
 # Note [PEFT's forms]
-# GLORA: glora_A to glora_E, each `Xd`, `Xu` (lora), `X` (vector, constant) or `zeros` (none, dense): our left, right
-#   and value, elementwise. A and B share one form, D and E another, in all layers.
+# GLORA: glora_A to glora_E, each `Xd`, `Xu` (lora), `X` (vector, constant) or `zeros` (none, dense): left, right and
+#   value of glora's, elementwise. A and B share one form, D and E another, in all layers.
 # LORA: W' = W0 + s lora_B lora_A with s = alpha / r, or alpha / sqrt(r) with rslora: B alone. A lora_bias adds s times
 #   a vector to the output: E.
 # HIRA: W' = W0 + W0 * (hira_B hira_A): A alone.
 # IA3: ia3_l (out, 1) scales outputs, bias included: A and D vectors of l - 1; (1, in) scales inputs: A of a matrix
 #   product, whose vector is a diagonal.
-# `modules_to_save`: whole modules, under plain keys: heads.
+# `modules_to_save`: all tensors of some modules, under plain keys: heads.
 #
-# A reader takes the config, the layer's path and its tensors, and takes out of these what it uses; nothing may be left.
+# A reader gets the config, the layer's path and its tensors. It pops each tensor that it uses; none may be left.
+
+PREFIX = "base_model.model."  # of every key in PEFT's files
 
 _Read = tuple[LayerSpec, dict[str, Tensor]]
 
-# The field of PEFT's config that has the form of each path.
+# Path to the field of PEFT's config that has its form.
 FIELDS = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
 
 
-def _glora(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Read:
+def _glora(config: Mapping[str, Any], path: str, theirs: dict[str, Tensor]) -> _Read:
     forms: dict[str, Any] = {}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     out_features = in_features = rank = None
     for name, field in FIELDS.items():
-        zeros = given.pop(f"glora_{name}.zeros", None)
+        zeros = theirs.pop(f"glora_{name}.zeros", None)
         forms[name] = config[field] if zeros is None else "none"
         if zeros is not None and bool(zeros.count_nonzero()):
             raise ValueError(f"{path}.glora_{name}.zeros is not zero")
         if zeros is not None and name in "AB":
             out_features, in_features = zeros.shape
         if forms[name] == "lora":
-            left, right = given.pop(f"glora_{name}.Xd"), given.pop(f"glora_{name}.Xu")
-            found |= {f"{name}.left": left, f"{name}.right": right}
+            left, right = theirs.pop(f"glora_{name}.Xd"), theirs.pop(f"glora_{name}.Xu")
+            tensors |= {f"{name}.left": left, f"{name}.right": right}
             rank = left.shape[1]
             if name in "AB":
                 out_features, in_features = left.shape[0], right.shape[1]
         elif forms[name] != "none":
-            found[f"{name}.value"] = given.pop(f"glora_{name}.X")
+            tensors[f"{name}.value"] = theirs.pop(f"glora_{name}.X")
     # PEFT leaves C, D and E out where there is no bias; a config without them does not say whether there is one.
-    of_bias = any(config[FIELDS[name]] != "none" for name in "CDE")
-    bias = any(forms[name] != "none" for name in "CDE") if of_bias else None
-    return LayerSpec(GLoRAConfig(**forms, rank=rank or config["r"]), out_features, in_features, bias), found
+    configured = any(config[FIELDS[name]] != "none" for name in "CDE")
+    bias = any(forms[name] != "none" for name in "CDE") if configured else None
+    return LayerSpec(GLoRAConfig(**forms, rank=rank or config["r"]), out_features, in_features, bias), tensors
 
 
-def _lora(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Read:
-    right, left = given.pop("lora_A.weight"), given.pop("lora_B.weight")
+def _lora(config: Mapping[str, Any], path: str, theirs: dict[str, Tensor]) -> _Read:
+    right, left = theirs.pop("lora_A.weight"), theirs.pop("lora_B.weight")
     rank = left.shape[1]
     if rank != _of_pattern(config.get("rank_pattern"), path, config["r"]):
         raise ValueError(f"{path!r} has rank {rank}, and the config says otherwise")
     alpha = _of_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     ours = GLoRAConfig.lora(rank=rank, alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
-    found = {"B.left": left, "B.right": right}
-    bias = given.pop("lora_B.bias", None)
+    tensors = {"B.left": left, "B.right": right}
+    bias = theirs.pop("lora_B.bias", None)
     if bias is not None:
-        found["E.value"] = wide(bias) * ours.scaling
+        tensors["E.value"] = wide(bias) * ours.scaling
         ours = replace(ours, E="vector", create_bias=True)
-    return LayerSpec(ours, left.shape[0], right.shape[1]), found
+    return LayerSpec(ours, left.shape[0], right.shape[1]), tensors
 
 
-def _hira(_config: Mapping[str, Any], _path: str, given: dict[str, Tensor]) -> _Read:
-    right, left = given.pop("hira_A"), given.pop("hira_B")
-    rank = left.shape[1]  # which scales nothing, and PEFT does not always hold itself to its rank_pattern
+def _hira(_config: Mapping[str, Any], _path: str, theirs: dict[str, Tensor]) -> _Read:
+    right, left = theirs.pop("hira_A"), theirs.pop("hira_B")
+    rank = left.shape[1]  # not compared with rank_pattern: it scales nothing, and PEFT does not always follow it
     layer = LayerSpec(GLoRAConfig.hira(rank=rank), left.shape[0], right.shape[1])
     return layer, {"A.left": left, "A.right": right}
 
 
-def _ia3(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Read:
+def _ia3(config: Mapping[str, Any], path: str, theirs: dict[str, Tensor]) -> _Read:
     feedforward: str | list[str] = config.get("feedforward_modules") or []
-    scale = given.pop("ia3_l")
+    scale = theirs.pop("ia3_l")
     change = wide(scale) - 1
     if isinstance(feedforward, str):
         scales_inputs = re.fullmatch(feedforward, path) is not None
@@ -97,7 +99,7 @@ def _ia3(config: Mapping[str, Any], path: str, given: dict[str, Tensor]) -> _Rea
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """A layer's entry in rank_pattern or alpha_pattern: the first key that its path ends in, as a regex."""
+    """A layer's entry in rank_pattern or alpha_pattern: that of the first key which, as a regex, its path ends in."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value

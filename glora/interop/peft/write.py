@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora.files.base import base_metadata
-from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, plain_tensors, replace_files, serialize
-from glora.interop.peft.methods import FIELDS
-from glora.interop.peft.read import PREFIX
+from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, replace_files
+from glora.interop.peft.methods import FIELDS, PREFIX
+from glora.interop.tensors import tensor_file
 from glora.precision import wide
 from glora.spec import AdapterSpec, LayerSpec, join
 from glora.text import format_problems
 
 
 def write_peft(directory: Path, adapter: AdapterSpec) -> None:
-    """Write a described adapter as PEFT's GLoRA.
+    """Write an adapter as PEFT's GLoRA.
 
     Raises:
-        ValueError: PEFT's GLoRA cannot say it; nothing is written.
+        ValueError: PEFT's GLoRA cannot hold it; nothing is written.
     """
     config, tensors = _config(adapter), dict[str, Tensor]()
     for path, layer in adapter.layers.items():
@@ -31,7 +30,7 @@ def write_peft(directory: Path, adapter: AdapterSpec) -> None:
     for path, names in adapter.heads.items():
         tensors |= {f"{PREFIX}{join(path, name)}": adapter.tensors[join(path, name)] for name in names}
     contents = {
-        directory / ADAPTER_FILE: serialize(plain_tensors(tensors), base_metadata(adapter.base)),
+        directory / ADAPTER_FILE: tensor_file(tensors, adapter.base),
         directory / PEFT_CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     replace_files(contents, obsolete=[directory / CONFIG_FILE])
@@ -39,20 +38,20 @@ def write_peft(directory: Path, adapter: AdapterSpec) -> None:
 
 def _layer(path: str, layer: LayerSpec, adapter: AdapterSpec) -> dict[str, Tensor]:
     """A layer's tensors under PEFT's names."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, form in layer.config.forms.items():
         if form == "lora":
             left = adapter.tensors[join(path, f"{name}.left")]
-            found[f"{name}.Xd"] = wide(left) * layer.config.scaling
-            found[f"{name}.Xu"] = adapter.tensors[join(path, f"{name}.right")]
+            tensors[f"{name}.Xd"] = wide(left) * layer.config.scaling
+            tensors[f"{name}.Xu"] = adapter.tensors[join(path, f"{name}.right")]
         elif form != "none":
-            found[f"{name}.X"] = adapter.tensors[join(path, f"{name}.value")]
+            tensors[f"{name}.X"] = adapter.tensors[join(path, f"{name}.value")]
         else:
             o, i = layer.out_features, layer.in_features
             if o is None or i is None:
                 raise ValueError(f"PEFT keeps zeros of W0's size for a path of none; that of {path!r} is not known.")
-            found[f"{name}.zeros"] = torch.zeros({"C": (i, 1), "D": (o,), "E": (o,)}.get(name, (o, i)))
-    return found
+            tensors[f"{name}.zeros"] = torch.zeros({"C": (i, 1), "D": (o,), "E": (o,)}.get(name, (o, i)))
+    return tensors
 
 
 def _config(adapter: AdapterSpec) -> dict[str, Any]:
@@ -70,14 +69,14 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
             problems.append(f"{path!r} has product={layer.config.product!r}, which must be 'hadamard'")
         if layer.config.create_bias or (layer.bias is False and any(forms[name] != "none" for name in "CDE")):
             problems.append(f"{path!r} has a bias that was created, which PEFT's layers cannot have")
-    stated: dict[str, str] = {}
+    form_of: dict[str, str] = {}
     for name, field in FIELDS.items():
         # A layer without a bias has no C, D and E in PEFT either, whatever the config says.
-        found = {layer.config.forms[name] for layer in layers.values() if name in "AB" or layer.bias is not False}
-        stated[field] = next(iter(found), "none")
-        if len(found) > 1:
+        forms = {layer.config.forms[name] for layer in layers.values() if name in "AB" or layer.bias is not False}
+        form_of[field] = next(iter(forms), "none")
+        if len(forms) > 1:
             problems.append(f"its layers differ in the form of {name}, which must be one for all")
-    ranks = {layer.config.rank for layer in layers.values() if layer.rank}
+    ranks = {layer.rank for layer in layers.values() if layer.rank is not None}
     if len(ranks) > 1:
         problems.append(f"its layers have ranks {sorted(ranks)}, which must be one for all")
     if "" in layers:
@@ -93,8 +92,8 @@ def _config(adapter: AdapterSpec) -> dict[str, Any]:
     return {
         "peft_type": "GLORA",
         "r": max(ranks, default=8),
-        **stated,
-        # A regex: a list would be taken as suffixes, and reach other layers too.
+        **form_of,
+        # A regex: PEFT takes a list as suffixes, which reach other layers too.
         "target_modules": "|".join(re.escape(path) for path in layers),
         "modules_to_save": sorted(adapter.heads) or None,
         "bias": "none",

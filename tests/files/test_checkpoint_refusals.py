@@ -105,7 +105,7 @@ def merged(folder: Path, base: Path, model: nn.Module, capsys: pytest.CaptureFix
         ({"weight": torch.zeros(4, 2), "bias": torch.zeros(2)}, "1.weight: shape (2, 4) where (4, 2) should be"),
         ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2).long()}, "1.bias: torch.float32 where an integer"),
         ({"weight": torch.zeros(2, 4).to(torch.float8_e4m3fn), "bias": torch.zeros(2)}, "of the base is F8_E4M3"),
-        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2), "scale": torch.zeros(2)}, "'scale'"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2), "scale": torch.zeros(2)}, "missing: 1.scale"),
         ({"weight": torch.zeros(2, 4)}, "does not have"),
     ],
 )

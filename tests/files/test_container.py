@@ -1,0 +1,90 @@
+"""Safetensors files are replaced in one step, and what cannot be read again is not written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import glora
+from glora import interop
+from tests.helpers.calls import only
+from tests.helpers.files import most_bytes_of_a_header, saved, small_model, stored_sum
+
+
+def test_more_layers_than_a_file_describes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    made = saved(tmp_path)
+    before = stored_sum(tmp_path)
+    with most_bytes_of_a_header(1000), pytest.raises(ValueError, match="fewer layers"):
+        glora.save(made, tmp_path)
+    assert stored_sum(tmp_path) == before
+    # safetensors' own limit: it reads no header above 100 MB, and its newer versions write none.
+    huge = glora.apply(nn.ModuleDict({"m" * 51_000_000: nn.Linear(1, 1)}), config=glora.GLoRAConfig.bitfit())
+    with pytest.raises(ValueError, match="one safetensors file|fewer layers"):
+        glora.save(huge, tmp_path / "huge")
+    assert not (tmp_path / "huge").exists()
+
+
+def test_tensors_without_memory_are_refused_by_name_in_every_format(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 4))
+    glora.apply(model, config=only(A="lora", B="lora", product="matmul"))
+    with pytest.raises(ValueError, match="'0.A.left' is on the meta device"):
+        glora.save(model, tmp_path / "glora")
+    with pytest.raises(ValueError, match="'lycoris_0.a1.weight' is on the meta device"):
+        interop.save_lycoris(model, tmp_path / "lycoris.safetensors")
+    model = glora.apply(glora.remove(model), config=only(A="lora", B="lora"))
+    with pytest.raises(ValueError, match="'base_model.model.0.glora_A.Xd' is on the meta device"):
+        interop.save_peft(model, tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 2
+    stale = [f".adapter_model.safetensors.{digits}", f".glora_config.json.{digits}"]
+    others = [
+        f".adapter_model.safetensors.{digits[:-1]}",
+        f".adapter_model.safetensors.{digits.upper()}",
+        f".adapter_model.safetensors.{digits}.part",
+        f".other.safetensors.{digits}",
+        f"adapter_model.safetensors.{digits}",
+        f".adapter_model_safetensors.{digits}",
+    ]
+    running = f".adapter_model.safetensors.{digits[::-1]}"  # of a save that goes on at the same time
+    for name in (*stale, *others, running):
+        (tmp_path / name).touch()
+        if name != running:
+            os.utime(tmp_path / name, times=(0, 0))
+    saved(tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {*others, running, "adapter_model.safetensors", "glora_config.json"}
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("count", range(1, 7))
+def test_stopped_anywhere_the_old_adapter_or_the_new_one_is_there(tmp_path: Path, step: str, count: int) -> None:
+    saved(tmp_path)
+    old = stored_sum(tmp_path)
+    real, calls = getattr(os, step), []
+
+    def stop(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with mock.patch.object(os, step, stop), contextlib.suppress(KeyboardInterrupt):
+        saved(tmp_path, seed=1)
+    saved(tmp_path / "new", seed=1)
+    new = stored_sum(tmp_path / "new")
+    # All bytes are on the disk (two flushes) before the first file is replaced; the copy is never another adapter's.
+    replaced = count > (2 if step == "fsync" else 1)
+    assert stored_sum(tmp_path) == (new if replaced else old)
+    assert {file.name for file in tmp_path.iterdir()} <= {"new", "glora_config.json", "adapter_model.safetensors"}
+    glora.load(small_model(seed=1 if replaced else 0), tmp_path)  # with no warning
