@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from glora.layer.keys import before_plain_keys
 from glora.model.change import Engine, engines
 from glora.model.walk import Owner, adapted_owners, adapted_sites
-from glora.tensors import gathered, is_quantised, is_sharded, is_tensor_parallel
+from glora.tensors import gathered, is_quantised, is_sharded, is_tensor_parallel, sharded_like
 
 # Note [All ranks together]
 # Gathering a tensor is a collective: every rank takes part, in the same order. So every rank calls `glora.save`; one
@@ -147,4 +149,25 @@ def groups(model: nn.Module) -> list[Any]:
     return list(by_id.values())
 
 
+# Note [Plain keys of a sharded model]
+# torch's `set_model_state_dict` shards what it is given by the model's own keys, and does not know the plain keys of an
+# adapted module. Whole tensors may arrive on all ranks, or (`broadcast_from_rank0`) on rank 0 only; it broadcasts them.
+def broadcast_plain(state_dict: dict[str, Any], originals: dict[str, Tensor]) -> None:
+    """Shard the whole tensors of rank 0 over all ranks; originals: by their plain keys."""
+    meshes = [cast("Any", tensor).device_mesh for tensor in originals.values() if is_sharded(tensor)]
+    if not meshes:
+        return
+    whole = {key: state_dict[key] for key in originals if key in state_dict and not is_sharded(state_dict[key])}
+    from_first: list[dict[str, Tensor | None]] = [
+        {key: None if is_sharded(originals[key]) else value for key, value in whole.items()}
+    ]
+    for group in meshes[0].get_all_groups():
+        dist.broadcast_object_list(from_first, src=dist.get_global_rank(group, 0), group=group)
+    for key, value in from_first[0].items():
+        original = originals[key]
+        empty = torch.empty(original.shape, dtype=original.dtype, device="cpu") if value is None else value
+        state_dict[key] = sharded_like(original, whole.get(key, empty), from_first=True)
+
+
 engines.append(Engine(reshard, refuse_sharded, update_locations))
+before_plain_keys.append(broadcast_plain)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from glora.layer.parametrization import biases_of, live_parametrizations, stores_of
-from glora.tensors import is_sharded, sharded_like
+
+# What an engine does to a state dict with plain keys before it is loaded, given the frozen tensors by these keys.
+before_plain_keys: list[Callable[[dict[str, Any], dict[str, Tensor]], None]] = []
 
 
 def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -23,7 +24,8 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     if any(key.startswith(inner) and value is not own.get(key) for key, value in state_dict.items()):
         return
     names = list(stores_of(module))
-    _broadcast_plain(state_dict, {f"{prefix}{name}": own[f"{inner}{name}.original"] for name in names})
+    for prepare in before_plain_keys:
+        prepare(state_dict, {f"{prefix}{name}": own[f"{inner}{name}.original"] for name in names})
     plain = [name for name in names if f"{prefix}{name}" in state_dict]
     if not plain:
         return
@@ -34,26 +36,6 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     for key, tensor in own.items():
         if key not in demanded:
             state_dict.setdefault(key, tensor)
-
-
-# Note [Plain keys of a sharded model]
-# torch's `set_model_state_dict` shards what it is given by the model's own keys, and does not know the plain keys of an
-# adapted module. Whole tensors may arrive on all ranks, or (`broadcast_from_rank0`) on rank 0 only; it broadcasts them.
-def _broadcast_plain(state_dict: dict[str, Any], originals: dict[str, Tensor]) -> None:
-    """Shard the whole tensors of rank 0 over all ranks; originals: by their plain keys."""
-    meshes = [cast("Any", tensor).device_mesh for tensor in originals.values() if is_sharded(tensor)]
-    if not meshes:
-        return
-    whole = {key: state_dict[key] for key in originals if key in state_dict and not is_sharded(state_dict[key])}
-    from_first: list[dict[str, Tensor | None]] = [
-        {key: None if is_sharded(originals[key]) else value for key, value in whole.items()}
-    ]
-    for group in meshes[0].get_all_groups():
-        dist.broadcast_object_list(from_first, src=dist.get_global_rank(group, 0), group=group)
-    for key, value in from_first[0].items():
-        original = originals[key]
-        empty = torch.empty(original.shape, dtype=original.dtype, device="cpu") if value is None else value
-        state_dict[key] = sharded_like(original, whole.get(key, empty), from_first=True)
 
 
 def drop_upgraded_keys(
