@@ -18,13 +18,14 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype is not dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in its `working_dtype`: itself, but for half precision."""
-    return tensor.to(working_dtype(tensor))
+    return tensor if tensor.dtype is torch.float32 else tensor.to(working_dtype(tensor))
 
 
 def in_autocast(tensor: Tensor) -> bool:

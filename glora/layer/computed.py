@@ -19,7 +19,6 @@ from glora.layer.parametrization import (
     Parametrizations,
     Store,
     Weight,
-    biases_of,
     live_parametrizations,
 )
 from glora.torch_internals import storage_of
@@ -142,10 +141,11 @@ def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -
 # With `leave_parametrized=False`, or where no adapter acts, the original is W0 still: C multiplies the plain parameter,
 # and trains on. If the bias goes first there is nothing to do.
 def _attach_frozen_weight(module: nn.Module, name: str, value: Tensor) -> None:
-    original = live_parametrizations(module)[name].original
-    for bias in _prompted_biases(module, name) if value is not original else ():
-        vars(value)["glora_frozen"] = original.detach()
-        bias.last_read = weakref.ref(value)
+    for bias in _prompted_biases(module, name):
+        original = live_parametrizations(module)[name].original
+        if value is not original:
+            vars(value)["glora_frozen"] = original.detach()
+            bias.last_read = weakref.ref(value)
 
 
 def freeze_prompts(module: nn.Module, name: str, restored: Tensor | None) -> None:
@@ -158,4 +158,5 @@ def freeze_prompts(module: nn.Module, name: str, restored: Tensor | None) -> Non
 
 def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
     """The biases of the module that multiply this weight."""
-    return [bias for bias in biases_of(module).values() if bias.matrix.weight == weight and bias.has_prompt()]
+    stores = [parametrization._modules["0"] for parametrization in live_parametrizations(module).values()]
+    return [b for b in stores if isinstance(b, Bias) and b.matrix.weight == weight and b.has_prompt()]

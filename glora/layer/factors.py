@@ -27,11 +27,21 @@ class LowRank(nn.Module):
         config: gives `alpha / rank` and the rate of rank dropout.
     """
 
+    left: Tensor
+    right: Tensor
+    scaling: float
+    dropout: float
+
     def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig) -> None:
         super().__init__()
-        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
-        self.scaling = config.scaling
-        self.dropout = config.rank_dropout
+        self.register_parameter("left", nn.Parameter(left))
+        self.register_parameter("right", nn.Parameter(right))
+        vars(self).update(scaling=config.scaling, dropout=config.rank_dropout)  # Note [Thousands of modules]
+
+    # Note [Thousands of modules]
+    # An adapted layer has a dozen small modules, and a model has thousands of layers. nn.Module's `__setattr__` looks
+    # for parameters, modules and buffers first, which takes as long as to make a small tensor. So constructors set
+    # plain attributes past it.
 
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:
         """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r numbers."""
@@ -52,7 +62,7 @@ class LowRank(nn.Module):
     def reset_parameters(self, size: float | None) -> None:
         """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
         if size is None:
-            nn.init.zeros_(self.left)
+            self.left.zero_()
             _fill(self.right, _kaiming)
         else:
             each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[-1])))
@@ -67,9 +77,11 @@ class LowRank(nn.Module):
 class Vector(nn.Module):
     """One number a channel; or one for all, `(1,)`, since FSDP refuses to shard a 0-dimensional tensor."""
 
+    value: Tensor
+
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.value = nn.Parameter(value)
+        self.register_parameter("value", nn.Parameter(value))
 
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, no dropout
         """The value and its scale."""
@@ -79,7 +91,7 @@ class Vector(nn.Module):
     def reset_parameters(self, size: float | None) -> None:
         """Start at zero (None), or with entries of about `size`."""
         if size is None:
-            nn.init.zeros_(self.value)
+            self.value.zero_()
         else:
             _draw(self.value, size)
 
@@ -146,7 +158,8 @@ def _draw(factor: Tensor, size: float) -> None:
 
 
 def _kaiming(right: Tensor) -> None:
-    nn.init.kaiming_uniform_(right.flatten(0, -2), a=math.sqrt(5))  # the bound comes from the length of a row
+    bound = 1 / math.sqrt(right.shape[-1])  # that of `nn.init.kaiming_uniform_(a=math.sqrt(5))`, nn.Linear's own start
+    right.uniform_(-bound, bound)
 
 
 def _fill(factor: Tensor, fill: Callable[[Tensor], object]) -> None:

@@ -23,15 +23,16 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     # torch's set_model_state_dict adds every tensor of the model itself to what it is given.
     if any(key.startswith(inner) and value is not own.get(key) for key, value in state_dict.items()):
         return
-    names = list(stores_of(module))
+    names, biases = list(stores_of(module)), biases_of(module)
     for prepare in before_plain_keys:
         prepare(state_dict, {f"{prefix}{name}": own[f"{inner}{name}.original"] for name in names})
     plain = [name for name in names if f"{prefix}{name}" in state_dict]
-    if not plain:
+    # A created bias has no plain key; its weight, which may have no adapter, has one.
+    if not plain and not any(f"{prefix}{bias.matrix.weight}" in state_dict for bias in biases.values()):
         return
     for name in plain:
         state_dict[f"{inner}{name}.original"] = state_dict.pop(f"{prefix}{name}")
-    created = {name for name, store in biases_of(module).items() if store.created}
+    created = {name for name, bias in biases.items() if bias.created}
     demanded = {f"{inner}{name}.original" for name in names if name not in created}
     for key, tensor in own.items():
         if key not in demanded:

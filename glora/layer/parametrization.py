@@ -84,9 +84,11 @@ class Store(nn.Module):
         acting: the module's.
     """
 
+    acting: Acting
+
     def __init__(self, acting: Acting | None = None) -> None:
         super().__init__()
-        self.acting = Acting() if acting is None else acting
+        vars(self)["acting"] = Acting() if acting is None else acting  # Note [Thousands of modules]
 
     def parts(self) -> dict[str, nn.Module]:
         """Adapter name to part, in the order of attaching."""
@@ -120,18 +122,25 @@ class Paths(nn.Module):
             at least).
     """
 
+    config: GLoRAConfig
+
     def __init__(self, config: GLoRAConfig, names: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
-        self.config = config
+        vars(self).update(config=config)  # Note [Thousands of modules]
         *batch, out_features, in_features = weight.shape
-        shapes, dtype = config.shapes(out_features, in_features, names, tuple(batch)), working_dtype(weight)
-        tensors = {key: torch.empty(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
-        tensors = {key: replicated_like(weight, tensor) for key, tensor in tensors.items()}
+        shapes = config.shapes(out_features, in_features, names, tuple(batch))
+        dtype, device = working_dtype(weight), weight.device
+
+        def empty(key: str) -> Tensor:
+            return replicated_like(weight, torch.empty(shapes[key], dtype=dtype, device=device))
+
         for name in names:
-            if config.forms[name] == "lora":
-                path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)
-            else:
-                path = Vector(tensors[f"{name}.value"])
+            is_low_rank = getattr(config, name) == "lora"
+            path = (
+                LowRank(empty(f"{name}.left"), empty(f"{name}.right"), config)
+                if is_low_rank
+                else Vector(empty(f"{name}.value"))
+            )
             self.add_module(name, path)
 
     def paths(self) -> dict[str, LowRank | Vector]:
@@ -156,9 +165,11 @@ class Weight(Store):
         matrix: how the tensor is one (Note [Matrices]).
     """
 
+    matrix: Matrix
+
     def __init__(self, acting: Acting | None = None, matrix: Matrix = LINEAR) -> None:
         super().__init__(acting)
-        self.matrix = matrix
+        vars(self).update(matrix=matrix)
 
     def forward(self, W0: Tensor, adapter_weights: AdapterWeights | None = None, dropout: bool = False) -> Tensor:
         """The adapted weight, of W0's shape and dtype; W0 itself where no adapter acts."""
@@ -192,6 +203,10 @@ class Bias(Store):
         last_read: the last W' that was read without gradients, while it lives (Note [Removal order]).
     """
 
+    matrix: Matrix
+    created: bool
+    last_read: weakref.ref[Tensor] | None
+
     # Note [Bias needs the frozen weight]
     # C multiplies W0, which is under the weight's parametrization. `glora.layer.computed` passes it in at each call; a
     # reference kept here would go stale whenever the parameter is replaced (`to_empty`, FSDP, functional_call).
@@ -200,8 +215,7 @@ class Bias(Store):
 
     def __init__(self, acting: Acting | None = None, matrix: Matrix = LINEAR, created: bool = False) -> None:
         super().__init__(acting)
-        self.matrix, self.created = matrix, created
-        self.last_read: weakref.ref[Tensor] | None = None
+        vars(self).update(matrix=matrix, created=created, last_read=None)
 
     def forward(
         self, b0: Tensor, W0: Tensor | None = None, adapter_weights: AdapterWeights | None = None, dropout: bool = False
@@ -230,7 +244,7 @@ class Bias(Store):
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C that multiplies W0."""
-        return any("C" in paths._modules for paths in self.parts().values()) and not self.has_frozen_prompt()
+        return any(isinstance(paths._modules.get("C"), (LowRank, Vector)) for paths in self.parts().values())
 
     def has_frozen_prompt(self) -> bool:
         """Whether torch's removal has baked the weight in, and frozen each C (Note [Removal order])."""

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from glora.layer.adapted import adapted_class
 from glora.layer.computed import read
-from glora.layer.parametrization import Bias, Store, has_adapted_class, live_parametrizations, stores_of
+from glora.layer.parametrization import Bias, Store, has_adapted_class, live_parametrizations
 from glora.tensors import is_quantised, is_sharded
 
 
@@ -31,19 +31,25 @@ def register(module: nn.Module, name: str, store: Store) -> None:
 
 
 def _parametrization(store: Store, original: Tensor) -> parametrize.ParametrizationList:
-    # unsafe: torch would otherwise compute the tensor once, to check a dtype that is known.
-    if not is_quantised(original):
-        return parametrize.ParametrizationList([store], original, unsafe=True)
-    # torch swaps a tensor of a subclass with itself, which a graph that still holds it forbids.
-    placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
-    parametrization = parametrize.ParametrizationList([store], placeholder, unsafe=True)
-    parametrization.original = cast("nn.Parameter", original)
+    """torch's ParametrizationList of one parametrization without a `right_inverse`.
+
+    Its own constructor looks for one and sets `original` to itself. That is slow for thousands of layers, and forbidden
+    for a tensor of a subclass that a graph still holds.
+    """
+    parametrization = parametrize.ParametrizationList.__new__(parametrize.ParametrizationList)
+    nn.ModuleList.__init__(parametrization, [store])
+    vars(parametrization).update(unsafe=True, is_tensor=True, ntensors=1)
+    if isinstance(original, nn.Parameter):
+        parametrization.register_parameter("original", original)
+    else:
+        parametrization.register_buffer("original", original)
     return parametrization
 
 
 def unregister(module: nn.Module, name: str, *, keep_value: bool) -> None:
     """Take the adapters off a tensor, by torch's own call: its computed value stays (`keep_value`), or the original."""
-    store, original, kind = stores_of(module)[name], live_parametrizations(module)[name].original, type(module)
+    parametrization, kind = live_parametrizations(module)[name], type(module)
+    store, original = parametrization._modules["0"], parametrization.original
     # Torch writes the value into the original's memory. A quantised original cannot hold it (Note [Quantised]): a new
     # Parameter does. For a sharded one torch would exchange the memory, which fully_shard goes on using: copy into it.
     value = read(module, name) if keep_value and (is_quantised(original) or is_sharded(original)) else None
