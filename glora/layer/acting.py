@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from glora.kernels.select import is_exporting
+from glora.precision import is_exporting
 
 Scales: TypeAlias = Mapping[str, Tensor]
 """Adapter name to scale: the adapters that act."""

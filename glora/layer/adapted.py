@@ -27,7 +27,7 @@ from glora.layer.parametrization import (
     live_stacks,
 )
 from glora.layer.reading import once, reading_once
-from glora.matrices import LINEAR, TRANSPOSED, Matrix, is_transposed_linear
+from glora.matrices import LINEAR, TRANSPOSED, Matrix, has_linear_forward, is_transposed_linear
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property that knows its module. Two
@@ -134,7 +134,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
     own, at_once = cast("tuple[Any, Any]", (reading_once(base.forward), None))
-    if select.has_linear_forward(base):
+    if has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
         own, at_once = _linear_forward(matrix), _linear_at_once(matrix)
 
@@ -176,19 +176,17 @@ def _linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
 def _linear_at_once(matrix: Matrix) -> Callable[..., Tensor | None]:
     """The same forward for samples of several adapters; None where it has to be run for one adapter after the other."""
 
-    def forward(
-        self: nn.Module, input: Tensor, *, acting: Sequence[Scales], sizes: Sequence[int], owner: Tensor
-    ) -> Tensor | None:
+    def forward(self: nn.Module, input: Tensor, *, acting: Sequence[Scales], owner: Tensor) -> Tensor | None:
         stacks, dropout = live_stacks(self), self.training
         stack, store = stacks.get("weight"), _weight_alone(self, stacks, matrix)
         if store is None:
             return None
         W0 = matrix.read(cast("Any", stack).original)
         groups = [store.factors(scales, dropout) for scales in acting]
-        if not select.takes_samples(input, W0, groups, sizes):
+        if not select.can_mix(input, W0, groups):
             return None
         biases = [_tensor(self, stacks, "bias", scales, dropout) for scales in acting]
-        return select.linear_of_samples(input, W0, biases, groups, owner)
+        return select.linear_per_sample(input, W0, biases, groups, owner)
 
     return forward
 

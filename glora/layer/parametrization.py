@@ -16,13 +16,12 @@ from torch.nn.utils import parametrize
 from glora import functional
 from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors
-from glora.kernels.frozen import thin_product
-from glora.kernels.matvec import wide_matvec
+from glora.kernels.row_blocks import thin_product
 from glora.layer.acting import Acting, Scales
 from glora.layer.factors import LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.precision import wide, working_dtype
-from glora.quantised import dense, is_quantised
+from glora.quantised import dense
 from glora.sharding import replicated_like
 
 # Note [Named adapters live in one parametrization]
@@ -210,11 +209,7 @@ class Bias(Adapters):
 
 
 def _prompted(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    if is_quantised(W0):
-        return thin_product(W0, functional.whole(C)).squeeze(1)
-    if W0.dtype in (torch.float32, torch.float64) or W0.ndim > 2:
-        return functional.prompted(W0, C)
-    return wide_matvec(W0, functional.whole(C).squeeze(1))  # Note [No wide copy]
+    return functional.prompted(W0, C) if W0.ndim > 2 else thin_product(W0, functional.whole(C)).squeeze(1)
 
 
 # Note [Merged for a while]

@@ -169,7 +169,7 @@ class Routing:
         if gone:
             raise RuntimeError(f"{gone[0]!r} was deleted from {path!r} while a glora.route sends samples through it.")
         if at_once is not None and self.dim == 0 and len(self.groups) > 1:
-            whole = at_once(module, *args, **kwargs, acting=self.acting, sizes=self.sizes, owner=self.owner)
+            whole = at_once(module, *args, **kwargs, acting=self.acting, owner=self.owner)
             if whole is not None:
                 return whole
         results: list[Any] = []

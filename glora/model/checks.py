@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.heads import Head
 from glora.layer.parametrization import stacks_of, stashed
+from glora.matrices import has_linear_forward
 from glora.model.modules import NamedMatrix, NamedModule, named_modules
 from glora.model.planned import PlannedHead
 from glora.model.sharded import is_tensor_parallel

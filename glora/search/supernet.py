@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from glora.config import GLoRAConfig
-from glora.kernels.select import has_linear_forward
+from glora.matrices import has_linear_forward
 from glora.model.attach import attach, warn_of
 from glora.model.checks import refuse_while_swapped
 from glora.model.modules import Model
