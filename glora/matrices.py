@@ -167,6 +167,17 @@ def is_transposed_linear(kind: type) -> bool:
     return any((c.__module__, c.__name__) == CONV1D for c in kind.__mro__)
 
 
+# Classes of transformers whose forward is nn.Linear's function in other words.
+_LINEAR_ELSEWHERE = {CONV1D, ("transformers.models.falcon.modeling_falcon", "FalconLinear")}
+
+
+def has_linear_forward(base: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is `x W^T + b` by nn.Linear's own forward, or by one known to equal it."""
+    owner = next(c for c in base.__mro__ if "forward" in vars(c))
+    same = vars(owner)["forward"] is vars(nn.Linear)["forward"]
+    return same or (owner.__module__, owner.__name__) in _LINEAR_ELSEWHERE
+
+
 # Note [Fused experts]
 # transformers and others hold the weights of all experts of a layer in one parameter, `(experts, out, in)` (Mixtral,
 # Qwen-MoE) or `(experts, in, out)` (GptOss, Llama4). They are told by the parameters' names and their three axes, and

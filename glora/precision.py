@@ -1,11 +1,14 @@
-"""The dtype in which updates are computed, and the way around autocast."""
+"""The dtype that updates are computed in, the way around autocast, and what torch is doing right now."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing as is_tracing  # whether torch.jit.trace runs this
 
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
@@ -18,14 +21,24 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor.dtype is not dtype:
+        if tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether it is one of the two dtypes of half precision."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype: itself where it has it, which `Tensor.to` takes two microseconds to find."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in its `working_dtype`: itself, but for half precision."""
-    return tensor if tensor.dtype is torch.float32 else tensor.to(working_dtype(tensor))
+    return tensor if tensor.dtype == torch.float32 else cast(tensor, working_dtype(tensor))
 
 
 def in_autocast(tensor: Tensor) -> bool:
@@ -43,4 +56,17 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
     dtype = working_dtype(left, right)
     with outside_autocast(left):
-        return left.to(dtype) @ right.to(dtype)
+        return cast(left, dtype) @ cast(right, dtype)
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
+
+
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore
+
+
+def is_traced() -> bool:
+    """Whether torch.compile traces this, or one of torch.func's transforms is active."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 # Note [Quantised]
 # A quantised W0 has the shape and the floating dtype of the weight that it stands for, its own `F.linear`, and
 # `dequantize()`. The core asks it for no more than these two and for blocks of its rows, which it must be able to cut
-# (`checks` tries it): `kernels/frozen` multiplies by it, and wherever numbers are needed, `rows` dequantises a block of
-# them. It never asks for a gradient, and stays the very tensor that it is.
+# (`checks` tries it): `kernels/row_blocks` multiplies by it, and wherever numbers are needed, `rows` dequantises a
+# block of them. It never asks for a gradient, and stays the very tensor that it is.
 #
 # W' of such a layer has no quantised form: `layer.weight` is W' of the dequantised W0, a float tensor that is made when
 # it is read, and a merge, which would keep it, must be told to (`dequantize=True`).

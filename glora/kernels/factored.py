@@ -1,191 +1,223 @@
-"""Layers whose forms need no W': `y = (1 + a) * (x W0^T) + (x R_B^T) L_B^T + b'`, and the same from copies of x."""
+"""Layers whose forms need no W': `y = (1 + a) * (x W0^T) + b' + (x R^T) L^T`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import add
-from typing import cast
+from typing import Any
+from typing import cast as typed
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
-from glora.functional import Factors, WeightFactors
-from glora.kernels import frozen, joined
-from glora.kernels.again import in_transform
-from glora.precision import multiply, wide, working_dtype
+from glora.kernels import row_blocks
+from glora.kernels.double_backward import gradients, is_differentiated, placeholder
+from glora.kernels.terms import Pair, Terms
+from glora.precision import (
+    cast,
+    in_transform,
+    is_half,
+    is_traced,
+    is_tracing,
+    multiply,
+    outside_autocast,
+    wide,
+    working_dtype,
+)
 from glora.tensors import is_quantised
 
-# torch.compile guards on the table of the types that einops has met: fill it before anything is compiled.
-for _kind in (torch.zeros(1, 1), torch.nn.Parameter(torch.zeros(1, 1))):
-    einsum(_kind, "i j -> i")
-
-
 # Note [In place]
-# A pass over the outputs costs a few percent of the product that they come from: it is the number of passes that tells
-# one way of writing this from another. So the outputs are computed once and then added to in place, the thin product of
-# all paths B by the product itself (`addmm_`). Autograd allows it: what is written over is nobody's saved tensor, since
-# neither a product nor a sum keeps its result. Under torch.func's transforms a factor may be batched where the outputs
-# are not, and cannot be added to them in place; when compiling it is all one.
+# A pass over the outputs costs a few percent of the product that they come from: the number of passes is what sets one
+# way of writing this apart from another. So the outputs are computed once and then added to in place, the shift by the
+# thin product itself (`addmm_`). Autograd allows it: neither a product nor a sum saves its result, so that nothing that
+# is saved is written over. Under torch.func's transforms a factor may be batched where the outputs are not, and then
+# cannot be added to them in place. Under torch.compile it makes no difference.
 
 
-def linear(
-    x: Tensor,
-    W0: Tensor,
-    bias: Tensor | None,
-    adapters: Sequence[WeightFactors],
-    dtype: torch.dtype,
-    *,
-    expanded: bool = False,
-) -> Tensor:
+def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
     """`x W'^T + bias` without W' (Note [Kernels]).
 
     Args:
-        x: `(..., in)`.
+        x: `(tokens, in)`.
         W0: frozen weight, `(out, in)`.
         bias: the adapted bias, `(out,)`, or None.
-        adapters: the adapters' paths; a low-rank elementwise A only with `expanded`.
-        dtype: that of the product with W0 and of the result.
-        expanded: send rescaled copies of x through W0 for such an A.
+        terms: of the adapters; where they scale entries, rescaled copies of x go through W0.
+        dtype: of the product with W0 and of the result.
 
     Returns:
-        `(..., out)` in `dtype`.
+        `(tokens, out)` in `dtype`.
     """
-    rows = x.to(dtype).reshape(-1, W0.shape[1])
-    scales, inputs, shifts = sort_paths(W0, adapters, dtype)
-    pair = pair_of(shifts, *W0.shape) if shifts else None
-    if pair is not None and not (inputs or expanded) and _can_join(W0, pair, scales, dtype):
-        left, right = (factor.to(dtype) for factor in pair)
-        scale = _output_scale(scales, W0).to(dtype) if scales else None
-        y = joined.linear(rows, W0, bias, scale, left, right)
-        return y.reshape(*x.shape[:-1], W0.shape[0])
-    half, in_place = dtype in (torch.bfloat16, torch.float16), not is_traced()
-    if inputs and not scales and not half:
-        scaled, inputs = rows * (1 + total_of(inputs).squeeze(0)), []
-    else:  # in half precision a small change of the input would be rounded away
-        scaled = rows
-    if expanded:
-        y = _expand(scaled, W0, scales)
-    elif scales:
-        y = product(scaled, W0, half) * _output_scale(scales, W0)
+    x = cast(x, dtype)
+    if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype):
+        output_scale = None if terms.outputs is None else cast(1 + terms.outputs, dtype)
+        return fused(x, W0, bias, output_scale, cast(terms.shift[0], dtype), cast(terms.shift[1], dtype))
+    scale = terms.scale()
+    y = scaled(x, W0, bias, terms, dtype) if scale is None else _expanded(x, W0, bias, scale)
+    if terms.shift is not None:
+        y, (left, right) = wide(y), terms.shift
+        # In float16 the thin product may overflow where W' does not.
+        thin = multiply(x, right.T) if dtype == torch.float16 else wide(F.linear(x, cast(right, dtype)))
+        y = y + multiply(thin, left.T) if is_traced() else y.addmm_(thin, cast(left, y.dtype).T)
+    return cast(y, dtype)
+
+
+def scaled(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
+    """`x (W0 * (1 + outputs + inputs))^T + bias`, not yet rounded to `dtype`.
+
+    The bias and the two vectors may differ for each of a batch of x: `(batch, 1, out)`, `(batch, 1, in)`.
+    """
+    outputs, inputs = terms.outputs, terms.inputs
+    change: Tensor | None = None
+    if inputs is not None and outputs is None and not is_half(dtype):
+        x = x * (1 + inputs)
+    elif inputs is not None:  # in half precision a small change of x would be rounded away
+        change = row_blocks.linear(cast(x * inputs, dtype), W0)
+    if outputs is not None:
+        y = _finer_product(x, W0, dtype) * (1 + outputs)
+    elif bias is None or bias.ndim > 1 or is_half(dtype):
+        y = row_blocks.linear(x, W0)
     else:
-        first, bias = (None, bias) if half else (bias, None)
-        y = frozen.linear(scaled, W0, first)
+        y, bias = row_blocks.linear(x, W0, bias), None
     # Term by term in float32 at least, and rounded once: a small update beside a large y.
-    for term in (bias, frozen.linear(scaled_inputs(rows, inputs), W0) if inputs else None):
+    for term in (bias, change):
         if term is not None:
-            y = y.add_(term) if in_place and y.dtype == working_dtype(y, term) else y + wide(term)
-    if pair is not None:
-        y = wide(y)
-        thin, left = _thin(rows, pair[1]), pair[0].to(y.dtype).T
-        y = y.addmm_(thin, left) if in_place else y + multiply(thin, left)
-    return y.to(dtype).reshape(*x.shape[:-1], W0.shape[0])
+            y = y + wide(term) if is_traced() or y.dtype != working_dtype(y, term) else y.add_(term)
+    return y
 
 
-def _can_join(W0: Tensor, pair: tuple[Tensor, Tensor], scales: Sequence[Factors], dtype: torch.dtype) -> bool:
-    """Whether this may be one Function (Note [One Function]).
+def _finer_product(x: Tensor, W0: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x W0^T`, to be scaled; in half precision a wide sum of two halves of the product.
 
-    In bfloat16 its results differ from the others' by roundings: those of a frozen B with and without gradients, too.
+    One product would be rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole
+    step away, for all tokens alike. The sum of two halves lies between the steps: the roundings cancel.
     """
-    if torch.is_grad_enabled() and not pair[1].requires_grad:
-        return False  # it would keep x, which no gradient needs
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and scales):
-        return False  # `_thin` and `product` say why
-    return not (is_quantised(W0) or torch.compiler.is_compiling() or in_transform() or is_tracing())
-
-
-def sort_paths(
-    W0: Tensor, adapters: Sequence[WeightFactors], dtype: torch.dtype
-) -> tuple[list[Factors], list[Factors], list[Factors]]:
-    """The paths by what they do: scale W0 entry by entry, scale the input's channels, or add to W0.
-
-    A constant scales W0 alike under either product. A low-rank A of a matrix product adds `(W0 L) R`: W0 L is thin.
-    """
-    scales: list[Factors] = []
-    inputs: list[Factors] = []
-    shifts: list[Factors] = []
-    for A, B, product in adapters:
-        if A is not None:
-            if isinstance(A.tensors, tuple) and product == "matmul":
-                left, right = A.scaled()
-                size = A.scale.new_ones(())
-                if dtype == torch.float16:  # whose range `W0 L` may leave where `W0 L R` does not
-                    largest = left.detach().abs().amax()
-                    size = torch.where(largest > 0, largest, 1.0)
-                shifts.append(Factors((frozen.thin_product(W0, left / size), right), size))
-            elif isinstance(A.tensors, Tensor) and product == "matmul" and A.tensors.ndim > 1:
-                inputs.append(A)
-            else:
-                scales.append(A)
-        if B is not None:
-            shifts.append(B)
-    return scales, inputs, shifts
-
-
-def scaled_inputs(x: Tensor, paths: Sequence[Factors]) -> Tensor:
-    """What paths that scale the input's channels add to it, `(..., in)`."""
-    return (x * total_of(paths).squeeze(0)).to(x.dtype)
-
-
-def product(x: Tensor, W0: Tensor, half: bool) -> Tensor:
-    """`x W0^T`, as it may be scaled: in half precision as a wide sum."""
-    if not half:
-        return frozen.linear(x, W0)
-    # y is rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole step away, for
-    # all tokens alike. The sum of two halves of the product lies between the steps: the roundings cancel.
-    if is_quantised(W0):  # whose columns cannot be cut anywhere
-        first = x * (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2)
-        return wide(frozen.linear(first, W0)) + frozen.linear(x - first, W0)
+    if not is_half(dtype):
+        return row_blocks.linear(x, W0)
     middle = x.shape[-1] // 2
+    if is_quantised(W0):  # its columns cannot be cut anywhere
+        first = x * (torch.arange(x.shape[-1], device=x.device) < middle)
+        return wide(row_blocks.linear(first, W0)) + row_blocks.linear(x - first, W0)
     return wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
 
 
-def _output_scale(scales: Sequence[Factors], W0: Tensor) -> Tensor:
-    """What the outputs are multiplied by, `(out,)`: 1 and vectors `(out, 1)` and constants `(1,)`."""
-    return (1 + total_of(scales).flatten()).expand(W0.shape[0])
+def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Pair) -> Tensor:
+    """`x (W0 + W0 * (L R))^T + bias`, from x and a copy of it rescaled by each row of R."""
+    left, right = scale
+    copies = torch.cat([x.unsqueeze(1), x.unsqueeze(1) * cast(right, x.dtype)], 1)
+    y = wide(row_blocks.linear(copies, W0))  # (tokens, 1 + r, out)
+    y = y[:, 0] + (y[:, 1:] * left.T).sum(1)
+    return y if bias is None else y.add_(bias)
 
 
-def _expand(x: Tensor, W0: Tensor, scales: Sequence[Factors]) -> Tensor:
-    pairs = [path.scaled() for path in scales if isinstance(path.tensors, tuple)]
-    left, right = torch.cat([pair[0] for pair in pairs], 1), torch.cat([pair[1] for pair in pairs], 0)
-    copies = frozen.linear(
-        torch.cat([x.unsqueeze(1), x.unsqueeze(1) * right.to(x.dtype)], 1), W0
-    )  # (tokens, 1 + r, out)
-    y, copied = wide(copies[:, 0]), wide(copies[:, 1:])
-    vectors = [path for path in scales if isinstance(path.tensors, Tensor)]
-    if vectors:
-        y = y * _output_scale(vectors, W0)
-    return y + einsum(copied, left, "n r o, o r -> n o")
+# Note [One Function]
+# As a chain of operations the shift costs autograd a step for each, and a pass over activations for each sum: the
+# gradient of x is the sum of two results. In one Function the second product adds to the first one in place, forward
+# and backward. Saved are x, the thin product x R^T, and x W0^T where the output scale asks for a gradient; under
+# autocast W0 itself and no narrow copy of it. In bfloat16 x W0^T is rounded, and so is the sum with the shift, which
+# `addmm_` makes in float32: the bias comes after both, since beside a large bias the first rounding would be coarse,
+# and lose the shift. The factors' gradients are then bfloat16's own.
 
 
-def _thin(x: Tensor, right: Tensor) -> Tensor:
-    """`x right^T`, `(tokens, r)`."""
-    if x.dtype == torch.float16:  # it may overflow where W' does not
-        return multiply(x, right.T)
-    return wide(F.linear(x, right.to(x.dtype)))
+def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool:
+    """Whether these terms may be one Function (Note [One Function]).
+
+    In bfloat16 its results differ from the chain's by roundings, so that those of a frozen shift do with and without
+    gradients.
+    """
+    if terms.inputs is not None or terms.entries is not None:
+        return False
+    if torch.is_grad_enabled() and not shift[1].requires_grad:
+        return False  # it would save x, which no gradient needs
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and terms.outputs is not None):
+        return False  # for what `linear` and `_finer_product` say
+    return not (is_quantised(W0) or torch.compiler.is_compiling() or in_transform() or is_tracing())
 
 
-def pair_of(paths: Sequence[Factors], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """The sum of paths as one pair of factors, `(out, r)` and `(r, in)`: side by side, a vector as one of rank one."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for path in paths:
-        scaled = path.scaled()
-        if isinstance(scaled, Tensor):
-            scaled = scaled.reshape(-1, 1).expand(out_features, 1), scaled.new_ones(1, in_features)
-        pairs.append(scaled)
-    if len(pairs) == 1:  # uncopied
-        return pairs[0]
-    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+def fused(
+    x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """`output_scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0 and bias.
+
+    Args:
+        x: `(tokens, in)`.
+        W0: `(out, in)`, which asks for no gradient; under autocast it is wider, as is the bias.
+        bias: `(out,)` or None.
+        output_scale: `(out,)`, not in bfloat16; None for 1.
+        left: `(out, r)`.
+        right: `(r, in)`.
+
+    Returns:
+        `(tokens, out)`.
+    """
+    if not torch.is_grad_enabled():
+        return _compute(x, W0, bias, output_scale, left, right)[0]
+    apply: Any = _Fused.apply  # pyright: ignore - torch leaves it untyped
+    return typed("Tensor", apply(x, W0, bias, output_scale, left, right))
 
 
-def total_of(paths: Sequence[Factors]) -> Tensor:
-    """The sum of vectors or constants."""
-    return reduce(add, [cast("Tensor", path.scaled()) for path in paths])
+def _compute(
+    x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
+    bias_last = x.dtype == torch.bfloat16  # Note [One Function]
+    product = y = F.linear(x, cast(W0, x.dtype), None if bias_last or output_scale is not None else bias)
+    if output_scale is not None:
+        y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)
+    thin = F.linear(x, right)
+    y.addmm_(thin, left.T)
+    return y.add_(bias) if bias_last and bias is not None else y, product, thin
 
 
-def is_traced() -> bool:
-    """Whether a graph is compiled or torch.func transforms (Note [In place])."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore
+def _chain(
+    x: Tensor, W0: Tensor | None, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """`fused` in plain operations, without the product that no gradient depends on where W0 is None."""
+    y = F.linear(F.linear(x, right), left)
+    if W0 is not None:
+        product = F.linear(x, cast(W0, x.dtype))
+        y = y + (product if output_scale is None else product * output_scale)
+    return y if bias is None else (y + bias).to(x.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    # Note [No setup_context].
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
+    ) -> Tensor:
+        y, product, thin = _compute(x, W0, bias, output_scale, left, right)
+        dx, _, _, dscale, dleft, _ = ctx.needs_input_grad
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x,
+            W0 if dx or dscale else None,
+            output_scale,
+            product if dscale else None,
+            thin if dleft else None,
+            left,
+            right,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), wanted = grads, ctx.needs_input_grad
+        x, W0, output_scale, product, thin, left, right = ctx.saved_tensors
+        if is_differentiated(g):
+            bias = placeholder([len(left)], ctx.bias_dtype, g) if wanted[2] else None
+            return gradients(_chain, g, (x, W0, bias, output_scale, left, right), wanted)
+        dx = dbias = dscale = dleft = dright = buffer = None
+        with outside_autocast(g):
+            thin_g = g @ left
+            if wanted[3]:
+                buffer = g * product
+                dscale = buffer.sum(0)
+            if wanted[0]:
+                scaled = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
+                dx = (scaled @ cast(W0, g.dtype)).addmm_(thin_g, right)
+            if wanted[2]:
+                dbias = g.sum(0, dtype=ctx.bias_dtype)
+            if wanted[4]:
+                dleft = (thin.T @ g).T  # r rows of `out` are quicker than `out` rows of r
+            if wanted[5]:
+                dright = thin_g.T @ x
+        return dx, None, dbias, dscale, dleft, dright

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit._trace import is_tracing
 
 from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored, samplewise
-from glora.kernels.again import in_transform
-from glora.matrices import CONV1D
-from glora.precision import in_autocast
+from glora.kernels.terms import terms_of
+from glora.precision import in_autocast, in_transform, is_exporting, is_traced, is_tracing
 from glora.tensors import dense, is_quantised
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
@@ -39,45 +36,6 @@ Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 #   `torch.onnx.export(dynamo=False)` is one) loses a block's writes without a word, and torch.export would leave an
 #   operator of glora's in it (Note [Opaque]).
 EXPANDED_ROWS = 48
-
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
-
-_forced: Kernel | None = None
-
-
-@contextmanager
-def force(kernel: Kernel | None) -> Generator[None]:
-    """Take this kernel through every adapted layer that allows it, inside the `with` block: for debugging and tests.
-
-    `"dense"` is always allowed; `"factored"` where no A is low rank and elementwise, `"blockwise"` and `"expanded"`
-    where one is, the latter without gradients and not in float16. Where it is not allowed the choice is as ever. None
-    chooses by Note [Kernels] again.
-
-    Example:
-        >>> import torch, glora
-        >>> layer, x = glora.apply(torch.nn.Linear(4, 2)), torch.randn(3, 4)
-        >>> with force("dense"):
-        ...     y = layer(x)
-        >>> torch.allclose(layer(x), y, atol=1e-6)
-        True
-    """
-    global _forced
-    before, _forced = _forced, kernel
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-# Classes of transformers whose forward is nn.Linear's function in other words.
-_LINEAR_ELSEWHERE = {CONV1D, ("transformers.models.falcon.modeling_falcon", "FalconLinear")}
-
-
-def has_linear_forward(base: type[nn.Module]) -> bool:
-    """Whether calling a module of this class is `x W^T + b` by nn.Linear's own forward, or by one known to equal it."""
-    owner = next(c for c in base.__mro__ if "forward" in vars(c))
-    same = vars(owner)["forward"] is vars(nn.Linear)["forward"]
-    return same or (owner.__module__, owner.__name__) in _LINEAR_ELSEWHERE
 
 
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[WeightFactors]) -> Tensor:
@@ -103,26 +61,23 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     kernel = choose(x, W0, adapters)
     if kernel == "dense":
         return _dense(x, W0, bias, adapters)
-    if kernel == "blockwise":
-        return blockwise.linear(x, W0, bias, adapters, dtype)
-    return factored.linear(x, W0, bias, adapters, dtype, expanded=kernel == "expanded")
+    rows = x if x.ndim == 2 else x.reshape(-1, W0.shape[1])
+    run = blockwise.linear if kernel == "blockwise" else factored.linear
+    y = run(rows, W0, bias, terms_of(W0, adapters), dtype)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W0.shape[0])
 
 
-def takes_samples(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]], sizes: Sequence[int]) -> bool:
-    """Whether samples of several groups of adapters, so many each, can go through W0 together, without a W'."""
+def can_mix(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]]) -> bool:
+    """Whether samples of several groups of adapters can go through W0 together: where none of them needs a W'."""
     if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
         return False
-    rows = x.shape[0] // sum(sizes)
-    return not factored.is_traced() and all(
-        choose(x[: rows * size], W0, adapters) in ("factored", "expanded")
-        for adapters, size in zip(groups, sizes, strict=True)
-    )
+    return not is_traced() and all(choose(x, W0, adapters) == "factored" for adapters in groups)
 
 
-def linear_of_samples(
+def linear_per_sample(
     x: Tensor, W0: Tensor, biases: Sequence[Tensor | None], groups: Sequence[Sequence[WeightFactors]], owner: Tensor
 ) -> Tensor:
-    """`linear` with other adapters for each sample, where `takes_samples`.
+    """`linear` with other adapters for each sample, where `can_mix`.
 
     Args:
         x: `(samples, ..., in)`, or `(samples * rows, in)`, one sample's rows after the other's.
@@ -135,13 +90,14 @@ def linear_of_samples(
         As `linear`.
     """
     rows, dtype = x.reshape(len(owner), -1, W0.shape[1]), cast("torch.dtype", result_dtype(x, W0))
-    y = samplewise.linear(rows, W0, biases, groups, owner.to(x.device), dtype)
+    terms = [terms_of(W0, adapters) for adapters in groups]
+    y = samplewise.linear(rows, W0, biases, terms, owner.to(x.device), dtype)
     return y.reshape(*x.shape[:-1], W0.shape[0])
 
 
 def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     """The kernel for these paths and this input (Note [Kernels])."""
-    if _forced == "dense" or W0.requires_grad or not (type(W0) in (nn.Parameter, Tensor) or is_quantised(W0)):
+    if W0.requires_grad or not (type(W0) in (nn.Parameter, Tensor) or is_quantised(W0)):
         return "dense"
     rank = 0  # of all elementwise A together
     for A, _, product in adapters:
@@ -149,13 +105,11 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
             rank += A.tensors[0].shape[1]
     if not rank:
         return "factored"
-    without_operator = torch.compiler.is_compiling() and is_quantised(W0)  # Note [Opaque]
-    if in_transform() or is_tracing() or is_exporting() or (without_operator and not torch.is_grad_enabled()):
+    no_operator = torch.compiler.is_compiling() and is_quantised(W0)  # Note [Opaque]
+    if in_transform() or is_tracing() or is_exporting() or (no_operator and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or x.dtype == torch.float16:
         return "blockwise"
-    if _forced in ("blockwise", "expanded"):
-        return _forced
     tokens = x.numel() // max(1, x.shape[-1])
     return "expanded" if tokens * (rank + 1) <= EXPANDED_ROWS else "blockwise"
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glora.kernels.select import has_linear_forward
 from glora.layer import routed
 from glora.layer.computed import adapter_weights_of, caching_reads, freeze_prompts, read_attribute
 from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import live_parametrizations
-from glora.matrices import LINEAR, TRANSPOSED, is_transposed_linear
+from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property for each tensor. Two things

@@ -36,19 +36,17 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
 def per_sample_forward(matrix: Matrix) -> Callable[..., Tensor | None]:
     """The same for samples of several adapters in one call; None where each adapter needs a call of its own."""
 
-    def forward(
-        self: nn.Module, input: Tensor, *, acting: Sequence[AdapterWeights], sizes: Sequence[int], owner: Tensor
-    ) -> Tensor | None:
+    def forward(self: nn.Module, input: Tensor, *, acting: Sequence[AdapterWeights], owner: Tensor) -> Tensor | None:
         parametrizations, dropout = live_parametrizations(self), self.training
         store = _kernel_weight(self, parametrizations, matrix)
         if store is None:
             return None
         W0 = matrix.read(parametrizations["weight"].original)
         groups = [store.factors(adapter_weights, dropout) for adapter_weights in acting]
-        if not select.takes_samples(input, W0, groups, sizes):
+        if not select.can_mix(input, W0, groups):
             return None
         biases = [tensor_of(self, parametrizations, "bias", adapter_weights, dropout) for adapter_weights in acting]
-        return select.linear_of_samples(input, W0, biases, groups, owner)
+        return select.linear_per_sample(input, W0, biases, groups, owner)
 
     return forward
 

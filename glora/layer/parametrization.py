@@ -20,13 +20,11 @@ from torch.nn.utils import parametrize
 from glora import functional
 from glora.config import GLoRAConfig
 from glora.functional import Factors, WeightFactors
-from glora.kernels.frozen import thin_product
-from glora.kernels.matvec import wide_matvec
-from glora.kernels.select import is_exporting
+from glora.kernels.row_blocks import thin_product
 from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
-from glora.precision import wide, working_dtype
-from glora.tensors import dense, is_quantised, replicated_like
+from glora.precision import is_exporting, wide, working_dtype
+from glora.tensors import dense, replicated_like
 from glora.torch_internals import not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
@@ -273,11 +271,7 @@ def _frozen_prompt(C: Factors) -> Tensor:
 
 def _product(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """`W0 C`, `(out,)`, in the working dtype."""
-    if is_quantised(W0):
-        return thin_product(W0, wide(functional.whole(C))).squeeze(1)
-    if W0.dtype in (torch.float32, torch.float64) or W0.ndim > 2:
-        return functional.prompted(W0, C)
-    return wide_matvec(W0, wide(functional.whole(C)).squeeze(1))  # Note [No wide copy]
+    return functional.prompted(W0, C) if W0.ndim > 2 else thin_product(W0, wide(functional.whole(C))).squeeze(1)
 
 
 # Note [Merged for a while]

@@ -165,7 +165,7 @@ class Routing:
                 f"{deleted[0]!r} was deleted from {path!r} while a glora.route sends samples through it."
             )
         if per_sample is not None and self.dim == 0 and len(self.groups) > 1:
-            result = per_sample(module, *args, **kwargs, acting=self.acting, sizes=self.sizes, owner=self.owner)
+            result = per_sample(module, *args, **kwargs, acting=self.acting, owner=self.owner)
             if result is not None:
                 return result
         if len(self.groups) == 1:

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.kernels.select import has_linear_forward
 from glora.layer.heads import Head
 from glora.layer.parametrization import parametrizations_of
+from glora.matrices import has_linear_forward
 from glora.model.huggingface import is_offloaded
 from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site

@@ -7,7 +7,7 @@ import warnings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glora.kernels.select import has_linear_forward
+from glora.matrices import has_linear_forward
 from glora.model.attach import attach, warn_of
 from glora.model.change import change
 from glora.model.plan import plan

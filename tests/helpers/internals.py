@@ -15,35 +15,32 @@ from glora.engines import fsdp
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
-from glora.kernels import blocks, matvec, select
-from glora.kernels import joined as joined_kernel
+from glora.kernels import blockwise, row_blocks, select
+from glora.kernels.factored import fused
 from glora.kernels.select import Kernel
+from glora.kernels.terms import Terms, terms_of
 
 __all__ = [
     "Kernel",
+    "Terms",
     "chosen_kernel",
     "computed_updates",
     "entries_of_a_block",
-    "entries_of_a_wide_block",
     "force_kernel",
     "fully_sharded_groups",
+    "fused",
     "inside_operators",
     "interrupted_before",
     "is_unsupported",
-    "joined",
     "kernels_taken",
     "masked_tokens",
     "merge_files",
     "sum_of_contents",
     "tensors_read",
+    "terms_of",
+    "terms_of_layer",
     "wide_matvec",
 ]
-
-wide_matvec = matvec.wide_matvec
-
-joined = joined_kernel.linear
-
-force_kernel = select.force
 
 fully_sharded_groups = fsdp.groups
 
@@ -56,23 +53,55 @@ def chosen_kernel(layer: nn.Module, tokens: int, needs_grad: bool) -> Kernel:
         return select.choose(x, stack.original, stack[0].factors(stack[0].acting.adapter_weights))
 
 
+def terms_of_layer(layer: nn.Module) -> Terms:
+    """What the layer's active adapters do to its weight, added up."""
+    stack = layer.parametrizations.weight
+    return terms_of(stack.original, stack[0].factors(stack[0].acting.adapter_weights))
+
+
+_choose = select.choose
+_forced: list[Kernel | None] = [None]
+_taken: list[list[Kernel]] = []
+
+
+def _choosing(x: Tensor, W0: Tensor, adapters: Any) -> Kernel:
+    chosen, forced = _choose(x, W0, adapters), _forced[-1]
+    either = not torch.is_grad_enabled() and x.dtype != torch.float16 and chosen in ("blockwise", "expanded")
+    if forced == "dense" or (either and forced in ("blockwise", "expanded")):
+        chosen = forced
+    for taken in _taken:
+        taken.append(chosen)
+    return chosen
+
+
+@contextmanager
+def force_kernel(kernel: Kernel | None) -> Generator[None]:
+    """Take this kernel through every adapted layer that allows it, inside the `with` block; None: the library's choice.
+
+    "dense" is always allowed, "blockwise" and "expanded" in place of each other. The innermost block counts.
+    """
+    _forced.append(kernel)
+    try:
+        with mock.patch.object(select, "choose", _choosing):
+            yield
+    finally:
+        _forced.pop()
+
+
 @contextmanager
 def kernels_taken() -> Generator[list[Kernel]]:
     """Collects the kernel that each call of an adapted layer takes."""
-    taken: list[Kernel] = []
-    choose = select.choose
-
-    def choosing(*given: Any) -> Kernel:
-        taken.append(choose(*given))
-        return taken[-1]
-
-    with mock.patch.object(select, "choose", choosing):
-        yield taken
+    _taken.append([])
+    try:
+        with mock.patch.object(select, "choose", _choosing):
+            yield _taken[-1]
+    finally:
+        _taken.pop()
 
 
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
-    """How many entries of W' the blockwise kernel computes at a time."""
-    return mock.patch("glora.kernels.frozen.CPU_BLOCK", entries)
+    """How many entries of a weight are taken at a time where it is taken in blocks of rows."""
+    return mock.patch("glora.kernels.row_blocks.CPU_BLOCK", entries)
 
 
 @contextmanager
@@ -87,8 +116,8 @@ def inside_operators(context: AbstractContextManager[Any]) -> Generator[None]:
         return call
 
     with (
-        mock.patch.object(blocks, "forward", within(blocks.forward)),
-        mock.patch.object(blocks, "backward", within(blocks.backward)),
+        mock.patch.object(blockwise, "forward", within(blockwise.forward)),
+        mock.patch.object(blockwise, "backward", within(blockwise.backward)),
     ):
         yield
 
@@ -98,9 +127,9 @@ def masked_tokens(most: int) -> AbstractContextManager[Any]:
     return mock.patch("glora.kernels.samplewise.MASKED", most)
 
 
-def entries_of_a_wide_block(entries: int) -> AbstractContextManager[Any]:
-    """How many entries of a half-precision matrix `wide_matvec` widens at a time."""
-    return mock.patch("glora.kernels.matvec._ENTRIES", entries)
+def wide_matvec(matrix: Tensor, vector: Tensor, *, transposed: bool = False) -> Tensor:
+    """`matrix @ vector`, or `matrix.T @ vector`, in the vector's dtype, with a block of rows widened at a time."""
+    return row_blocks.multiply(vector.unsqueeze(0), matrix, transposed=transposed)[0]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ BUDGET = [
     *[(only(A="none", B=B), 1, None, 2.10, 0.05) for B in FORMS["B"] if B != "none"],
     *[(only(A=A, B=B), 1, None, 2.10, N / 1024 + 0.05) for A in ("vector", "constant") for B in FORMS["B"]],
     (only(A="lora", product="matmul"), 1, None, 2.12, 0.10),
-    (only(A="lora", B="lora"), 4, None, 3.3, 0.10),
+    (only(A="lora", B="lora"), 4, None, 3.3, 0.15),
     *[
         (only(A="lora", C=C, D="vector", E="vector"), 1, half, 4.1, 0.05)
         for half in ("bf16", "fp16", "autocast")

@@ -105,7 +105,7 @@ def test_w0_is_multiplied_once_for_the_whole_batch(form: glora.GLoRAConfig, adap
     assert count.calls == 3
 
 
-def test_one_token_of_each_sample_reads_w0_once_for_the_default_forms() -> None:
+def test_one_token_of_each_sample_needs_no_adapted_weight_for_the_default_forms() -> None:
     layer, x = nn.Linear(64, 64), torch.randn(8, 1, 64)
     for name in "abcd":
         glora.apply(layer, config=glora.GLoRAConfig(C="none", rank=2, init="random"), name=name)

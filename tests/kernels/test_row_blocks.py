@@ -25,7 +25,7 @@ def test_it_is_the_product_of_the_wide_matrix_in_values_and_gradients(
     torch.manual_seed(seed)
     matrix = torch.randn(m, n).to(torch.bfloat16).requires_grad_()
     vector = torch.randn(m if transposed else n, dtype=dtype, requires_grad=True)
-    with internals.entries_of_a_wide_block(entries), torch.autocast("cpu", torch.bfloat16):
+    with internals.entries_of_a_block(entries), torch.autocast("cpu", torch.bfloat16):
         found = internals.wide_matvec(matrix, vector, transposed=transposed)
     wide = matrix.to(dtype)
     wanted = (wide.T if transposed else wide) @ vector

@@ -42,7 +42,7 @@ def written_out(x: Any, W0: Any, bias: Any, scale: Any, left: Any, right: Any) -
 @given(arguments())
 def test_it_is_what_is_written_out_and_so_are_its_gradients(tensors: list[Tensor | None]) -> None:
     sources = [t for t in tensors if t is not None and t.requires_grad]
-    ours, theirs = internals.joined(*tensors), written_out(*tensors)
+    ours, theirs = internals.fused(*tensors), written_out(*tensors)
     assert torch.allclose(ours, theirs)
     g = torch.randn(2, *ours.shape).double()
     for mapped in (False, True):
@@ -51,7 +51,7 @@ def test_it_is_what_is_written_out_and_so_are_its_gradients(tensors: list[Tensor
         wanted = torch.autograd.grad(theirs, sources, rows, is_grads_batched=mapped, retain_graph=True)
         assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
     assert torch.autograd.gradgradcheck(
-        lambda *given: internals.joined(*_filled(tensors, given)), sources, gen_non_contig_grad_outputs=True
+        lambda *given: internals.fused(*_filled(tensors, given)), sources, gen_non_contig_grad_outputs=True
     )
 
 
@@ -68,7 +68,7 @@ def test_what_no_gradient_needs_is_not_kept(scaled: bool, trained: bool, kept: i
     x, W0, right = torch.randn(64, 16, requires_grad=True), torch.randn(32, 16), torch.randn(4, 16, requires_grad=True)
     left, scale = (torch.randn(shape).requires_grad_(trained) for shape in ((32, 4), (32,)))
     with count_saved([x, W0, left, right, scale]) as saved:
-        internals.joined(x, W0, None, scale if scaled else None, left, right)
+        internals.fused(x, W0, None, scale if scaled else None, left, right)
     assert saved.bytes == 4 * kept
 
 

@@ -1,0 +1,107 @@
+"""Products with a frozen W0 that is quantised or of half precision, a block of its rows at a time."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any
+from typing import cast as typed
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glora.precision import cast, in_transform, outside_autocast, wide
+from glora.tensors import dense, is_all_rows, is_quantised, rows
+
+# A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
+CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
+
+
+def blocks_of(W0: Tensor) -> list[slice]:
+    """Blocks of rows that together are all of W0's."""
+    out_features, in_features = W0.shape
+    most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // max(1, in_features))
+    if out_features <= most:
+        return [slice(0, out_features)]
+    step = -(-out_features // -(-out_features // most))  # of equal size: a small block costs more than its share
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+
+
+def columns(tensor: Tensor, block: slice) -> Tensor:
+    """The columns that stand for a block of W0's rows: of outputs and of their gradients."""
+    return tensor if (block.start, block.stop) == (0, tensor.shape[1]) else tensor[:, block]
+
+
+def linear(x: Tensor, W0: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W0^T + bias`, as `torch.nn.functional.linear` computes it.
+
+    Args:
+        x: `(..., in)`.
+        W0: `(out, in)`; a quantised one is multiplied by its own kernel (Note [Row by row]).
+        bias: `(out,)` or None.
+
+    Returns:
+        `(..., out)`.
+    """
+    if not is_quantised(W0):
+        return F.linear(x, W0, bias)
+    y = multiply(x.reshape(-1, W0.shape[1]), W0).reshape(*x.shape[:-1], W0.shape[0])
+    return y if bias is None else (y + bias).to(y.dtype)
+
+
+def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
+    """`W0 t`, `(out, r)`, of a matrix t `(in, r)` of few columns, computed in t's dtype."""
+    if W0.dtype == thin.dtype and not is_quantised(W0):
+        with outside_autocast(thin):
+            return W0 @ thin
+    if torch.compiler.is_compiling() and not is_quantised(W0):
+        W = W0.to(thin.dtype)  # the compiler fuses this with the sum
+        return (W * thin.T).sum(1, keepdim=True) if thin.shape[1] == 1 else W @ thin
+    return multiply(thin.T, W0).T
+
+
+# Note [Row by row]
+# torch widens a quantised W0, or one of half precision beside a float32 factor, as a whole, and autograd keeps the wide
+# copy for the gradient: more than twice W0's bytes. Here a block of rows is widened at a time, forward and backward,
+# and what is saved is W0 itself. The gradient of such a product is such a product again, so that derivatives of every
+# order come out of it. torch.func's transforms and forward mode would need rules that dynamo cannot trace; under them
+# W0 is widened as a whole.
+def multiply(x: Tensor, W0: Tensor, *, transposed: bool = False) -> Tensor:
+    """`x W0^T` in x's dtype, or `x W0` with `transposed`; x has two dimensions."""
+    if in_transform():
+        with outside_autocast(x):
+            W = dense(W0).to(x.dtype)
+            return x @ W if transposed else F.linear(x, W)
+    apply: Any = _Product.apply  # pyright: ignore - torch leaves it untyped
+    return typed("Tensor", apply(x, W0, transposed))
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True  # for `is_grads_batched`
+
+    @staticmethod
+    def forward(x: Tensor, W0: Tensor, transposed: bool) -> Tensor:
+        blocks = blocks_of(W0)
+        with outside_autocast(x):
+            if transposed:
+                # In half precision the blocks' shares are added up in float32, however many there are.
+                shares = [columns(x, block) @ cast(rows(W0, block), x.dtype) for block in blocks]
+                return shares[0] if len(shares) == 1 else reduce(add, map(wide, shares)).to(x.dtype)
+            if x.dtype == W0.dtype:
+                parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]
+            else:  # not every quantised kernel takes this
+                parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in blocks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
+        x, W0, ctx.transposed = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, W0 = ctx.saved_tensors
+        dx = multiply(grads[0], W0, transposed=not ctx.transposed) if ctx.needs_input_grad[0] else None
+        left, right = (x, grads[0]) if ctx.transposed else (grads[0], x)
+        return dx, None if x is None else (left.T @ right).to(W0.dtype), None

@@ -1,0 +1,89 @@
+"""What the acting adapters do to one W0, added up: the form that every kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from glora.functional import WeightFactors
+from glora.kernels import row_blocks
+from glora.precision import cast, working_dtype
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Terms(NamedTuple):
+    """`W' = W0 * (1 + outputs + inputs + entries) + shift`; None for a term that no adapter has.
+
+    All in the `working_dtype` of W0. A pair `(out, r)`, `(r, in)` stands for its matrix product.
+
+    Attributes:
+        outputs: scales output channels, `(out,)`.
+        inputs: scales input channels, `(in,)`.
+        entries: scales entries, a pair.
+        shift: is added, a pair.
+    """
+
+    outputs: Tensor | None
+    inputs: Tensor | None
+    entries: Pair | None
+    shift: Pair | None
+
+    def scale(self) -> Pair | None:
+        """`outputs + inputs + entries` as one pair: a vector is a component of rank one beside entries."""
+        if self.entries is None or (self.outputs is None and self.inputs is None):
+            return self.entries
+        left, right = self.entries
+        pairs = [self.entries]
+        if self.outputs is not None:
+            pairs.append((self.outputs.unsqueeze(1), right.new_ones(1, right.shape[1])))
+        if self.inputs is not None:
+            pairs.append((left.new_ones(left.shape[0], 1), self.inputs.unsqueeze(0)))
+        return _side_by_side(pairs)
+
+
+def terms_of(W0: Tensor, adapters: Sequence[WeightFactors]) -> Terms:
+    """The terms of all adapters together on W0, `(out, in)`.
+
+    A constant scales W0 alike under either product. A low-rank A of a matrix product shifts W0 by `(W0 left) right`.
+    """
+    dtype = working_dtype(W0)
+    outputs: list[Tensor] = []
+    inputs: list[Tensor] = []
+    entries: list[Pair] = []
+    shifts: list[Pair] = []
+    for A, B, product in adapters:
+        if A is not None:
+            scale = A.scaled()
+            if isinstance(scale, tuple):
+                left, right = cast(scale[0], dtype), cast(scale[1], dtype)
+                if product == "hadamard":
+                    entries.append((left, right))
+                else:
+                    shifts.append((row_blocks.thin_product(W0, left), right))
+            elif product == "matmul" and scale.ndim > 1:
+                inputs.append(cast(scale, dtype).flatten())
+            else:
+                outputs.append(cast(scale, dtype).flatten().expand(W0.shape[0]))
+        if B is not None:
+            shift = B.scaled()
+            if not isinstance(shift, tuple):
+                shift = shift.reshape(-1, 1).expand(W0.shape[0], 1), shift.new_ones(1, W0.shape[1])
+            shifts.append((cast(shift[0], dtype), cast(shift[1], dtype)))
+    return Terms(_total(outputs), _total(inputs), _side_by_side(entries), _side_by_side(shifts))
+
+
+def _total(vectors: Sequence[Tensor]) -> Tensor | None:
+    return reduce(add, vectors) if vectors else None
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> Pair | None:
+    """The sum of pairs as one; a single one uncopied."""
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs])
