@@ -1,10 +1,10 @@
-"""Every test starts from the same seed, and hypothesis draws the same examples at every run."""
+"""Every test starts from the same seed; hypothesis draws the same examples at every run, but in the profile `fresh`."""
 
 import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, register_random, settings
 
 settings.register_profile(
     "pinned",
@@ -14,6 +14,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("long", settings.get_profile("pinned"), max_examples=1000)
+# A few new examples at every run; one that fails is printed as what `@reproduce_failure` takes.
+settings.register_profile(
+    "fresh", settings.get_profile("pinned"), derandomize=False, database=None, print_blob=True, max_examples=20
+)
 # Under `mutmut run` (pyproject.toml) the first failing example is enough: none is made smaller.
 settings.register_profile(
     "mutation",
@@ -24,6 +28,17 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pinned"))
 
+
+class TorchRandom:
+    """Torch's generator, for hypothesis: each example starts from the same seed, and fails again wherever it is run."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH = TorchRandom()  # hypothesis refers to it weakly
+register_random(TORCH)
 
 # The matrices are small: more threads are slower.
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,7 +26,6 @@ def alone(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
     return torch.stack(rows)
 
 
-@settings(max_examples=60)
 @given(st.lists(st.sampled_from([*"a", "b", None]), min_size=1, max_size=7), st.booleans(), st.booleans())
 def test_a_model_gives_each_sample_its_own_adapter_and_head(names: list[str | None], tokens: bool, grad: bool) -> None:
     model = two_adapters()
@@ -38,7 +37,6 @@ def test_a_model_gives_each_sample_its_own_adapter_and_head(names: list[str | No
     torch.testing.assert_close(model(x), model(x))
 
 
-@settings(max_examples=60)
 @given(cases(dtypes=[torch.float32, torch.float64]), st.lists(st.integers(-1, 2), min_size=1, max_size=6))
 def test_every_form_is_routed(case: Case, choice: list[int]) -> None:
     layer = case.build()
