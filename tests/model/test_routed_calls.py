@@ -1,4 +1,4 @@
-"""A route meets calls of every shape: keywords, modules inside modules, copies, checkpointing, other results."""
+"""Modules of every kind inside a route, whichever room routes them: keywords, nesting, copies, checkpoints."""
 
 from __future__ import annotations
 
