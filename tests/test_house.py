@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import io
+import re
 import sys
 import tempfile
 import tokenize
@@ -228,11 +229,24 @@ def test_what_a_call_passes_through(name: str, tmp_path: Path) -> None:
     within(f"files, changes of file and calls of {name}", measured(name, tmp_path), CALLS[name])
 
 
+def mapped() -> Iterator[str]:
+    """The rooms in CONTRIBUTING's map: a line `room   what it is` below the line of its folder, `folder/`."""
+    drawn = CONTRIBUTING.read_text().split("```")[1]
+    folders: list[tuple[int, str]] = []
+    for indent, name, slash in re.findall(r"^( *)(\w+)(/?)  +\w", drawn, re.MULTILINE):
+        folders = [(depth, folder) for depth, folder in folders if depth < len(indent)]
+        if slash:
+            folders.append((len(indent), name))
+        else:
+            yield ".".join(["glora", *(folder for _, folder in folders), name])
+
+
 def test_the_map_in_contributing_has_every_room() -> None:
-    text = CONTRIBUTING.read_text()
-    listed = text[text.index("## The house") : text.index("## One call")].replace("/", " ").split()
-    missing = [name for name, file in rooms().items() if file.stem not in ("__init__", *listed)]
-    assert not missing, f"CONTRIBUTING's map must have every room, with a line; it lacks {missing}."
+    listed, there = set(mapped()), {name for name, file in rooms().items() if file.name != "__init__.py"}
+    assert listed == there, (
+        f"CONTRIBUTING's map must have a line for each room. Without a line: {sorted(there - listed)}. No room: "
+        f"{sorted(listed - there)}."
+    )
 
 
 if __name__ == "__main__":
