@@ -1,10 +1,13 @@
 """Every test starts from the same seed; hypothesis draws the same examples at every run, but in the profile `fresh`."""
 
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, register_random, settings
+from torch._C._distributed_c10d import HashStore
 
 settings.register_profile(
     "pinned",
@@ -47,3 +50,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_rank() -> Generator[None]:
+    """A process group of this process alone: what an engine does, without what several ranks add."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

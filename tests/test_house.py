@@ -233,7 +233,7 @@ def mapped() -> Iterator[str]:
     """The rooms in CONTRIBUTING's map: a line `room   what it is` below the line of its folder, `folder/`."""
     drawn = CONTRIBUTING.read_text().split("```")[1]
     folders: list[tuple[int, str]] = []
-    for indent, name, slash in re.findall(r"^( *)(\w+)(/?)  +\w", drawn, re.MULTILINE):
+    for indent, name, slash in re.findall(r"^( *)(\w+)(/?)  +\S", drawn, re.MULTILINE):
         folders = [(depth, folder) for depth, folder in folders if depth < len(indent)]
         if slash:
             folders.append((len(indent), name))
