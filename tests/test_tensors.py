@@ -1,4 +1,4 @@
-"""Tensors that are no plain ones: adapters over a quantised base, which stays as it is; whole tensors and their parts."""
+"""Tensors that are no plain ones: adapters over a quantised base, which stays as it is; whole tensors and parts."""
 
 from __future__ import annotations
 
