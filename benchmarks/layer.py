@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import glora
 from benchmarks import report
-from benchmarks.counting import count_products, count_saved
 from benchmarks.memory import peak_of_step
 from benchmarks.peers import (
     FROZEN,
@@ -37,6 +36,7 @@ from benchmarks.peers import (
 )
 from benchmarks.report import milliseconds
 from benchmarks.timing import Timing, interleaved
+from tests.helpers.counting import count_products, count_saved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Few enough that a process for each and each width is bearable.

@@ -17,6 +17,8 @@ def contents(tensor: Tensor) -> object:
     """The bytes of a tensor, where it has any."""
     if is_lazy(tensor) or tensor.is_meta or isinstance(tensor, TwoTensor):
         return None
+    if hasattr(tensor, "full_tensor"):  # sharded
+        return contents(tensor.full_tensor())
     if hasattr(tensor, "__tensor_flatten__"):  # quantised
         return [contents(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     return tensor.detach().cpu().flatten().view(torch.uint8).tolist()

@@ -13,9 +13,9 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import glora
-from benchmarks.counting import count_passes, count_products, count_saved
 from tests.helpers import internals
 from tests.helpers.calls import FORMS, attach, factors_of, only
+from tests.helpers.counting import count_passes, count_products, count_saved
 
 
 def one(config: glora.GLoRAConfig, count: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:

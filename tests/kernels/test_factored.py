@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import glora
-from benchmarks.counting import count_saved
 from tests.helpers import internals
 from tests.helpers.calls import only
+from tests.helpers.counting import count_saved
 
 
 @st.composite

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.counting import count_saved
 from tests.helpers import internals
+from tests.helpers.counting import count_saved
 
 
 @given(

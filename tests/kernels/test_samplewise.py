@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
-from benchmarks.counting import count_products
 from tests.helpers import internals
 from tests.helpers.calls import RANDOM, attach, factors_of
+from tests.helpers.counting import count_products
 from tests.helpers.strategies import DTYPES, HALF, Case, cases, close
 
 LORA = glora.GLoRAConfig.lora(rank=4, init="random")

@@ -1,37 +1,22 @@
-"""Named adapters: names, `activate`, `disabled`, `delete`."""
+"""Named adapters: which there are, `activate`, `disabled`, `reset_parameters`."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import glora
-from tests.helpers.calls import RANDOM
-from tests.helpers.models import Residual, build, three_adapters, two
+from tests.helpers.calls import RANDOM, attach
+from tests.helpers.models import build, three_adapters, two
 from tests.helpers.state import same_outputs, unchanged
 from tests.helpers.strategies import Case, cases
-
-
-def test_names_are_checked() -> None:
-    layer = nn.Linear(3, 3)
-    for name in ("", "a.b", "forward", "training", "acting", 3):
-        with pytest.raises(ValueError, match="An adapter's name must be"):
-            glora.apply(layer, name=name)
-    glora.apply(layer, name="values")
-    with pytest.raises(ValueError, match="'values' is attached already"):
-        glora.apply(layer, name="values")
-    with pytest.raises(KeyError, match="'b'"):
-        glora.state_dict(layer, "b")
-    glora.apply(layer, name="b")
-    with pytest.raises(ValueError, match="name=None means the only adapter; the model has 'values', 'b'"):
-        glora.parameters(layer)
-    with pytest.raises(ValueError, match="the model has none"):
-        glora.state_dict(nn.Linear(2, 2))
-
 
 CALLS: dict[str, Callable[[nn.Module, str | None], object]] = {
     "state_dict": glora.state_dict,
@@ -97,23 +82,55 @@ def test_an_adapter_attached_while_disabled_does_not_act_afterwards() -> None:
     assert not any(p.requires_grad for p in glora.parameters(layer, "b"))
 
 
-def test_delete_drops_one_adapter_and_the_last_one_is_remove() -> None:
+@given(cases(min_adapters=2), st.data())
+def test_an_adapter_of_weight_0_is_not_there_at_all(case: Case, data: st.DataObject) -> None:
+    layer, x, names = case.build(), case.input(), list(case.named_weights)
+    acting = data.draw(st.lists(st.sampled_from(names), max_size=len(names) - 1, unique=True))
+    zero = data.draw(st.sampled_from([0, 0.0, -0.0]))
+    weights = {name: case.named_weights[name] if name in acting else zero for name in names}
+    glora.activate(layer, {name: weight for name, weight in weights.items() if name in acting})
+    wanted = layer(x)
+    glora.activate(layer, weights)
+    for name in set(names) - set(acting):
+        assert not any(parameter.requires_grad for parameter in glora.parameters(layer, name))
+        for tensor in glora.state_dict(layer, name).values():
+            tensor.fill_(float("inf"))  # 0 * inf is no 0
+    assert torch.equal(layer(x), wanted)
+    assert glora.adapters(layer) == weights
+    for name in acting:
+        assert all(parameter.requires_grad for parameter in glora.parameters(layer, name))
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.5, "c": 0.5}, {"c": 1.0, "a": 1.0}, {"a": 1, "b": 1, "c": -1}])
+def test_a_head_and_an_adapter_that_lacks_it_do_not_combine(weights: dict[str, float]) -> None:
     model = three_adapters()
-    x = torch.randn(2, 6)
-    glora.activate(model, "a")
-    wanted, keys = model(x), list(glora.state_dict(model, "a"))
-    with pytest.raises(KeyError):
-        glora.delete(model, "z")
-    glora.delete(model, "b")
-    assert (set(glora.adapters(model)), list(glora.state_dict(model, "a"))) == ({"a", "c"}, keys)
-    assert torch.equal(model(x), wanted)
-    with glora.disabled(model):
-        glora.delete(model, "a")
-    assert glora.adapters(model) == {"c": 0.0}
-    assert type(model.norm) is nn.LayerNorm
-    glora.delete(model, "c")
-    torch.manual_seed(0)
-    plain = Residual()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-    assert all(p.requires_grad for p in model.parameters())
+    with unchanged(model), pytest.raises(ValueError, match="Heads do not add up"):
+        glora.activate(model, weights)
+    assert glora.adapters(glora.activate(model, dict.fromkeys(weights, 0) | {"a": 1.0}))["a"] == 1.0
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_loaded_adapter_trains_with_its_heads_or_not_at_all(trainable: bool, tmp_path: Path) -> None:
+    source = build()
+    other = copy.deepcopy(source)
+    attach(source, trainable=["head", "norm"])
+    glora.save(source, tmp_path)
+    model = glora.load(other, tmp_path, trainable=trainable)
+    asking = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert asking == ({id(parameter) for parameter in glora.parameters(model)} if trainable else set())
+    glora.activate(glora.activate(model, {}), "default")
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == asking
+
+
+def test_resetting_is_seen_under_torchs_cache() -> None:
+    model = attach(build(), RANDOM, trainable=["head"])
+    with torch.no_grad():
+        for parameter in glora.parameters(model):
+            parameter.add_(1.0)
+    with torch.nn.utils.parametrize.cached():
+        weight, bias, head = model.first.weight.clone(), model.first.bias.clone(), model.head.weight.clone()
+        glora.reset_parameters(model)
+        assert not torch.equal(model.first.weight, weight)
+        assert not torch.equal(model.first.bias, bias)
+        torch.testing.assert_close(model.head.weight, head - 1.0)
+    torch.testing.assert_close(model.head.weight, glora.base_state_dict(model)["head.weight"])

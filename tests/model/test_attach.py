@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import pytest
 import torch
 from torch import nn
 
@@ -106,3 +107,13 @@ def test_a_while_merged_or_disabled_leaves_no_trace_after_remove(
     assert snapshot(model) == within
     glora.remove(model)
     assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("config", [RANDOM, glora.GLoRAConfig.lora(init="random")])
+def test_strided_nested_tensors_go_through_as_through_a_plain_layer(config: glora.GLoRAConfig) -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=config)
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    found = layer(torch.nested.nested_tensor(parts))
+    for y, part in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(y, layer(part))

@@ -1,4 +1,4 @@
-"""What cannot be adapted, and what is said of it."""
+"""What cannot be adapted or trained as a whole, and what is said of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import glora
 from glora import GLoRAConfig
 from tests.helpers import internals
-from tests.helpers.calls import refused, warned
-from tests.helpers.models import Pair, without_bias
+from tests.helpers.calls import attach, refused, warned
+from tests.helpers.models import Net, Pair, without_bias
 from tests.helpers.state import unchanged
 
 
@@ -103,14 +103,6 @@ def test_a_warning_counts_all_unfit_layers_and_names_the_first_few() -> None:
     assert len(glora.plan(model, name="second").skipped) == 8
 
 
-def test_a_lazy_layer_that_is_left_out_is_frozen_with_the_rest_and_given_back() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    glora.apply(model, ["0"])
-    assert not any(parameter.requires_grad for parameter in model[1].parameters())
-    glora.remove(model)
-    assert all(parameter.requires_grad for parameter in model[1].parameters())
-
-
 def test_no_bias_is_created_in_place_of_a_pruned_one() -> None:
     model = Pair()
     pruned_bias(model)
@@ -129,3 +121,67 @@ def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was() -> None:
     lazy(model)
     with unchanged(model), pytest.raises(UserWarning, match="lazy"):
         glora.apply(model)
+
+
+def test_a_head_that_is_tied_by_its_memory_alone_is_refused() -> None:
+    model = Net()
+    model.head.weight = nn.Parameter(model.embed.weight.detach())
+    refused(model, "'head' is not: .*tied to embed.weight.*untie", ["q_proj"], trainable=["head"])
+    refused(model, "'embed' is not: .*tied to head.weight.*untie", ["q_proj"], trainable=["embed"])
+
+
+def test_a_parametrized_or_lazy_head_is_refused() -> None:
+    model = Net()
+    parametrizations.weight_norm(model.head)
+    refused(model, "'head' is not: .*parametrized", ["q_proj"], trainable=["head"])
+    model.head = nn.LazyLinear(10)
+    refused(model, "'head' is not: .*lazy.*one batch", ["q_proj"], trainable=["head"])
+
+
+DROPOUT = GLoRAConfig(rank_dropout=0.5)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_is_no_head(kind: Any) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "rnn": kind(4, 4)})
+    for trainable in (["rnn"], [model["rnn"]], "rnn"):
+        refused(model, "'rnn' is not: it keeps its own list of weights", ["linear"], trainable=trainable)
+
+
+class Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+def test_rank_dropout_is_refused_where_a_forward_is_not_nn_linears() -> None:
+    replaced = nn.Linear(4, 4)
+    replaced.forward = lambda x: x
+    for bad in (Own(4, 4), replaced):
+        model = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": bad})
+        refused(model, "'bad' is not: its forward is its own", ["bad"], DROPOUT)
+        attach(model, GLoRAConfig(), targets=["bad"])  # without dropout it is adapted
+        refused(model, "'bad' is not: its forward is its own", ["bad"], DROPOUT, name="b")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("out_features", "in_features"), [(0, 4), (4, 0), (0, 0)])
+def test_an_empty_weight_is_refused(out_features: int, in_features: int) -> None:
+    model = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": nn.Linear(in_features, out_features)})
+    refused(model, r"'bad' is not: its weight is empty", ["bad"])
+    assert [layer.path for layer in glora.plan(model).layers] == ["good"]
+
+
+def test_a_layer_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        made = nn.Linear(4, 4)
+    model = nn.Sequential(made, nn.Linear(4, 4))
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="'0' is not: its weight was made in inference mode"):
+        glora.apply(model, ["0"])
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_sparse_buffer_elsewhere_is_no_hindrance() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    glora.merge(glora.apply(model))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import glora
-from glora.spec import AdapterSpec, LayerSpec
 from tests.helpers.calls import RANDOM, attach
 
 
@@ -74,57 +73,3 @@ def test_a_frozen_prompt_goes_with_its_adapter() -> None:
     glora.delete(layer, "b")
     assert "parametrizations.bias.0.b.C.shift" not in layer.state_dict()
     glora.apply(layer, config=RANDOM, name="c")
-
-
-def test_a_layer_made_in_inference_mode_is_refused_by_name() -> None:
-    with torch.inference_mode():
-        made = nn.Linear(4, 4)
-    model = nn.Sequential(made, nn.Linear(4, 4))
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match="'0' is not: its weight was made in inference mode"):
-        glora.apply(model, ["0"])
-    assert [p.requires_grad for p in model.parameters()] == flags
-
-
-def test_a_sparse_buffer_elsewhere_is_no_hindrance() -> None:
-    model = two_layers()
-    model.register_buffer("graph", torch.eye(3).to_sparse())
-    glora.merge(glora.apply(model))
-
-
-def test_a_description_that_attaches_nothing_is_refused() -> None:
-    from glora.model.attach import attach_spec
-
-    nothing: dict[str, str] = dict.fromkeys("ABCE", "none")
-    spec = AdapterSpec({"": LayerSpec(glora.GLoRAConfig(**nothing))}, {}, {"D.value": torch.ones(3)})
-    with pytest.raises(glora.AdapterFileError, match="it adapts nothing"):
-        attach_spec(nn.Linear(4, 3, bias=False), spec, "it")
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("config", [RANDOM, glora.GLoRAConfig.lora(init="random")])
-def test_strided_nested_tensors_go_through_as_through_a_plain_layer(config: glora.GLoRAConfig) -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=config)
-    parts = [torch.randn(2, 4), torch.randn(3, 4)]
-    found = layer(torch.nested.nested_tensor(parts))
-    for y, part in zip(found.unbind(), parts, strict=True):
-        torch.testing.assert_close(y, layer(part))
-
-
-@pytest.mark.parametrize("name", ["factors", "acting_copy", "freeze_prompts"])
-def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="An adapter's name must be"):
-        glora.plan(two_layers(), name=name)
-
-
-def test_a_complex_head_loads_its_own_state() -> None:
-    class Phase(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (x * self.turn).real
-
-    model = glora.apply(nn.Sequential(nn.Linear(4, 4), Phase()), ["0"], trainable=["1"])
-    glora.load_state_dict(model, glora.state_dict(model))

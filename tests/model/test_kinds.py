@@ -218,60 +218,6 @@ def test_all_linear_reaches_conv1d_attention_and_experts() -> None:
             assert kind.path in reached
 
 
-class Mixer(nn.Module):
-    """A module of the user's own, with an axis for heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(2, 3, 4))
-        self.shift = nn.Parameter(torch.randn(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bi,hoi->bho", x, self.kernel).flatten(1) + self.shift
-
-
-def test_a_kind_that_is_registered_is_reached_by_name_and_its_file_needs_no_registration(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from glora import matrices
-
-    monkeypatch.setattr(matrices, "_registered", [])
-    with pytest.raises(ValueError, match=r"'kernel' matches none that can be adapted, only Mixer .*register_matrix"):
-        glora.apply(Mixer(), ["kernel"])
-    glora.register_matrix(Mixer, {"kernel": "shift"}, "h o i -> (h o) i")
-    model = glora.apply(Mixer(), ["kernel"], GLoRAConfig(init="random"))
-    assert glora.state_dict(model)["kernel.A.left"].shape == (6, 8)
-    x = torch.randn(5, 4)
-    y = model(x)
-    with glora.merged(model):
-        assert torch.allclose(model(x), y, atol=1e-5)
-    glora.save(model, tmp_path)
-    monkeypatch.setattr(matrices, "_registered", [])
-    base = Mixer()
-    base.load_state_dict(glora.base_state_dict(model))
-    assert same_outputs(glora.load(base, tmp_path)(x), y)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["o i", "o i -> o", "(h o) i -> h o i", "o i -> o i k", "a b c d -> a b c d", "o o -> o o", "o i => o i"]
-)
-def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="A pattern must go from the axes"):
-        glora.register_matrix(Mixer, "kernel", pattern)
-
-
-def test_a_registration_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glora import matrices
-
-    monkeypatch.setattr(matrices, "_registered", [])
-    glora.register_matrix(lambda module: isinstance(module, Mixer), "kernel", "i o -> o i")
-    with pytest.raises(ValueError, match=r"its kernel has the shape \(2, 3, 4\), and 'i o -> o i' was registered"):
-        glora.apply(Mixer(), ["kernel"])
-    glora.register_matrix(Mixer, {"kernel": "shift"}, "e o i -> e o i")
-    with pytest.raises(ValueError, match="its shift has the shape"):
-        glora.apply(Mixer(), ["kernel"])
-
-
 def test_an_embedding_is_refused_with_a_word_on_why() -> None:
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'0' matches none .* only Embedding .*looks rows up.*trainable="):

@@ -369,7 +369,8 @@ class Lifecycle(RuleBasedStateMachine):
             parameter.grad = None
 
 
-EXAMPLES, STEPS = {"long": (2000, 60), "mutation": (15, 20)}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (200, 30))
+PROFILES = {"long": (2000, 60), "mutation": (15, 20), "fresh": (50, 30)}
+EXAMPLES, STEPS = PROFILES.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (200, 30))
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
 

@@ -1,8 +1,9 @@
-"""`plan` is what `apply` does."""
+"""`plan` is what `apply` does; a description of an adapter that does not fit the model is refused."""
 
 from __future__ import annotations
 
-import re
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from torch import nn
 
 import glora
 from glora import GLoRAConfig
+from glora.spec import AdapterSpec, LayerSpec
 from tests.helpers import internals
-from tests.helpers.calls import warned
-from tests.helpers.models import ALL_OF_NET, Net
-from tests.helpers.state import snapshot
+from tests.helpers.calls import RANDOM, attach, warned
+from tests.helpers.state import snapshot, unchanged
 from tests.helpers.strategies import configs
 
 
@@ -67,22 +68,49 @@ def test_plan_is_what_apply_then_does_and_changes_nothing(config: GLoRAConfig, e
     assert second.parameters == planned.parameters
 
 
-def test_a_plan_prints_every_layer_head_and_skipped_layer() -> None:
-    model = Net()
-    model.head.weight = model.embed.weight
-    planned = glora.plan(model, config=GLoRAConfig(rank=2), exclude=["1.k_proj"], trainable=["0.norm"])
-    lines = str(planned).splitlines()
-    assert re.search(r"'default'.* 3 layers, ", lines[0])
-    assert lines[-1] == "reaches 75% of 64 matrix numbers; not reached: Linear.weight 25%"
-    cells = {line.split()[0]: line for line in lines[2:-1]}
-    assert set(cells) == {*ALL_OF_NET, "layers.0.norm"}
-    assert re.search(r"A=lora B=lora C=vector D=vector E=vector +2 +\d+$", cells["layers.0.q_proj"])
-    assert "skipped: excluded" in cells["layers.1.k_proj"]
-    assert "tied" in cells["head"]
-    assert re.search(r"trainable +- +8$", cells["layers.0.norm"])
+def test_an_adapter_of_two_modules_does_not_go_onto_one_that_has_both_paths(tmp_path: Path) -> None:
+    source = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.LayerNorm(4), "d": nn.LayerNorm(4)})
+    target = nn.ModuleDict({"a": (one := nn.Linear(4, 4)), "b": one, "c": (norm := nn.LayerNorm(4)), "d": norm})
+    for name, arguments in {
+        "layers": {"targets": ["a", "b"]},
+        "heads": {"targets": ["a"], "trainable": ["c", "d"]},
+        "a layer and a head": {"targets": ["a"], "trainable": ["b"]},
+    }.items():
+        glora.save(attach(copy.deepcopy(source), RANDOM, **arguments), tmp_path / name)
+        with unchanged(target), pytest.raises(glora.AdapterFileError, match="reach the same module"):
+            glora.load(target, tmp_path / name)
+    glora.save(attach(copy.deepcopy(source), RANDOM, targets=["b"], trainable=["d"]), tmp_path / "one of each")
+    target["b"].load_state_dict(source["b"].state_dict())
+    assert glora.adapters(glora.load(target, tmp_path / "one of each")) == {"default": 1.0}
 
 
-def test_plan_refuses_what_is_no_module() -> None:
-    nothing: Any = {"head": nn.Linear(2, 2)}
-    with pytest.raises(ValueError, match=r"nn\.Module; found a dict"):
-        glora.plan(nothing)
+def test_a_description_that_attaches_nothing_is_refused() -> None:
+    from glora.model.attach import attach_spec
+
+    nothing: dict[str, str] = dict.fromkeys("ABCE", "none")
+    spec = AdapterSpec({"": LayerSpec(glora.GLoRAConfig(**nothing))}, {}, {"D.value": torch.ones(3)})
+    with pytest.raises(glora.AdapterFileError, match="it adapts nothing"):
+        attach_spec(nn.Linear(4, 3, bias=False), spec, "it")
+
+
+def test_names_are_checked() -> None:
+    layer = nn.Linear(3, 3)
+    for name in ("", "a.b", "forward", "training", "acting", 3):
+        with pytest.raises(ValueError, match="An adapter's name must be"):
+            glora.apply(layer, name=name)
+    glora.apply(layer, name="values")
+    with pytest.raises(ValueError, match="'values' is attached already"):
+        glora.apply(layer, name="values")
+    with pytest.raises(KeyError, match="'b'"):
+        glora.state_dict(layer, "b")
+    glora.apply(layer, name="b")
+    with pytest.raises(ValueError, match="name=None means the only adapter; the model has 'values', 'b'"):
+        glora.parameters(layer)
+    with pytest.raises(ValueError, match="the model has none"):
+        glora.state_dict(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["factors", "acting_copy", "frozen_weight"])
+def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="An adapter's name must be"):
+        glora.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), name=name)

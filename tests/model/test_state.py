@@ -1,21 +1,25 @@
-"""`glora.state_dict` and `glora.load_state_dict`: keys, all or nothing."""
+"""`glora.state_dict` and `load_state_dict`: keys, all or nothing; `base_state_dict`: the plain model's."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import RANDOM, attach
-from tests.helpers.models import TOKENS, build, two
+from tests.helpers.models import TOKENS, attached, build, in_states, two
 from tests.helpers.state import clones, identities, other_values, same, same_outputs, unchanged
 from tests.helpers.strategies import configs
 
@@ -127,3 +131,88 @@ def test_not_strict_writes_the_keys_that_both_have() -> None:
     before = clones(glora.state_dict(layer))
     glora.load_state_dict(layer, {"E.value": torch.ones(5), "elsewhere": torch.ones(1)}, strict=False)
     assert same(glora.state_dict(layer), before | {"E.value": torch.ones(5)})
+
+
+def test_an_adapter_on_the_meta_device_is_not_written_into() -> None:
+    with torch.device("meta"):
+        model = attach(nn.Linear(4, 3), RANDOM)
+    given = glora.state_dict(attach(nn.Linear(4, 3), RANDOM))
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"on the meta device.*to_empty"):
+            glora.load_state_dict(model, given, strict=strict)
+    glora.load_state_dict(model.to_empty(device="cpu"), given)
+    assert torch.equal(glora.state_dict(model)["A.left"], given["A.left"])
+
+
+def test_a_complex_head_loads_its_own_state() -> None:
+    class Phase(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.turn).real
+
+    model = glora.apply(nn.Sequential(nn.Linear(4, 4), Phase()), ["0"], trainable=["1"])
+    glora.load_state_dict(model, glora.state_dict(model))
+
+
+@attached
+@in_states
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, AveragedModel, torch.compile], ids=["bare", "averaged", "compiled"]
+)
+def test_the_base_state_dict_is_the_plain_models(
+    how: Callable[[nn.Module], object],
+    state: Callable[[nn.Module], AbstractContextManager[object]],
+    wrap: Callable[[nn.Module], Any],
+) -> None:
+    plain = build()
+    model = wrap(copy.deepcopy(plain))
+    how(model)
+    with state(model):
+        assert same(glora.base_state_dict(model), plain.state_dict())
+        assert build().load_state_dict(glora.base_state_dict(model), strict=True) == ([], [])
+    assert same(glora.base_state_dict(model), plain.state_dict())
+
+
+def test_the_base_state_dict_of_an_averaged_adapted_model_is_the_plain_models() -> None:
+    plain = build()
+    model = copy.deepcopy(plain)
+    attach(model, trainable=["norm", "head"])
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    assert same(glora.base_state_dict(averaged), plain.state_dict())
+    assert glora.state_dict(averaged).keys() == glora.state_dict(model).keys()
+
+
+def test_training_leaves_the_base_state_dict_as_it_was() -> None:
+    model = build()
+    plain = clones(model.state_dict())
+    attach(model, trainable=["norm", "head"])
+    optimizer = torch.optim.SGD(glora.parameters(model), lr=0.1)
+    before = clones(glora.state_dict(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(TOKENS).square().sum().backward()
+        optimizer.step()
+    moved = {key for key, tensor in glora.state_dict(model).items() if not torch.equal(tensor, before[key])}
+    # Not all: a norm in training subtracts the mean, so the bias in front of it gets no gradient.
+    assert moved >= {"first.A.left", "second.B.left", "norm.weight", "norm.running_mean", "head.weight", "head.bias"}
+    assert same(glora.base_state_dict(model), plain)
+    with glora.merged(model):
+        assert same(glora.base_state_dict(model), plain)
+
+
+def test_the_base_state_dict_of_a_plain_model_is_its_state_dict() -> None:
+    model = build()
+    assert same(glora.base_state_dict(model), model.state_dict())
+
+
+def test_a_layer_that_torch_has_merged_gives_what_it_holds() -> None:
+    model = build()
+    plain = clones(model.state_dict())
+    attach(model)
+    merged = model.first.weight.detach().clone()
+    parametrize.remove_parametrizations(model.first, "weight")
+    assert same(glora.base_state_dict(model), plain | {"first.weight": merged})

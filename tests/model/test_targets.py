@@ -1,4 +1,4 @@
-"""The grammar of `targets=`: regex, list, predicate, mapping, "all-linear"."""
+"""The grammar of `targets=`, `exclude=` and `trainable=`: regex, list, predicate, mapping, "all-linear"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import glora
 from glora import GLoRAConfig
-from tests.helpers.calls import LORA, chosen, refused, warned
+from tests.helpers.calls import LORA, chosen, refused
 from tests.helpers.models import ALL_OF_NET, Net
 
 # A string is a regex that matches the whole path.
@@ -152,56 +152,64 @@ def test_all_linear_is_the_default_and_reaches_every_linear_layer() -> None:
     refused(nn.Sequential(nn.ReLU()), "at least one layer")
 
 
-class WithOutputs(Net):
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.head
+# `exclude=` and `trainable=` take the same grammar, and win over targets.
 
 
-def test_all_linear_alone_leaves_out_the_output_embeddings() -> None:
-    for model in (WithOutputs(), nn.Sequential(WithOutputs())):
-        planned = glora.plan(model)
-        assert len(planned.layers) == 4
-        (skipped,) = planned.skipped
-        assert (skipped.path.endswith("head"), skipped.reason) == (True, "output embeddings")
-    assert "head" in chosen(WithOutputs(), ".*")
-    assert "head" in chosen(WithOutputs(), ["head"])
-    assert "head" in chosen(WithOutputs(), lambda *_: True)
+@pytest.mark.parametrize(
+    "exclude",
+    ["head", ["head"], lambda path, _module: path == "head", r"he.*"],
+    ids=["regex", "list", "predicate", "wild regex"],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ".*", ["q_proj", "k_proj", "head"], lambda *_: True, {".*": LORA}])
+def test_exclude_takes_the_same_grammar_and_wins_over_targets(targets: Any, exclude: Any) -> None:
+    planned = glora.plan(Net(), targets, exclude=exclude)
+    assert [layer.path for layer in planned.layers] == ALL_OF_NET[:4]
+    assert [(skipped.path, skipped.reason) for skipped in planned.skipped] == [("head", "excluded")]
 
 
-def test_a_tied_output_embedding_is_left_out_without_a_warning() -> None:
-    model = WithOutputs()
-    model.head.weight = model.embed.weight
-    assert warned(lambda: glora.apply(model)) == []
+def test_exclude_refuses_what_matches_nothing() -> None:
+    refused(Net(), r"exclude= .*'tail' matches none", exclude=["tail"])
+    refused(Net(), r"exclude= .*'q_proj' matches none.*list", exclude="q_proj")
+    refused(Net(), r"exclude= .*only Block", exclude=["layers.0"])
+    refused(Net(), r"exclude= .*False for all", exclude=lambda *_: False)
+    refused(Net(), r"exclude=", exclude={"head": LORA})
 
 
-def test_a_model_that_has_no_output_embeddings_may_say_so() -> None:
-    class Without(Net):
-        def get_output_embeddings(self) -> None:
-            return None
-
-    class Stub(Net):
-        def get_output_embeddings(self) -> None:
-            raise NotImplementedError
-
-    assert chosen(Without()) == chosen(Stub()) == ALL_OF_NET
+def test_excluding_every_target_leaves_nothing_to_train() -> None:
+    refused(Net(), "something to train.*excluded", ["head"], exclude=["head"])
+    refused(Net(), "something to train", exclude="all-linear")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_all_linear_of_a_language_model_leaves_out_its_head(tied: bool) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    glora.apply(model, config=LORA)
-    projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    projections += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    expected = [f"model.layers.0.{path}.B.{factor}" for path in projections for factor in ("left", "right")]
-    assert list(glora.state_dict(model)) == expected
-    assert type(model.lm_head) is nn.Linear
+def heads(model: nn.Module, trainable: Any) -> list[str]:
+    return [head.path for head in glora.plan(model, ["layers.0.q_proj"], trainable=trainable).heads]
+
+
+def test_trainable_takes_the_same_grammar_over_all_modules_and_modules_themselves() -> None:
+    model = Net()
+    assert heads(model, ["norm"]) == ["layers.0.norm", "layers.1.norm"]
+    assert heads(model, r"layers\.1\.norm|head") == ["layers.1.norm", "head"]
+    assert heads(model, lambda _path, module: isinstance(module, nn.Embedding)) == ["embed"]
+    assert heads(model, model.head) == ["head"]
+    assert heads(model, [model.head, "embed"]) == ["embed", "head"]
+    assert heads(model, ["layers.1"]) == ["layers.1.q_proj", "layers.1.k_proj", "layers.1.norm"]
+
+
+def test_trainable_wins_over_targets() -> None:
+    model = Net()
+    planned = glora.plan(model, ["q_proj", "head"], trainable=["head"])
+    assert [layer.path for layer in planned.layers] == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert [(skipped.path, skipped.reason) for skipped in planned.skipped] == [("head", "trainable as a whole")]
+    glora.apply(model, ["q_proj", "head"], trainable=["head"])
+    assert [key for key in glora.state_dict(model) if key.startswith("head")] == ["head.weight", "head.bias"]
+
+
+def test_trainable_refuses_what_it_cannot_train() -> None:
+    model = Net()
+    refused(model, r"trainable= .*'tail' matches none", trainable=["tail"])
+    refused(model, r"trainable= .*'norm' matches none.*list", trainable="norm")
+    refused(model, r"trainable= .*False for all", trainable=lambda *_: False)
+    refused(model, r"trainable= .*'act' has none", trainable=["act"])
+    refused(model, r"trainable= .*outside it", trainable=nn.Linear(4, 10))
+    refused(model, r"trainable= .*outside it", trainable=[model.head, nn.Linear(4, 10)])
+    refused(model, r"trainable=", trainable=3)
+    refused(model, r"trainable=", trainable=[3])

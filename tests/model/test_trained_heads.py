@@ -1,4 +1,4 @@
-"""Heads over time: buffers bound anew, flags of the base's, mixes, and whose memory is whose after a merge."""
+"""Heads over time: buffers bound anew, mixes, and whose memory is whose after a merge."""
 
 from __future__ import annotations
 
@@ -57,37 +57,6 @@ def test_a_buffer_that_a_head_binds_anew_goes_to_the_adapter_that_acts() -> None
     assert model[1].calls == 1
     model.train()(x)
     assert model[1].calls == 2
-
-
-def test_a_bases_head_is_frozen_as_long_as_an_adapter_trains_copies_of_it() -> None:
-    def asking(model: nn.Module) -> set[str]:
-        base = glora.base_state_dict(model)
-        addresses = {p.data_ptr() for p in model.parameters() if p.requires_grad}
-        return {key.split(".")[0] for key, tensor in base.items() if tensor.data_ptr() in addresses}
-
-    for names in (["a"], ["b"], ["a", "b"]):
-        model = build().requires_grad_(True)
-        everything = asking(model)
-        attach(model, targets=["first"], name="other", freeze=False)
-        assert asking(model) == everything
-        for name in names:
-            attach(model, targets=["first"], name=name, trainable=["head"], freeze=False)
-        for name in names:
-            assert asking(model) == everything - {"head"}
-            glora.activate(model, "other")
-            assert asking(model) == everything - {"head"}
-            glora.delete(model, name)
-        assert asking(model) == everything
-        glora.remove(model)
-        assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_deleted_adapters_head_stays_frozen_where_the_rest_is() -> None:
-    model = build()
-    attach(model, targets=["first"], name="a")
-    attach(model, targets=["first"], name="b", trainable=["head"])
-    glora.delete(model, "b")
-    assert not any(parameter.requires_grad for parameter in model.head.parameters())
 
 
 def test_adapters_with_equal_heads_that_do_not_train_act_together() -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import glora
-from benchmarks.counting import count_products
 from glora import GLoRAConfig
 from glora.search import Space, choose, spaces
 from tests.helpers.calls import RANDOM, attach, warned
+from tests.helpers.counting import count_products
 from tests.helpers.internals import chosen_kernel
 from tests.helpers.search import any_choice, block, supernet
 

@@ -1,4 +1,4 @@
-"""`glora.merge` and `glora.merged`: what is checked first, what can be done inside, what is as before afterwards."""
+"""`glora.merge`, `merged`, `delete` and `remove`: what is checked first, what can be done inside, what comes back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import glora
 from tests.helpers.calls import RANDOM, attach, quiet
-from tests.helpers.models import ATTACH, TOKENS, adapted_block, build, two
+from tests.helpers.models import ATTACH, TOKENS, Residual, adapted_block, build, three_adapters, two
 from tests.helpers.state import snapshot, unchanged, values_apart
 from tests.helpers.strategies import Case, cases
 
@@ -122,15 +122,6 @@ def test_what_merged_computes_is_given_back_after_an_exception_and_where_the_mod
     assert {value.dtype for value in layer.state_dict().values()} == {torch.float64}
 
 
-@pytest.mark.parametrize("call", ["apply", "merge", "remove", "activate", "load_state_dict", "reset_parameters"])
-def test_inside_merged_adapters_cannot_be_changed(call: str) -> None:
-    layer = glora.apply(nn.Linear(4, 3))
-    arguments = {"apply": {"name": "b"}, "activate": {"weights": "default"}, "load_state_dict": {"state_dict": {}}}
-    with glora.merged(layer), pytest.raises(RuntimeError, match="Inside glora.merged"):
-        getattr(glora, call)(layer, **arguments.get(call, {}))
-    assert glora.adapters(layer) == {"default": 1.0}
-
-
 def test_disabled_inside_merged_is_refused() -> None:
     layer, x = glora.apply(nn.Linear(4, 3), config=RANDOM), torch.randn(2, 4)
     with glora.merged(layer):
@@ -179,3 +170,36 @@ def test_merged_inside_inference_mode_leaves_nothing_of_it() -> None:
         context.__enter__()
     layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
     context.__exit__(None, None, None)
+
+
+def test_a_model_whose_weight_is_tied_to_another_outside_of_the_adapted_part_is_not_merged() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
+    model[1].weight = model[0].weight
+    attach(model[1], RANDOM)
+    table = model[0].weight.detach().clone()
+    with unchanged(model), pytest.raises(ValueError, match="tied"):
+        glora.merge(model)
+    glora.remove(model)
+    assert torch.equal(model[0].weight, table)
+
+
+def test_delete_drops_one_adapter_and_the_last_one_is_remove() -> None:
+    model = three_adapters()
+    x = torch.randn(2, 6)
+    glora.activate(model, "a")
+    wanted, keys = model(x), list(glora.state_dict(model, "a"))
+    with pytest.raises(KeyError):
+        glora.delete(model, "z")
+    glora.delete(model, "b")
+    assert (set(glora.adapters(model)), list(glora.state_dict(model, "a"))) == ({"a", "c"}, keys)
+    assert torch.equal(model(x), wanted)
+    with glora.disabled(model):
+        glora.delete(model, "a")
+    assert glora.adapters(model) == {"c": 0.0}
+    assert type(model.norm) is nn.LayerNorm
+    glora.delete(model, "c")
+    torch.manual_seed(0)
+    plain = Residual()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())

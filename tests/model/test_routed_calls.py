@@ -1,4 +1,4 @@
-"""A route meets calls of every shape: keywords, modules inside modules, copies, checkpointing, other results."""
+"""Modules of every kind inside a route, whichever room routes them: keywords, nesting, copies, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -74,7 +74,6 @@ def nested() -> Nest:
     return model
 
 
-@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=6), st.integers(0, 4))
 def test_arguments_and_modules_inside_modules_are_split_once_and_by_sample(names: list[str | None], way: int) -> None:
     model, x = nested(), torch.randn(len(names), 4)

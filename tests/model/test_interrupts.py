@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import glora
+from glora.search import Space
 from tests.helpers.calls import attach
 from tests.helpers.interrupts import READING, Interrupt, everything
+from tests.helpers.search import supernet
 
 CREATE = glora.GLoRAConfig(rank=1, init="random", create_bias=True)
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
@@ -41,6 +43,11 @@ def one() -> nn.Module:
 def two() -> nn.Module:
     """`b` alone is on layer 1, whose bias it creates, and has the head."""
     return attach(one(), CREATE, targets=["0", "1"], trainable=["2"], name="b").eval()
+
+
+def entangled() -> nn.Module:
+    """A supernet on both layers."""
+    return supernet(plain(), Space(A=["vector", "none"], ranks=[1, 2]), name="a").eval()
 
 
 def apply(model: nn.Module) -> object:
@@ -125,6 +132,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
     "delete": (two, lambda model: glora.delete(model, "b")),
     "delete the last": (one, lambda model: glora.delete(model, "a")),
     "remove": (two, glora.remove),
+    "extract": (entangled, lambda model: glora.search.extract(model, {"0": glora.GLoRAConfig.lora(rank=1)})),
 }
 
 

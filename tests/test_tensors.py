@@ -1,4 +1,4 @@
-"""A base that is quantised already: adapters over its own product, the very tensor given back, nothing dequantised."""
+"""Tensors that are no plain ones: adapters over a quantised base, which stays as it is; whole tensors and parts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import glora
 from glora import GLoRAConfig
 from glora.fingerprint import fingerprint
+from glora.tensors import dense, gathered, is_sharded, replicated_like, rows, sharded_like, storage_of, write_into
 from tests.helpers.calls import LORA, RANDOM, attach, refused, warned
 from tests.helpers.quantised import FORMS, Int8Rows, block, differences, most_floats, quantise_rows
 from tests.helpers.state import unchanged
@@ -224,3 +226,36 @@ def test_what_is_refused_says_what_to_do() -> None:
     refused(quantised(), "its weight is a Int8Rows", ["0"], trainable=["2"])
     with pytest.raises(RuntimeError, match=r"as tying and quantising.*before glora.apply"):
         quantise_rows(attach(block()))
+
+
+def test_a_block_of_rows_is_in_floating_point_and_the_tensor_itself_where_it_is_all_of_a_plain_one() -> None:
+    plain, weight = torch.randn(6, 4), quantised()[0].weight
+    assert rows(plain, slice(0, 6)) is plain
+    assert dense(plain) is storage_of(plain) is plain
+    for tensor in (plain, weight):
+        for start, stop in ((0, len(tensor)), (2, 5), (0, 1)):
+            found = rows(tensor, slice(start, stop))
+            assert type(found) in (Tensor, nn.Parameter)
+            torch.testing.assert_close(found, dense(tensor)[start:stop])
+    assert storage_of(weight).dtype == torch.int8
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_whole_tensor_goes_into_a_sharded_one_and_comes_back() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    whole = torch.randn(6, 4)
+    sharded = distribute_tensor(torch.zeros(6, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert (is_sharded(sharded), is_sharded(whole)) == (True, False)
+    assert gathered(whole) is whole
+    for from_first in (True, False):
+        found = sharded_like(sharded, whole, from_first=from_first)
+        assert is_sharded(found)
+        assert torch.equal(gathered(found), whole)
+        assert sharded_like(whole, whole, from_first=from_first) is whole
+    replica = replicated_like(sharded, whole)
+    assert torch.equal(replica.to_local(), whole)
+    write_into(sharded, whole)
+    assert torch.equal(gathered(sharded), whole)
+    write_into(whole, 2 * sharded)
+    assert torch.equal(2 * gathered(sharded), whole)

@@ -1,39 +1,48 @@
-"""What `mutmut run` found that no other test noticed: the sizes of a random start, and the care for half precision."""
+"""The room `precision`, and the care for small numbers that no single kernel owns."""
 
 from __future__ import annotations
 
 import contextlib
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 import glora
+from glora.precision import in_autocast, multiply, outside_autocast, wide, working_dtype
 from tests.helpers.calls import only
 from tests.helpers.kernels import run_kernel
+from tests.helpers.strategies import DTYPES, HALF
 
 
-@pytest.mark.parametrize("entry", [0.0, 0.003, 2.0])
-@pytest.mark.parametrize("path", ["A", "B", "C", "D", "E"])
-def test_a_random_start_draws_half_to_three_halves_of_its_size_in_either_sign(path: str, entry: float) -> None:
-    inp, out = (4096, 3) if path == "C" else (3, 4096)
-    plain = nn.Linear(inp, out)
-    nn.init.constant_(plain.weight, entry)
-    layer = glora.apply(plain, config=only(**{path: "vector"}, init="random"))
-    (value,) = glora.parameters(layer)
-    norm = entry * (out * inp) ** 0.5 or out**0.5  # a weight of zeros counts as nn.Linear's own start
-    size = {"B": 0.1 * norm / (out * inp) ** 0.5, "E": 0.1 * norm / out**0.5}.get(path, 0.1)
-    sizes = value.detach().abs() / size
-    assert 0.499 < sizes.min() < 0.51
-    assert 1.49 < sizes.max() < 1.501
-    assert 0.45 < (value > 0).float().mean() < 0.55
+@pytest.mark.parametrize("dtypes", [*product(DTYPES, DTYPES)], ids=str)
+def test_the_working_dtype_is_the_widest_and_float32_at_least(dtypes: tuple[torch.dtype, ...]) -> None:
+    tensors = [torch.ones(1, dtype=dtype) for dtype in dtypes]
+    assert working_dtype(*tensors) == (torch.float64 if torch.float64 in dtypes else torch.float32)
+    assert wide(tensors[0]).dtype == working_dtype(tensors[0])
+    assert (wide(tensors[0]) is tensors[0]) is (dtypes[0] not in HALF)
 
 
-def test_the_size_of_a_half_precision_weight_does_not_overflow() -> None:
-    plain = nn.Linear(64, 64, dtype=torch.float16)
-    nn.init.constant_(plain.weight, 100.0)  # the squares sum up to 4e7
-    layer = glora.apply(plain, config=only(B="vector", init="random"))
-    assert torch.isfinite(layer.weight).all()
+@pytest.mark.parametrize("dtypes", [*product(DTYPES, DTYPES)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_product_is_computed_in_the_working_dtype_also_under_autocast(
+    dtypes: tuple[torch.dtype, ...], autocast: bool
+) -> None:
+    left, right = torch.randn(3, 4, dtype=dtypes[0]), torch.randn(4, 2, dtype=dtypes[1])
+    dtype = working_dtype(left, right)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = multiply(left, right)
+    assert torch.equal(found, left.to(dtype) @ right.to(dtype))
+
+
+def test_autocast_is_off_inside_and_on_again_after() -> None:
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with outside_autocast(x):
+            assert not in_autocast(x)
+        assert in_autocast(x)
+    assert not in_autocast(x)
 
 
 def test_rank_dropout_of_a_double_layer_is_in_double_precision() -> None:

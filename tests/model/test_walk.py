@@ -1,4 +1,4 @@
-"""Paths of modules: under wrappers, and of a module that two paths reach."""
+"""The walk of a model: paths under wrappers, a module that two paths reach, what is no module."""
 
 from __future__ import annotations
 
@@ -83,3 +83,9 @@ def test_a_shared_module_is_excluded_and_trained_under_either_path() -> None:
 def test_a_shared_module_is_no_tie() -> None:
     assert chosen(Shared()) == ["first", "other"]
     assert warned(lambda: glora.apply(Shared())) == []
+
+
+def test_plan_refuses_what_is_no_module() -> None:
+    nothing: Any = {"head": nn.Linear(2, 2)}
+    with pytest.raises(ValueError, match=r"nn\.Module; found a dict"):
+        glora.plan(nothing)
