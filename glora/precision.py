@@ -42,5 +42,9 @@ def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
     dtype = working_dtype(left, right)
+    left = left if left.dtype is dtype else left.to(dtype)
+    right = right if right.dtype is dtype else right.to(dtype)
+    if not in_autocast(left):
+        return left @ right
     with outside_autocast(left):
-        return left.to(dtype) @ right.to(dtype)
+        return left @ right

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
-from tests.helpers.calls import attach
+from tests.helpers.calls import RANDOM, attach
 from tests.helpers.models import two_adapters
 from tests.helpers.strategies import Case, cases, close
 
@@ -138,3 +138,13 @@ def test_a_compiled_model_is_routed_too() -> None:
     with glora.route(model, ["a", None, "b"]):
         torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_merged_inside_a_route_is_refused_by_name() -> None:
+    model = glora.apply(nn.Sequential(nn.Linear(4, 3)), config=RANDOM)
+    with (
+        glora.route(model, ["default", None]),
+        pytest.raises(RuntimeError, match="Inside glora.route"),
+        glora.merged(model),
+    ):
+        pass
