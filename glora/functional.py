@@ -227,7 +227,8 @@ def add(base: Tensor, updates: Iterable[Tensor | None]) -> Tensor:
             total = update if total is None else total + update
     if total is None:
         return base
-    return (wide(base) + total).to(base.dtype)
+    total = wide(base) + total
+    return total if total.dtype is base.dtype else total.to(base.dtype)
 
 
 def whole(path: Tensor | tuple[Tensor, Tensor]) -> Tensor:

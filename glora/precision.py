@@ -55,8 +55,11 @@ def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
     dtype = working_dtype(left, right)
+    left, right = cast(left, dtype), cast(right, dtype)
+    if not in_autocast(left):
+        return left @ right
     with outside_autocast(left):
-        return cast(left, dtype) @ cast(right, dtype)
+        return left @ right
 
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch

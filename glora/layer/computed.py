@@ -66,12 +66,6 @@ def tensor_of(
     plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
     if plain is not None or name not in parametrizations:
         return plain
-    return _compute(module, parametrizations, name, adapter_weights, dropout)
-
-
-def _compute(
-    module: nn.Module, parametrizations: Parametrizations, name: str, adapter_weights: AdapterWeights, dropout: bool
-) -> Tensor:
     parametrization = parametrizations[name]
     store, *others = cast("list[nn.Module]", parametrization._modules.values())
     try:

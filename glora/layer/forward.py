@@ -20,8 +20,9 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         parametrizations, dropout = live_parametrizations(self), self.training
         adapter_weights = adapter_weights_of(self, parametrizations)
-        if not input.is_meta:
-            _refuse_meta(self, parametrizations, input)
+        for parametrization in parametrizations.values() if not input.is_meta else ():
+            if parametrization.original.is_meta:
+                raise _meta_error(self, input)
         bias = tensor_of(self, parametrizations, "bias", adapter_weights, dropout)
         store = _kernel_weight(self, parametrizations, matrix)
         if store is None:
@@ -60,12 +61,10 @@ def _kernel_weight(module: nn.Module, parametrizations: Parametrizations, matrix
     return store if isinstance(store, Weight) and store.matrix.pattern == matrix.pattern else None
 
 
-def _refuse_meta(module: nn.Module, parametrizations: Parametrizations, input: Tensor) -> None:
-    for parametrization in parametrizations.values():
-        if parametrization.original.is_meta:
-            raise RuntimeError(
-                f"An adapted layer's tensors must be where its input is, {input.device}; they are on the meta device. "
-                f"If accelerate has offloaded them, give its cpu_offload, disk_offload or dispatch_model "
-                f"preload_module_classes=[{type(module).__name__!r}] (to serve: it trains nothing that is offloaded); "
-                f"else give the model memory first (to_empty, and load)."
-            )
+def _meta_error(module: nn.Module, input: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"An adapted layer's tensors must be where its input is, {input.device}; they are on the meta device. "
+        f"If accelerate has offloaded them, give its cpu_offload, disk_offload or dispatch_model "
+        f"preload_module_classes=[{type(module).__name__!r}] (to serve: it trains nothing that is offloaded); "
+        f"else give the model memory first (to_empty, and load)."
+    )

@@ -147,7 +147,10 @@ class Paths(nn.Module):
 
     def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
-        return {name: path.factors(adapter_weight, dropout) for name, path in self.paths().items()}
+        factors: dict[str, Factors] = {}
+        for name, path in self.paths().items():
+            factors[name] = path.factors(adapter_weight, dropout)
+        return factors
 
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again as `config.init` says, on this frozen weight as a matrix."""
@@ -229,16 +232,26 @@ class Bias(Store):
             self.acting.adapter_weights if adapter_weights is None else adapter_weights
         ).items():
             paths = cast("Paths | None", self._modules.get(name))
-            if paths is None:
-                continue
-            factors = paths.factors(adapter_weight, dropout)
-            if "C" in factors:
-                frozen = isinstance(paths._modules["C"], FrozenPrompt)
-                updates.append(_frozen_prompt(factors["C"]) if frozen else _prompt(self.matrix.read(W0), factors["C"]))
-            D, E = [cast("Tensor", factors[path].tensors) if path in factors else None for path in "DE"]
-            update = functional.bias_update(b0, None, D, E)
-            updates.append(None if update is None else update * adapter_weight)
+            if paths is not None:
+                updates += self._updates(paths, adapter_weight, dropout, b0, W0)
         return functional.add(b0, updates)
+
+    def _updates(
+        self, paths: Paths, adapter_weight: Tensor, dropout: bool, b0: Tensor, W0: Tensor
+    ) -> list[Tensor | None]:
+        """What one adapter adds to b0: its weight times D, E and C together, or a C with a scale of its own apart."""
+        factors = paths.factors(adapter_weight, dropout)
+        C, prompt, scaled_prompt = factors.get("C"), None, None
+        if C is not None and C.scale.ndim:  # one number for each component (Note [Rank dropout])
+            scaled_prompt = _product(self.matrix.read(W0), C.scaled())
+        elif C is not None:
+            is_frozen = isinstance(paths._modules["C"], FrozenPrompt)
+            prompt = cast("Tensor", C.tensors) if is_frozen else _product(self.matrix.read(W0), C.tensors)
+            if C.scale is not adapter_weight:
+                prompt, scaled_prompt = None, prompt * C.scale
+        D, E = [cast("Tensor", factors[path].tensors) if path in factors else None for path in "DE"]
+        update = functional.bias_update(b0, prompt, D, E)
+        return [None if update is None else update * adapter_weight, scaled_prompt]
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C that multiplies W0."""
@@ -256,17 +269,6 @@ class Bias(Store):
                 if C is not None:
                     shift = _product(self.matrix.read(W0), C.factors(ONE).tensors)
                     paths._modules["C"] = FrozenPrompt(shift, C.scaling if isinstance(C, LowRank) else 1.0)
-
-
-def _prompt(W0: Tensor, C: Factors) -> Tensor:
-    """What a path C adds to the bias, scaled as it is."""
-    if C.scale.ndim:  # one number for each component (Note [Rank dropout])
-        return _product(W0, C.scaled())
-    return _product(W0, C.tensors) * C.scale
-
-
-def _frozen_prompt(C: Factors) -> Tensor:
-    return cast("Tensor", C.tensors) * C.scale
 
 
 def _product(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:

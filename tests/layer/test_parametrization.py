@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import glora
-from tests.helpers.models import adapted_block
 from tests.helpers.strategies import DTYPES, Case, cases, close, configs, expected
 
 
@@ -93,43 +90,6 @@ def test_gradients_of_every_factor(case: Case) -> None:
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
 
-def test_a_tensor_that_no_path_touches_is_not_parametrized() -> None:
-    assert list(glora.apply(nn.Linear(3, 3), config=glora.GLoRAConfig.lora()).parametrizations) == ["weight"]
-    assert list(glora.apply(nn.Linear(3, 3), config=glora.GLoRAConfig.bitfit()).parametrizations) == ["bias"]
-
-
-def test_another_parametrization_on_top_makes_merge_refuse() -> None:
-    class Double(nn.Module):
-        def forward(self, W: Tensor) -> Tensor:
-            return 2 * W
-
-    model = adapted_block()
-    weight = model[2].weight
-    parametrize.register_parametrization(model[2], "weight", Double())
-    assert torch.equal(model[2].weight, 2 * weight)
-    for call in (glora.merge, glora.remove, lambda m: glora.merged(m).__enter__()):
-        with pytest.raises(RuntimeError, match=r"`weight` of '2' is parametrized by Double too"):
-            call(model)
-    assert type(model[0]).__name__ == "ParametrizedLinear"
-    parametrize.remove_parametrizations(model[2], "weight")
-    assert torch.equal(model[2].weight, 2 * weight)
-
-
-def test_another_parametrization_beside_ours_is_computed_by_its_own_rule() -> None:
-    class Double(nn.Module):
-        def forward(self, b: Tensor) -> Tensor:
-            return 2 * b
-
-    layer, other = (glora.apply(nn.Linear(3, 3), config=glora.GLoRAConfig.lora()) for _ in range(2))
-    bias = layer.bias.detach().clone()
-    parametrize.register_parametrization(layer, "bias", Double())
-    assert torch.equal(layer.bias, 2 * bias)
-    assert other.bias.shape == (3,)  # the shared class serves both
-    parametrize.remove_parametrizations(layer, "bias")
-    glora.merge(layer)
-    assert torch.equal(layer.bias, 2 * bias)
-
-
 def test_a_printed_layer_shows_each_factors_shape_and_scale_and_which_adapters_act() -> None:
     layer: nn.Module = nn.Linear(4, 3)
     for name in ("a", "b"):
@@ -141,12 +101,3 @@ def test_a_printed_layer_shows_each_factors_shape_and_scale_and_which_adapters_a
     assert "a=0.5, b=-2\n" in text
     glora.activate(layer, {})
     assert str(layer).count("none acts\n") == 2
-
-
-def test_a_plain_bias_alone_is_taken_by_a_load_that_is_not_strict() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.bitfit(init="random"))
-    glora.apply(layer, config=glora.GLoRAConfig(init="random"), name="b")
-    before = {key: value.clone() for key, value in glora.state_dict(layer, "b").items()}
-    layer.load_state_dict({"bias": torch.ones(3)}, strict=False)
-    assert torch.equal(glora.base_state_dict(layer)["bias"], torch.ones(3))
-    assert all(torch.equal(value, before[key]) for key, value in glora.state_dict(layer, "b").items())

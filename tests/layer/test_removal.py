@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -93,55 +93,6 @@ def test_half_removed_still_uses_the_frozen_weight_whatever_acted_and_acts(case:
     assert not bias.any() if layer.bias is None else torch.equal(layer.bias, bias)
 
 
-REMOVALS: dict[str, tuple[bool | None, Callable[[nn.Module], object]]] = {
-    # Torch's removal keeps a created bias.
-    "torch's": (False, lambda layer: remove_with_torch(layer, bake=False)),
-    "glora.remove": (None, glora.remove),
-}
-
-
-@pytest.mark.parametrize("how", REMOVALS)
-@given(data=st.data())
-def test_removal_gives_back_the_very_bits(data: st.DataObject, how: str) -> None:
-    create_bias, remove = REMOVALS[how]
-    tally("removal", how)
-    case = data.draw(cases(create_bias=create_bias))
-    layer = case.plain()
-    before = dict(layer.named_parameters())
-    bits = {name: parameter.detach().clone() for name, parameter in before.items()}
-    for i, config in enumerate(case.configs):
-        attach(layer, config, name=f"a{i}")
-    layer(case.input())
-    remove(layer)
-    assert type(layer) is nn.Linear
-    assert dict(layer.named_parameters()).keys() == before.keys()
-    for name, parameter in layer.named_parameters():
-        assert parameter is before[name]
-        assert torch.equal(parameter, bits[name])
-    assert list(layer.state_dict()) == list(bits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_thousand_rounds_leave_every_bit(dtype: torch.dtype) -> None:
-    plain = nn.Linear(7, 5, dtype=dtype)
-    layer = glora.apply(copy.deepcopy(plain), config=glora.GLoRAConfig(A="vector", B="lora", init="random"))
-    with torch.no_grad():
-        dict(glora.named_parameters(layer))["A.value"].fill_(-1)  # W0 vanishes from W'
-    x = torch.randn(3, 7, dtype=dtype)
-    y = layer(x)
-    for _ in range(1000):
-        with glora.disabled(layer), glora.merged(layer):
-            pass
-        with glora.merged(layer):
-            pass
-    assert torch.equal(layer(x), y)
-    with glora.disabled(layer):
-        assert torch.equal(layer(x), plain(x))
-    glora.remove(layer)
-    assert torch.equal(layer.weight, plain.weight)
-    assert torch.equal(layer.bias, plain.bias)
-
-
 def test_removal_inside_cached_bakes_in_what_it_should_in_either_order() -> None:
     for order in (("weight", "bias"), ("bias", "weight")):
         layer = glora.apply(nn.Linear(4, 3), config=RANDOM)
@@ -167,17 +118,6 @@ def test_a_half_removed_layer_with_a_prompt_takes_no_second_adapter_and_is_not_s
     glora.apply(layer, config=RANDOM, name="b")
 
 
-@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-def test_a_frozen_prompt_does_not_go_by_the_layers_weight_after_a_plain_load(assign: bool) -> None:
-    layer = glora.apply(nn.Linear(3, 5), config=RANDOM)
-    remove_with_torch(layer, "weight")
-    layer.load_state_dict({"weight": torch.randn(5, 3), "bias": torch.randn(5)}, assign=assign)
-    before = layer.bias.detach().clone()
-    with torch.no_grad():
-        layer.weight.add_(1.0)
-    assert torch.equal(layer.bias, before)
-
-
 @pytest.mark.parametrize("order", [("weight", "bias"), ("bias", "weight")], ids="-".join)
 @pytest.mark.parametrize("bake", [True, False])
 def test_torchs_own_removal_gives_back_all_but_the_flags(order: tuple[str, str], bake: bool) -> None:
@@ -192,3 +132,18 @@ def test_torchs_own_removal_gives_back_all_but_the_flags(order: tuple[str, str],
         assert after[aspect] == before[aspect]
     assert (after["values"] == before["values"]) is not bake
     assert glora.adapters(model) == {}
+
+
+@pytest.mark.parametrize("C", ["vector", "lora"])
+def test_a_frozen_prompt_trains_no_more_and_starts_again_at_zero(C: Any) -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(C=C, rank=2, alpha=3.0, init="random"))
+    assert any(key.startswith("C.") for key, _ in glora.named_parameters(layer))
+    before = layer.bias.detach().clone()
+    remove_with_torch(layer, "weight")
+    assert torch.equal(layer.bias, before)
+    assert not any(key.startswith("C.") for key, _ in glora.named_parameters(layer))
+    assert glora.state_dict(layer)["C.shift"].shape == (3,)
+    layer(torch.randn(2, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in glora.parameters(layer))
+    glora.reset_parameters(layer)
+    assert not glora.state_dict(layer)["C.shift"].any()

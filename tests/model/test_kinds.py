@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -222,15 +221,3 @@ def test_an_embedding_is_refused_with_a_word_on_why() -> None:
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'0' matches none .* only Embedding .*looks rows up.*trainable="):
         glora.apply(model, ["0"])
-
-
-def test_a_module_reads_its_tensors_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glora.layer.parametrization import Weight
-
-    kind = next(kind for kind in KINDS if "experts" in str(kind))
-    model = attached(kind, GLoRAConfig(init="random"))
-    counted: list[str] = []
-    forward: Callable[..., Tensor] = Weight.forward
-    monkeypatch.setattr(Weight, "forward", lambda self, *rest: counted.append("read") or forward(self, *rest))
-    kind.call(model, kind.input())
-    assert len(counted) == 1

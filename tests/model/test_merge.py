@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from torch import nn
 
 import glora
 from tests.helpers.calls import RANDOM, attach, quiet
-from tests.helpers.models import ATTACH, TOKENS, Residual, adapted_block, build, three_adapters, two
+from tests.helpers.models import ATTACH, TOKENS, Residual, build, three_adapters, two
 from tests.helpers.state import snapshot, unchanged, values_apart
 from tests.helpers.strategies import Case, cases
 
@@ -99,29 +98,6 @@ def test_a_cast_that_overflows_is_not_merged() -> None:
 # glora.merged.
 
 
-def test_merged_leaves_a_pending_backward_alone() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
-    loss = layer(torch.randn(5, 4)).square().sum()
-    (reference,) = torch.autograd.grad(loss, [next(glora.parameters(layer))], retain_graph=True)
-    with glora.merged(layer):
-        pass
-    with glora.disabled(layer):
-        loss.backward()  # a backward pass inside reaches the factors
-    assert torch.equal(next(glora.parameters(layer)).grad, reference)
-
-
-def test_what_merged_computes_is_given_back_after_an_exception_and_where_the_model_was_moved() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
-    before = {key: (value, value.clone()) for key, value in layer.state_dict(keep_vars=True).items()}
-    with pytest.raises(ZeroDivisionError), glora.disabled(layer), glora.merged(layer), glora.merged(layer):
-        _ = 1 / 0
-    after = layer.state_dict(keep_vars=True)
-    assert all(after[key] is value and torch.equal(value, bits) for key, (value, bits) in before.items())
-    with glora.merged(layer):
-        layer.double()
-    assert {value.dtype for value in layer.state_dict().values()} == {torch.float64}
-
-
 def test_disabled_inside_merged_is_refused() -> None:
     layer, x = glora.apply(nn.Linear(4, 3), config=RANDOM), torch.randn(2, 4)
     with glora.merged(layer):
@@ -141,24 +117,6 @@ def test_reading_works_inside_merged() -> None:
         assert all(torch.equal(v, outside[k]) for k, v in glora.state_dict(layer).items())
         assert all(torch.equal(v, base[k]) for k, v in glora.base_state_dict(layer).items())
         assert len(list(glora.parameters(layer))) == len(outside)
-
-
-def test_a_garbage_collection_inside_merged_does_no_harm() -> None:
-    class Lonely(nn.Linear):
-        pass
-
-    layer = glora.apply(Lonely(4, 3), config=RANDOM)
-    weight = layer.weight
-    with glora.merged(layer):
-        gc.collect()
-    assert torch.equal(layer.weight, weight)
-
-
-def test_a_conversion_inside_merged_inside_disabled_reaches_everything() -> None:
-    model = adapted_block()
-    with glora.disabled(model), glora.merged(model):
-        model.double()
-    assert model(torch.randn(2, 6).double()).dtype == torch.float64
 
 
 def test_merged_inside_inference_mode_leaves_nothing_of_it() -> None:

@@ -174,13 +174,3 @@ def test_checkpointing_inside_a_route_without_a_gradient_is_right() -> None:
     model, x = two_adapters(), torch.randn(4, 6)
     with torch.no_grad(), glora.route(model, NAMES):
         torch.testing.assert_close(checkpoint(model, x, use_reentrant=False), model(x))
-
-
-def test_merged_inside_a_route_is_refused_by_name() -> None:
-    model = glora.apply(nn.Sequential(nn.Linear(4, 3)), config=RANDOM)
-    with (
-        glora.route(model, ["default", None]),
-        pytest.raises(RuntimeError, match="Inside glora.route"),
-        glora.merged(model),
-    ):
-        pass
