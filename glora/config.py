@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 WeightForm: TypeAlias = Literal["lora", "vector", "constant", "none"]
@@ -102,7 +103,7 @@ class GLoRAConfig:
         """The factor of `left @ right`: alpha / rank, 1 where alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    @property
+    @cached_property
     def paths(self) -> tuple[str, ...]:
         """The paths that are not `"none"`, A to E."""
         return tuple([path for path in FORMS if getattr(self, path) != "none"])

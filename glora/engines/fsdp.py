@@ -80,12 +80,11 @@ def is_fully_sharded(module: nn.Module) -> bool:
 # torch keeps to itself. All of them are read before anything changes.
 def refuse_sharded(model: nn.Module, walk: list[Owner], for_good: bool) -> None:
     """Raise RuntimeError where sharded tensors cannot become those of plain layers, for good or for a while."""
-    managed = {id(_parameter(record)) for group in groups(model) for record in group.fsdp_params}
-    for owner in walk:
-        for name in owner.stores:
+    sharded = [(owner, name) for owner in walk for name in owner.stores if _is_divided(owner.tensors[name])]
+    if sharded:
+        managed = {id(_parameter(record)) for group in groups(model) for record in group.fsdp_params}
+        for owner, name in sharded:
             original = owner.tensors[name]
-            if not is_traceable_wrapper_subclass(original) or is_quantised(original):
-                continue
             if for_good and (id(original) in managed or is_tensor_parallel(owner.module, original)):
                 continue
             rule = (
@@ -99,6 +98,11 @@ def refuse_sharded(model: nn.Module, walk: list[Owner], for_good: bool) -> None:
                 f"the adapter from all ranks, glora.save(model, directory), and merge offline: the command `glora "
                 f"merge base directory out`, or glora.load and glora.merge in a model that is not sharded."
             )
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    """Whether something that holds its numbers elsewhere stands in a tensor's place: a DTensor, as a rule."""
+    return is_traceable_wrapper_subclass(tensor) and not is_quantised(tensor)
 
 
 def update_locations(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight
+from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.walk import Model, Owner, adapted_owners
@@ -126,11 +126,12 @@ def set_adapter_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> 
 
 def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
     """Let these adapters act, as far as the module has them; `requires_grad` follows."""
-    stores = owner.stores
+    stores = list(stores_of(owner.module).values())
     if stores:
-        names = owner.adapter_names
-        owner.acting.adapter_weights = {name: weight for name, weight in adapter_weights.items() if name in names}
-    for store in stores.values():
+        names = {name for store in stores for name in store.parts()}
+        acting = {name: weight for name, weight in adapter_weights.items() if name in names}
+        stores[0].acting.adapter_weights = acting
+    for store in stores:
         flags.follow_activity(store)
 
 

@@ -14,7 +14,7 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.fingerprint import Fingerprint, agrees
 from glora.layer.adapted import adapted_class
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Acting, Bias, Paths, Store, Weight
+from glora.layer.parametrization import Acting, Bias, Paths, Store, Weight, stores_of
 from glora.layer.registration import register
 from glora.model import flags
 from glora.model.adapters import set_adapter_weights
@@ -195,9 +195,9 @@ def _build(
     parts: list[_Part] = []
     for layer in planned.layers:
         site, prefix = layer.site, join(layer.path, "")
-        weight, matrix = site.weight, site.matrix
+        weight, matrix, wanted = site.weight, site.matrix, layer.paths
         for name, paths in ((matrix.weight, WEIGHT_PATHS), (matrix.bias, BIAS_PATHS)):
-            kept = tuple([path for path in paths if path in layer.paths])
+            kept = tuple([path for path in paths if path in wanted])
             if not kept or name is None:
                 continue
             content = build(layer, kept, weight)
@@ -241,7 +241,7 @@ def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _register(part: _Part, adapter: str) -> None:
     """Put a part beside the other adapters' on its tensor, or first."""
-    module, stores = part.owner.module, part.owner.stores
+    module, stores = part.owner.module, stores_of(part.owner.module)
     store = stores.get(part.name)
     if store is None:
         acting = next(iter(stores.values())).acting if stores else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from glora.layer.computed import read
 from glora.layer.heads import Head
-from glora.layer.parametrization import Bias, Store, stashed
+from glora.layer.parametrization import Bias, Store, stashed, stores_of
 from glora.layer.registration import unregister
 from glora.layer.swap import merged_tensors, restore, swap_in
 from glora.model import flags
@@ -176,7 +176,7 @@ def delete(model: Model, name: str) -> Model:
                 store.detach(name)
                 if not store.parts():
                     unregister(owner.module, tensor_name, keep_value=False)
-            if owner.stores:
+            if stores_of(owner.module):
                 set_acting(owner, owner.acting.adapter_weights)
             else:  # no copy trains in the base's place any more
                 flags.thaw_head(owner)

@@ -21,7 +21,7 @@ _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 @dataclass(frozen=True)
 class Owner:
-    """A module of a model: what owns tensors.
+    """A module of a model: what owns tensors. Its tensors and stores are those of when they are first asked for.
 
     Attributes:
         path: the first path that reaches it.
@@ -35,12 +35,12 @@ class Owner:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its own parameters and persistent buffers by name, when first asked; the base model's under adapters."""
+        """Its own parameters and persistent buffers by name; the base model's where adapters are on them."""
         return own_tensors(self.module)
 
-    @property
+    @cached_property
     def stores(self) -> dict[str, Store]:
-        """Tensor name to the adapters that are on it now."""
+        """Tensor name to the adapters on it."""
         return stores_of(self.module)
 
     @property
@@ -85,7 +85,7 @@ class Site:
         """Its identity: its module's id and its tensor's name."""
         return id(self.owner.module), self.matrix.weight
 
-    @property
+    @cached_property
     def weight(self) -> Tensor:
         """The base model's weight as a matrix `(out, in)`, or a batch of them."""
         return self.matrix.read(self.owner.tensors[self.matrix.weight])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from glora.config import GLoRAConfig
 from glora.engines.fsdp import is_fully_sharded
-from glora.layer.parametrization import Paths, Store
+from glora.layer.parametrization import Paths, Store, stores_of
 from glora.layer.registration import unregister
 from glora.model.adapters import set_acting
 from glora.model.change import change
@@ -58,7 +58,7 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
                         _put(store, name, part.extracted(configs[part.owner]))
                 if not store.parts():
                     unregister(owner.module, tensor_name, keep_value=False)
-            if owner.stores:
+            if stores_of(owner.module):
                 set_acting(owner, owner.acting.adapter_weights)
     return model
 
