@@ -23,8 +23,8 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     Raises:
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter.
-        RuntimeError: a layer whose weight torch's removal has baked in while its bias still has a C: the weight that C
-            multiplies is in no checkpoint.
+        RuntimeError: a layer whose weight torch's removal has baked in while its bias still had a C, of which only the
+            vector W0 C is left.
     """
     reshard(model)
     name = resolve_name(model, name)
@@ -67,8 +67,8 @@ def _describe_layer(at: Site, paths: dict[str, GLoRAConfig]) -> LayerSpec:
     """A matrix with these paths of an adapter."""
     if at.bias is not None and "C" in paths and at.bias.has_frozen_prompt():
         raise RuntimeError(
-            f"torch's removal has baked the weight of {at.path!r} in, and its path C goes by the weight before, which "
-            f"no checkpoint holds. Remove the bias's adapters too, or merge before saving."
+            f"torch's removal has baked the weight of {at.path!r} in, and only W0 C is left of its path C, which no "
+            f"file holds. Remove the bias's adapters too, or merge before saving."
         )
     config = next(iter(paths.values()))
     forms = {path: config.forms[path] if path in paths else "none" for path in FORMS}
