@@ -82,8 +82,8 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             )
     if site.bias is not None and site.bias.has_frozen_prompt():
         return (
-            "torch's removal has baked its weight in, and its bias still has adapters, which go by the weight before; "
-            "remove those of the bias too."
+            "torch's removal has baked its weight in, and its bias still has adapters, which were trained beside the "
+            "weight before; remove those of the bias too."
         )
     own_forward = not has_linear_forward(kind) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
