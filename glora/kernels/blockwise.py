@@ -49,7 +49,7 @@ from glora.tensors import dense, is_quantised, rows
 # rules, take another kernel (Note [Kernels]). A quantised W0 is a tensor of a subclass, which takes no operator that it
 # does not know: there the loop is compiled, and only where something asks for a gradient.
 
-# Left and right of the scale, and of the shift or None.
+# Left and right of the entries, and of the shift or None.
 Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -71,14 +71,14 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
         run = torch.ops.glora.linear
     elif torch.is_grad_enabled():
         run = _Blockwise.apply  # pyright: ignore - torch leaves it untyped
-    return typed("Tensor", run(x, W0, bias, dtype, *(terms.scale() or ()), *(terms.shift or (None, None))))
+    return typed("Tensor", run(x, W0, bias, dtype, *(terms.as_entries() or ()), *(terms.shift or (None, None))))
 
 
 # The two passes, on plain tensors and without autograd.
 
 
 def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
-    """`x W'^T + bias` in `dtype`; the factors are those of the scale and of the shift."""
+    """`x W'^T + bias` in `dtype`; the factors are left and right of the entries and of the shift."""
     with outside_autocast(x):
         x = cast(x, dtype)
         y = x.new_empty(x.shape[0], W0.shape[0])
@@ -108,7 +108,7 @@ def backward(g: Tensor, x: Tensor | None, W0: Tensor, dtype: torch.dtype, *rest:
     *factors, dx_dtype, dbias_dtype = rest
     with outside_autocast(W0):
         g, dx = cast(g, dtype), None
-        scale, shift = _PairGradient(), _PairGradient()
+        entries, shift = _PairGradient(), _PairGradient()
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(g, block)
             if dx_dtype is not None:
@@ -118,12 +118,12 @@ def backward(g: Tensor, x: Tensor | None, W0: Tensor, dtype: torch.dtype, *rest:
                 dW = cast(part.T @ cast(x, dtype), left.dtype)
                 if shift_left is not None:
                     shift.add(shift_left, typed("Tensor", shift_right), dW)
-                scale.add(left, right, dW.mul_(W))
+                entries.add(left, right, dW.mul_(W))
         dbias = [] if dbias_dtype is None else [g.sum(0, dtype=dbias_dtype)]
         return [
             *([] if dx is None else [cast(dx, typed("torch.dtype", dx_dtype))]),
             *dbias,
-            *scale.result(),
+            *entries.result(),
             *shift.result(),
         ]
 
@@ -212,8 +212,8 @@ class _Blockwise(torch.autograd.Function):
 
 def _through_dense(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
     """`forward` by a whole W', in plain operations."""
-    W, scale, shift = dense(W0), factors[:2], None if factors[2] is None else factors[2:]
-    y = x.to(dtype) @ functional.add(W, [functional.weight_update(W, scale, shift)]).to(dtype).T
+    W, entries, shift = dense(W0), factors[:2], None if factors[2] is None else factors[2:]
+    y = x.to(dtype) @ functional.add(W, [functional.weight_update(W, entries, shift)]).to(dtype).T
     return y if bias is None else (y + bias).to(dtype)
 
 

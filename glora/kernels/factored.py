@@ -50,8 +50,8 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
     if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype):
         output_scale = None if terms.outputs is None else cast(1 + terms.outputs, dtype)
         return fused(x, W0, bias, output_scale, cast(terms.shift[0], dtype), cast(terms.shift[1], dtype))
-    scale = terms.scale()
-    y = scaled(x, W0, bias, terms, dtype) if scale is None else _expanded(x, W0, bias, scale)
+    entries = terms.as_entries()
+    y = scaled_product(x, W0, bias, terms, dtype) if entries is None else _expanded(x, W0, bias, entries)
     if terms.shift is not None:
         y, (left, right) = wide(y), terms.shift
         # In float16 the thin product may overflow where W' does not.
@@ -60,7 +60,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
     return cast(y, dtype)
 
 
-def scaled(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
+def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
     """`x (W0 * (1 + outputs + inputs))^T + bias`, not yet rounded to `dtype`.
 
     The bias and the two vectors may differ for each of a batch of x: `(batch, 1, out)`, `(batch, 1, in)`.
@@ -99,9 +99,9 @@ def _finer_product(x: Tensor, W0: Tensor, dtype: torch.dtype) -> Tensor:
     return wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
 
 
-def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, scale: Pair) -> Tensor:
+def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, entries: Pair) -> Tensor:
     """`x (W0 + W0 * (L R))^T + bias`, from x and a copy of it rescaled by each row of R."""
-    left, right = scale
+    left, right = entries
     copies = torch.cat([x.unsqueeze(1), x.unsqueeze(1) * cast(right, x.dtype)], 1)
     y = wide(row_blocks.linear(copies, W0))  # (tokens, 1 + r, out)
     y = y[:, 0] + (y[:, 1:] * left.T).sum(1)
@@ -212,8 +212,8 @@ class _Fused(torch.autograd.Function):
                 buffer = g * product
                 dscale = buffer.sum(0)
             if wanted[0]:
-                scaled = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
-                dx = (scaled @ cast(W0, g.dtype)).addmm_(thin_g, right)
+                scaled_g = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
+                dx = (scaled_g @ cast(W0, g.dtype)).addmm_(thin_g, right)
             if wanted[2]:
                 dbias = g.sum(0, dtype=ctx.bias_dtype)
             if wanted[4]:

@@ -51,8 +51,9 @@ def linear(
         x = cast(x, dtype)
         if any(other is not bias for other in biases):
             bias = torch.stack([typed("Tensor", each) for each in biases])[owner].unsqueeze(1)
-        outputs, inputs = (_gather(vectors, owner) for vectors in list(zip(*terms, strict=True))[:2])
-        y = factored.scaled(x, cast(W0, dtype), bias, Terms(outputs, inputs, None, None), dtype)
+        outputs = _gather([group.outputs for group in terms], owner)
+        inputs = _gather([group.inputs for group in terms], owner)
+        y = factored.scaled_product(x, cast(W0, dtype), bias, Terms(outputs, inputs, None, None), dtype)
         if any(group.shift for group in terms):
             y = _shift(wide(y), x, [_pair(group.shift, W0) for group in terms], owner)
         return cast(y, dtype)

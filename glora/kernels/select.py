@@ -21,20 +21,18 @@ Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 # Note [Kernels]
 # One unit is the product of N tokens with W0. A frozen layer's training step costs 2 (forward, gradient of the input).
 #
-# - factored: a path that is low rank under a matrix product, or that scales whole channels, needs no W' at all:
-#   y = (1 + a) * (x W0^T) + (x R_B^T) L_B^T + b', and a low-rank A of a matrix product is a B with the left factor
-#   W0 L_A. 2 units and thin products. Every form but one.
-# - blockwise: the one is an elementwise low-rank A. 3 units, and nothing is saved (Note [Blocks]).
-# - expanded: without a gradient, for a handful of tokens, that A too needs no W': with A = sum_k l_k r_k^T,
-#   (W0 * A) x = sum_k l_k * (W0 (r_k * x)), so that r + 1 rescaled copies of x go through W0 in one product. It reads
-#   W0 once, and writes nothing of W0's size; making W' reads and writes it several times. It pays as long as the
-#   copies together are few: EXPANDED_ROWS. By the clock (widths 1024 to 4096, float32) it won with 9 to 36 of them, and
-#   lost or drew from 63 on. In float16 a rescaled copy may overflow where W' does not: not there.
-# - dense: W' as anybody reads it from `layer.weight`, for what the others do not cover: a W0 that trains or is no plain
-#   tensor; in place of blockwise under torch.func's transforms and forward-mode derivatives (it would need rules of its
-#   own), and for nested tensors; and while a graph is taken that is to run elsewhere: torch.jit's tracing (of which
-#   `torch.onnx.export(dynamo=False)` is one) loses a block's writes without a word, and torch.export would leave an
-#   operator of glora's in it (Note [Opaque]).
+# - factored: every form but one needs no W': y = (1 + a) * (x W0^T) + (x R^T) L^T + b'. A low-rank A of a matrix
+#   product counts as a B with the left factor W0 L_A. 2 units and thin products.
+# - blockwise: the one form is an elementwise low-rank A. 3 units, and nothing is saved (Note [Blocks]).
+# - expanded: without gradients and for a handful of tokens, that A too needs no W'. With A = sum_k l_k r_k^T,
+#   (W0 * A) x = sum_k l_k * (W0 (r_k * x)): r + 1 rescaled copies of x go through W0 in one product. It reads W0 once
+#   and writes nothing of W0's size; making W' reads and writes it several times. It pays while there are few copies
+#   in all, up to EXPANDED_ROWS: by the clock (widths 1024 to 4096, float32) it won with 9 to 36 of them, and lost or
+#   drew from 63 on. Not in float16, where a rescaled copy may overflow where W' does not.
+# - dense: W' as `layer.weight` gives it, for what the others do not cover: a W0 that trains or is no plain tensor, and
+#   nested tensors. In place of blockwise also under torch.func's transforms and forward-mode derivatives, for which a
+#   Function would need rules; under torch.jit.trace (and so `torch.onnx.export(dynamo=False)`), which loses writes to a
+#   block without a word; and under torch.export, whose graph would need an operator of glora's (Note [Opaque]).
 EXPANDED_ROWS = 48
 
 

@@ -34,8 +34,8 @@ class Terms(NamedTuple):
     entries: Pair | None
     shift: Pair | None
 
-    def scale(self) -> Pair | None:
-        """`outputs + inputs + entries` as one pair: a vector is a component of rank one beside entries."""
+    def as_entries(self) -> Pair | None:
+        """All that scales as one pair, a vector as a component of rank one; None where no adapter scales entries."""
         if self.entries is None or (self.outputs is None and self.inputs is None):
             return self.entries
         left, right = self.entries
@@ -59,17 +59,17 @@ def terms_of(W0: Tensor, adapters: Sequence[WeightFactors]) -> Terms:
     shifts: list[Pair] = []
     for A, B, product in adapters:
         if A is not None:
-            scale = A.scaled()
-            if isinstance(scale, tuple):
-                left, right = cast(scale[0], dtype), cast(scale[1], dtype)
+            factor = A.scaled()
+            if isinstance(factor, tuple):
+                left, right = cast(factor[0], dtype), cast(factor[1], dtype)
                 if product == "hadamard":
                     entries.append((left, right))
                 else:
                     shifts.append((row_blocks.thin_product(W0, left), right))
-            elif product == "matmul" and scale.ndim > 1:
-                inputs.append(cast(scale, dtype).flatten())
+            elif product == "matmul" and factor.ndim > 1:
+                inputs.append(cast(factor, dtype).flatten())
             else:
-                outputs.append(cast(scale, dtype).flatten().expand(W0.shape[0]))
+                outputs.append(cast(factor, dtype).flatten().expand(W0.shape[0]))
         if B is not None:
             shift = B.scaled()
             if not isinstance(shift, tuple):

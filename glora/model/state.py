@@ -147,7 +147,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter.
         RuntimeError: torch's removal has taken the adapters off a part of a head, or has baked in the weight of a layer
-            whose bias still has a C: the weight that C multiplies is in no checkpoint.
+            whose bias had a C, of which only the vector W0 C is left.
     """
     walk = walk_to_read(model)
     name = resolve_name(walk, name)
@@ -192,8 +192,8 @@ def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec
     """A matrix with these paths of an adapter."""
     if site.bias is not None and "C" in configs and site.bias.has_frozen_prompt():
         raise RuntimeError(
-            f"torch's removal has baked the weight of {site.path!r} in, and its path C goes by the weight before, "
-            f"which no checkpoint holds. Remove the bias's adapters too, or merge before saving."
+            f"torch's removal has baked the weight of {site.path!r} in, and only W0 C is left of its path C, which no "
+            f"file holds. Remove the bias's adapters too, or merge before saving."
         )
     config = next(iter(configs.values()))
     forms = {path: config.forms[path] if path in configs else "none" for path in FORMS}

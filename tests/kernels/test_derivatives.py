@@ -1,4 +1,4 @@
-"""Derivatives of every order and kind through a layer, compiled and checkpointed too."""
+"""Derivatives through a layer by torch.func, compiled and checkpointed."""
 
 from __future__ import annotations
 
@@ -6,35 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import glora
 from tests.helpers import internals
-from tests.helpers.calls import FORMS, attach, factors_of, only
-from tests.helpers.kernels import KINDS, call_layer, run_kernel
-from tests.helpers.strategies import Case, cases
-
-
-@settings(max_examples=30)
-@given(cases(dtypes=[torch.float64], max_size=(4, 3), max_adapters=2))
-def test_double_backward(case: Case) -> None:
-    layer, x = case.build(), case.input(3).requires_grad_()
-    values = factors_of(layer)
-    call_layer(layer, x)
-
-    def function(*tensors: Tensor) -> Tensor:
-        return layer(tensors[0])
-
-    assert torch.autograd.gradcheck(function, (x, *values))
-    assert torch.autograd.gradgradcheck(function, (x, *values))
-
-
-def test_double_backward_through_a_layer_used_twice() -> None:
-    layer = glora.apply(nn.Linear(3, 3, dtype=torch.float64), config=glora.GLoRAConfig(rank=2, init="random"))
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, *_: layer(layer(x)), (x, *factors_of(layer)))
+from tests.helpers.calls import factors_of
+from tests.helpers.kernels import KINDS, run_kernel
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -49,24 +27,6 @@ def test_compiled_without_a_break_and_equal(tokens: int, kernel: Any, block: int
         with internals.entries_of_a_block(block):
             for a, b in zip(run_kernel(compiled, x, kernel, grad), run_kernel(layer, x, kernel, grad), strict=True):
                 torch.testing.assert_close(a, b)
-
-
-def test_compiled_with_any_forms_of_several_adapters_on_tensors_that_do_not_all_train() -> None:
-    layer: nn.Module = nn.Linear(6, 5)
-    for i, B in enumerate(FORMS["B"]):
-        attach(layer, only(A="lora", B=B, C="vector", E="vector", rank=1 + i, init="random"), name=f"a{i}")
-    glora.activate(layer, {f"a{i}": 0.5 + i for i in range(4)})
-    x = torch.randn(7, 6)
-    for asking in ("all", "x", "factors", "biases"):
-        torch._dynamo.reset()
-        x.requires_grad_(asking in ("all", "x"))
-        for name in glora.adapters(layer):
-            for key, factor in glora.named_parameters(layer, name):
-                factor.requires_grad_(asking in ("all", "factors") or (asking == "biases" and key[0] in "CE"))
-        sources = [tensor for tensor in (x, *factors_of(layer)) if tensor.requires_grad]
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        found, wanted = (torch.autograd.grad(run(x).cos().sum(), sources) for run in (compiled, layer))
-        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", KINDS)

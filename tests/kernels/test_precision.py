@@ -1,8 +1,9 @@
-"""Half precision: what is added up in it, and what may overflow in it."""
+"""Half precision: what is added up in it, what may overflow in it, and small updates that survive it."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 import glora
 from tests.helpers import internals
-from tests.helpers.calls import attach, only
-from tests.helpers.kernels import KINDS
+from tests.helpers.calls import attach, factors_of, only
+from tests.helpers.kernels import KINDS, run_kernel
 from tests.helpers.strategies import HALF
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+
 modes = pytest.mark.parametrize("autocast", [False, True], ids=["half layer", "autocast"])
+
 halves = pytest.mark.parametrize("half", HALF, ids=str)
 
 
@@ -137,3 +140,87 @@ def test_compiled_it_is_the_same_to_the_last_rounding(
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype
         assert (a.double() - b.double()).norm() <= 2 * torch.finfo(half).eps * b.double().norm()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("config", [glora.GLoRAConfig(), glora.GLoRAConfig(A="vector"), glora.GLoRAConfig.lora()])
+def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autocast: bool, config: Any) -> None:
+    torch.manual_seed(1)
+    config = glora.GLoRAConfig(**{**config.forms, "init": "random"})
+    layer = glora.apply(nn.Linear(48, 40), config=config)
+    x = torch.randn(64, 48).to(half).float().requires_grad_()
+    if not autocast:
+        layer.to(half)
+        for parameter in factors_of(layer):
+            parameter.data = parameter.data.float()
+    wide = glora.apply(nn.Linear(48, 40), config=config)
+    wide.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
+    wanted = run_kernel(wide, x, "dense")
+    with torch.autocast("cpu", half) if autocast else contextlib.nullcontext():
+        found = run_kernel(layer, x if autocast else x.detach().to(half).requires_grad_(), None)
+    assert found[0].dtype == half
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.float() - b).norm() <= 0.03 * b.norm()
+
+
+SURVIVAL: list[Any] = [
+    *itertools.product(["lora", "B", "matmul", "vector"], ["bf16", "fp16", "autocast"], [0.01, 0.003]),
+    *itertools.product(["constant", "expanded", "B vector", "matmul vector"], ["bf16"], [0.01, 0.003]),
+]
+
+
+def updates(name: str, mode: str, size: float, bias: float | None = None) -> tuple[Tensor, Tensor]:
+    """The update that acts, by least squares from the change of the outputs, and the true one of `size` times W0."""
+    config = {
+        "lora": only(A="lora", init="random"),
+        "expanded": only(A="lora", rank=1, init="random"),
+        "B": only(B="lora", init="random"),
+        "vector": only(A="vector", init="random"),
+        "constant": only(A="constant", init="random"),
+        "B vector": only(B="vector", init="random"),
+        "matmul vector": only(A="vector", product="matmul", init="random"),
+        "matmul": only(A="lora", product="matmul", init="random"),
+    }[name]
+    half = torch.float16 if mode == "fp16" else torch.bfloat16
+    layer = nn.Linear(256, 256, bias=bias is not None, dtype=torch.float32 if mode == "autocast" else half)
+    if bias is not None:
+        nn.init.constant_(layer.bias, bias)
+    glora.apply(layer, config=config)
+    W0 = layer.parametrizations.weight.original.float()
+
+    def true_update() -> Tensor:
+        tensors = glora.state_dict(layer)
+        zero = torch.zeros(256, 1)
+        scale = tensors.get("A.value", zero).expand(256, 256)
+        if "A.left" in tensors:
+            scale = tensors["A.left"] @ tensors["A.right"]
+        shift = tensors["B.left"] @ tensors["B.right"] if "B.left" in tensors else tensors.get("B.value", zero)
+        return (W0 @ scale if name == "matmul" else W0 * scale) + shift
+
+    with torch.no_grad(), internals.force_kernel("expanded" if name == "expanded" else None):
+        first = next(glora.parameters(layer))
+        first.mul_(size * W0.norm() / true_update().norm())
+        x = torch.randn(32768, 256).to(half)
+        with torch.autocast("cpu", half) if mode == "autocast" else contextlib.nullcontext():
+            y = torch.cat([layer(part) for part in x.split(4096)])
+            with glora.disabled(layer):
+                base = torch.cat([layer(part) for part in x.split(4096)])
+        dW = true_update()
+        estimate = torch.linalg.lstsq(x.float(), y.float() - base.float()).solution.T
+    return estimate, dW
+
+
+@pytest.mark.parametrize(("name", "mode", "size"), SURVIVAL)
+def test_a_small_update_survives_half_precision(name: str, mode: str, size: float) -> None:
+    estimate, dW = updates(name, mode, size)  # invariant 7
+    assert (estimate - dW).norm() / dW.norm() <= {0.01: 0.05, 0.003: 0.12}[size]
+
+
+@pytest.mark.parametrize("size", [0.01, 0.003])
+@pytest.mark.parametrize("name", ["lora", "B", "vector"])
+@pytest.mark.parametrize("mode", ["bf16", "fp16", "autocast"])
+def test_it_survives_beside_a_large_bias(mode: str, name: str, size: float) -> None:
+    # The outputs' own rounding, which every layer has, is too coarse for each entry of the update: the share that acts.
+    estimate, dW = updates(name, mode, size, bias=2.0)
+    assert abs((estimate * dW).sum() / dW.square().sum() - 1) <= {0.01: 0.05, 0.003: 0.12}[size]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
-from benchmarks.counting import count_products
 from tests.helpers import internals
 from tests.helpers.calls import attach, factors_of, only
+from tests.helpers.counting import count_products
 from tests.helpers.strategies import Case, cases, close, expected
 
 
@@ -60,8 +60,8 @@ def keys_of(layer: nn.Module) -> list[str]:
 
 def as_one(terms: internals.Terms) -> internals.Terms:
     """The same with all that scales as one pair, where there is a pair among it."""
-    scale = terms.scale()
-    return terms if scale is None else internals.Terms(None, None, scale, terms.shift)
+    entries = terms.as_entries()
+    return terms if entries is None else internals.Terms(None, None, entries, terms.shift)
 
 
 @given(cases(), st.booleans())
@@ -74,7 +74,7 @@ def test_each_form_is_in_its_own_term(case: Case, matmul: bool) -> None:
     assert (terms.inputs is not None) == ("vector" in A and matmul)
     assert (terms.entries is not None) == ("lora" in A and not matmul)
     assert (terms.shift is not None) == (bool(B - {"none"}) or ("lora" in A and matmul))
-    assert (terms.scale() is None) == (terms.entries is None)
+    assert (terms.as_entries() is None) == (terms.entries is None)
 
 
 def test_one_adapters_pair_is_not_copied_and_w0_is_multiplied_by_thin_factors_alone() -> None:

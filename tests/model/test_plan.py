@@ -110,7 +110,7 @@ def test_names_are_checked() -> None:
         glora.state_dict(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["factors", "acting_copy", "frozen_weight"])
+@pytest.mark.parametrize("name", ["factors", "acting_copy", "freeze_prompts"])
 def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="An adapter's name must be"):
         glora.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), name=name)

@@ -1,10 +1,10 @@
-"""What autograd may ask of a layer, whichever of its tensors ask for a gradient, by whichever kernel."""
+"""Second derivatives and vectorised first ones, whichever tensors ask for a gradient, by whichever kernel."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -15,6 +15,26 @@ from tests.helpers.kernels import KINDS, call_layer
 from tests.helpers.strategies import Case, cases, close, tally
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+
+
+@settings(max_examples=30)
+@given(cases(dtypes=[torch.float64], max_size=(4, 3), max_adapters=2))
+def test_double_backward(case: Case) -> None:
+    layer, x = case.build(), case.input(3).requires_grad_()
+    values = factors_of(layer)
+    call_layer(layer, x)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return layer(tensors[0])
+
+    assert torch.autograd.gradcheck(function, (x, *values))
+    assert torch.autograd.gradgradcheck(function, (x, *values))
+
+
+def test_double_backward_through_a_layer_used_twice() -> None:
+    layer = glora.apply(nn.Linear(3, 3, dtype=torch.float64), config=glora.GLoRAConfig(rank=2, init="random"))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(layer(x)), (x, *factors_of(layer)))
 
 
 @given(cases(dtypes=[torch.float64], max_size=(6, 5)), st.data())
@@ -59,48 +79,3 @@ def test_vectorised_jacobians_are_those_row_by_row(by: str, wrt: str, config: gl
     alone = [torch.autograd.grad(y, sources, row, retain_graph=True) for row in rows]
     for found, wanted in zip(batched, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(wanted))
-
-
-@kinds
-@pytest.mark.parametrize("grad", [True, False])
-def test_jagged_tensors_go_through_as_through_a_plain_layer(grad: bool, config: glora.GLoRAConfig) -> None:
-    layer = attach(nn.Linear(6, 5), config)
-    parts = [torch.randn(3, 6), torch.randn(4, 6)]
-    with torch.set_grad_enabled(grad):
-        y = layer(torch.nested.nested_tensor(parts, layout=torch.jagged))
-        wanted = [layer(part) for part in parts]
-    for found, part in zip(y.unbind(), wanted, strict=True):
-        torch.testing.assert_close(found, part)
-    if grad:
-        factors = factors_of(layer)
-        found = torch.autograd.grad(y.values().square().sum(), factors)
-        sums = torch.autograd.grad(torch.cat(wanted).square().sum(), factors)
-        for a, b in zip(found, sums, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_frozen_factors_let_the_input_be_written_over(dtype: torch.dtype, config: glora.GLoRAConfig) -> None:
-    layer = attach(nn.Linear(6, 6, dtype=dtype), config).requires_grad_(False)
-    x = torch.randn(60, 6, dtype=dtype, requires_grad=True)
-
-    def residual(inplace: bool) -> Tensor:
-        h = x * 1
-        y = layer(h)
-        h = h.add_(y) if inplace else h + y
-        return torch.autograd.grad(h.float().square().sum(), x)[0]
-
-    assert torch.equal(residual(True), residual(False))
-
-
-def test_forcing_a_kernel_inside_another_ends_with_its_own_block() -> None:
-    layer, x = attach(nn.Linear(6, 5), KINDS["lora"]), torch.randn(4, 6)
-    with internals.kernels_taken() as taken:
-        for kernel in ("dense", "blockwise"):
-            with internals.force_kernel("dense"):
-                with internals.force_kernel("blockwise" if kernel == "dense" else None):
-                    layer(x)
-                layer(x)
-            layer(x)
-    assert taken == ["blockwise", "dense", "blockwise"] * 2
