@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing as is_tracing  # whether torch.jit.trace runs this
+
+from glora.torch_internals import in_forward_mode, in_func_transform
 
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
@@ -67,9 +67,9 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 
 def in_transform() -> bool:
     """Whether one of torch.func's transforms or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore
+    return in_func_transform() or in_forward_mode()
 
 
 def is_traced() -> bool:
     """Whether torch.compile traces this, or one of torch.func's transforms is active."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore
+    return torch.compiler.is_compiling() or in_func_transform()

@@ -1,20 +1,59 @@
 """Each private name of torch that the library uses, once: an upgrade of torch that takes one away fails here, by name.
 
-A module's `_modules`, `_parameters` and `_buffers` are used where they are needed.
+A module's `_modules`, `_parameters` and `_buffers` are used where they are needed; what fully_shard keeps to itself, in
+`engines/fsdp`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["not_compiled", "not_persistent", "storage_of", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = [
+    "in_backward",
+    "in_forward_mode",
+    "in_func_transform",
+    "is_mapped",
+    "is_traceable_wrapper_subclass",
+    "is_tracing",
+    "memory_of",
+    "not_compiled",
+    "not_persistent",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+]
+
+_C: Any = torch._C  # pyright: ignore - torch leaves it untyped
 
 not_compiled: Any = _disable_dynamo
 """Decorates a function that torch.compile calls and does not trace. torch.compiler.disable imports the compiler."""
+
+in_func_transform: Any = _C._are_functorch_transforms_active
+"""Whether one of torch.func's transforms is active."""
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0  # pyright: ignore
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return _C._current_graph_task_id() != -1
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `torch.autograd.grad(..., is_grads_batched=True)` maps over the tensor."""
+    return _C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def not_persistent(module: nn.Module) -> set[str]:
@@ -22,6 +61,6 @@ def not_persistent(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def storage_of(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Identity of the memory that a tensor is in."""
     return tensor.untyped_storage()._cdata

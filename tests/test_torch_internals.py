@@ -10,22 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import glora
 from glora import torch_internals
 
 LIBRARY = Path(glora.__file__).parent
-# These are still to be moved into `torch_internals`.
-ELSEWHERE = {
-    "kernels/again.py",
-    "kernels/factored.py",
-    "kernels/select.py",
-    "model/checks.py",
-    "model/relocated.py",
-    "search/entangled.py",
-}
 
 
 def in_fsdp(name: str) -> bool:
@@ -49,16 +39,14 @@ NAMES: dict[str, Callable[[], bool]] = {
     "torch.utils._pytree": lambda: torch_internals.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3],
     "nn.Module._non_persistent_buffers_set": lambda: torch_internals.not_persistent(nn.Linear(1, 1)) == set(),
     "nn.Module._load_from_state_dict": lambda: callable(nn.Module._load_from_state_dict),
-    "UntypedStorage._cdata": lambda: isinstance(torch_internals.storage_of(torch.ones(1)), int),
-    "torch._C._are_functorch_transforms_active": lambda: not torch._C._are_functorch_transforms_active(),
-    "torch._C._functorch.is_legacy_batchedtensor": lambda: (
-        not torch._C._functorch.is_legacy_batchedtensor(torch.ones(1))
-    ),
-    "torch._C._current_graph_task_id": lambda: torch._C._current_graph_task_id() == -1,
-    "torch.autograd.forward_ad._current_level": lambda: forward_ad._current_level == -1,
-    "torch.jit._trace.is_tracing": lambda: not torch.jit._trace.is_tracing(),
+    "UntypedStorage._cdata": lambda: isinstance(torch_internals.memory_of(torch.ones(1)), int),
+    "torch._C._are_functorch_transforms_active": lambda: not torch_internals.in_func_transform(),
+    "torch._C._functorch.is_legacy_batchedtensor": lambda: not torch_internals.is_mapped(torch.ones(1)),
+    "torch._C._current_graph_task_id": lambda: not torch_internals.in_backward(),
+    "torch.autograd.forward_ad._current_level": lambda: not torch_internals.in_forward_mode(),
+    "torch.jit._trace.is_tracing": lambda: not torch_internals.is_tracing(),
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": lambda: (
-        not torch.utils._python_dispatch.is_traceable_wrapper_subclass(torch.ones(1))
+        not torch_internals.is_traceable_wrapper_subclass(torch.ones(1))
     ),
     "Reducer._get_zeros_like_grad_buckets": lambda: hasattr(
         torch._C._distributed_c10d.Reducer, "_get_zeros_like_grad_buckets"
@@ -100,4 +88,4 @@ def private_names(file: Path) -> Iterator[str]:
 
 def test_private_names_of_torch_stand_in_one_room() -> None:
     found = {str(file.relative_to(LIBRARY)): list(private_names(file)) for file in LIBRARY.rglob("*.py")}
-    assert {file for file, names in found.items() if names} - ELSEWHERE == {"torch_internals.py"}
+    assert {file for file, names in found.items() if names} == {"torch_internals.py"}

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.layer.keys import before_plain_keys
 from glora.model.change import Engine, engines
 from glora.model.walk import Owner, adapted_owners, adapted_sites
 from glora.tensors import gathered, is_quantised, is_sharded, is_tensor_parallel, sharded_like
+from glora.torch_internals import is_traceable_wrapper_subclass
 
 # Note [All ranks together]
 # Gathering a tensor is a collective: every rank takes part, in the same order. So every rank calls `glora.save`; one

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glora.precision import in_transform, outside_autocast
+from glora.torch_internals import is_mapped
 
 # Note [No setup_context]
 # For a Function with a `setup_context`, torch looks up the signature of `forward` by `inspect` at each call: a tenth of
@@ -17,8 +18,7 @@ from glora.precision import in_transform, outside_autocast
 
 def is_differentiated(g: Tensor) -> bool:
     """Whether this backward pass is itself differentiated (create_graph) or mapped (`is_grads_batched`)."""
-    functorch: Any = torch._C  # pyright: ignore - torch leaves it untyped
-    return torch.is_grad_enabled() or functorch._functorch.is_legacy_batchedtensor(g) or in_transform()
+    return torch.is_grad_enabled() or is_mapped(g) or in_transform()
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, g: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from glora.precision import (
     in_transform,
     is_half,
     is_traced,
-    is_tracing,
     multiply,
     outside_autocast,
     wide,
     working_dtype,
 )
 from glora.tensors import is_quantised
+from glora.torch_internals import is_tracing
 
 # Note [In place]
 # A pass over the outputs costs a few percent of the product that they come from: the number of passes is what sets one

@@ -21,7 +21,7 @@ from glora.layer.parametrization import (
     Weight,
     live_parametrizations,
 )
-from glora.torch_internals import storage_of
+from glora.torch_internals import memory_of
 
 Value = TypeVar("Value")
 
@@ -146,7 +146,7 @@ def freeze_prompts(module: nn.Module, name: str, restored: Tensor | None) -> Non
     """Where torch's removal has just baked the weight `name` in: freeze what multiplies it."""
     for bias in _prompted_biases(module, name) if restored is not None else ():
         value = bias.last_read() if bias.last_read is not None else None
-        if value is not None and storage_of(value) == storage_of(cast("Tensor", restored)):
+        if value is not None and memory_of(value) == memory_of(cast("Tensor", restored)):
             bias.freeze_prompts(vars(value)["glora_frozen"])
 
 

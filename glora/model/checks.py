@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
@@ -19,6 +18,7 @@ from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site
 from glora.spec import join
 from glora.tensors import is_quantised, is_sharded, is_tensor_parallel, rows, storage_of
+from glora.torch_internals import is_traceable_wrapper_subclass, memory_of
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
@@ -193,7 +193,7 @@ def find_ties(walk: list[Owner], *, one_parameter: bool = True) -> Ties:
                 address = storage.data_ptr()
                 start = address + int(tensor.storage_offset()) * size
                 reach = 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-                space = 0 if address else storage._cdata
+                space = 0 if address else memory_of(tensor)
                 which = id(held) if isinstance(held, nn.Parameter) and not one_parameter else 0
                 spans.append((space, start, start + reach * size, id(owner.module), name, owner.path, which))
     ties: Ties = {}

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from glora.config import GLoRAConfig
 from glora.functional import Factors
 from glora.layer.factors import LowRank, Vector
 from glora.layer.parametrization import Paths
 from glora.search.space import Space
+from glora.torch_internals import in_backward, not_compiled
 
 _Choice = TypeVar("_Choice")
 
@@ -115,7 +115,7 @@ class Draws:
         """The forms of one forward, for the paths of this space."""
         key = int(torch.randint(2**62, ()))
         if key not in self.drawn:
-            if torch._C._current_graph_task_id() != -1:  # pyright: ignore - torch leaves it untyped
+            if in_backward():
                 raise RuntimeError(
                     "A supernet in training draws its forms anew in each forward, and activation checkpointing could "
                     "not replay them: keep its preserve_rng_state=True, or choose the forms (glora.search.choose)."
@@ -134,4 +134,4 @@ class Draws:
 
 
 # Not compiled: the draw is data of each call.
-draw: Callable[[Draws, Space], GLoRAConfig] = _disable_dynamo(Draws.next)  # as in routed
+draw: Callable[[Draws, Space], GLoRAConfig] = not_compiled(Draws.next)  # as in routed
