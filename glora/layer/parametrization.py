@@ -24,7 +24,7 @@ from glora.kernels.row_blocks import thin_product
 from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.precision import is_exporting, wide, working_dtype
-from glora.tensors import dense, replicated_like
+from glora.tensors import dense, is_sharded, replicated_like
 from glora.torch_internals import not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
@@ -126,19 +126,16 @@ class Paths(nn.Module):
         super().__init__()
         vars(self).update(config=config)  # Note [Thousands of modules]
         *batch, out_features, in_features = weight.shape
-        shapes = config.shapes(out_features, in_features, names, tuple(batch))
-        dtype, device = working_dtype(weight), weight.device
-
-        def empty(key: str) -> Tensor:
-            return replicated_like(weight, torch.empty(shapes[key], dtype=dtype, device=device))
-
+        dtype, device, tensors = working_dtype(weight), weight.device, dict[str, Tensor]()
+        for key, shape in config.shapes(out_features, in_features, names, tuple(batch)).items():
+            tensors[key] = torch.empty(shape, dtype=dtype, device=device)
+        if is_sharded(weight):
+            tensors = {key: replicated_like(weight, tensor) for key, tensor in tensors.items()}
         for name in names:
-            is_low_rank = getattr(config, name) == "lora"
-            path = (
-                LowRank(empty(f"{name}.left"), empty(f"{name}.right"), config)
-                if is_low_rank
-                else Vector(empty(f"{name}.value"))
-            )
+            if getattr(config, name) == "lora":
+                path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)
+            else:
+                path = Vector(tensors[f"{name}.value"])
             self.add_module(name, path)
 
     def paths(self) -> dict[str, LowRank | Vector]:

@@ -110,7 +110,7 @@ def plan_targets(
         )
     covered = {layer.site.key for layer in layers}
     covered |= {(id(head.module), tensor) for head in heads for tensor in head.owner.tensors}
-    share = coverage(walk, covered, outputs)
+    share = coverage(walk, all_sites, covered, outputs)
     return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias), share)
 
 

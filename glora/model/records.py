@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from glora.config import GLoRAConfig
-from glora.matrices import matrices_of
 from glora.model.walk import Owner, Site
 from glora.spec import LayerSpec, join
 from glora.text import shorten, table
@@ -150,31 +149,35 @@ class Coverage:
         return f"reaches {self.share:.0%} of {self.total:,} matrix numbers{rest}"
 
 
-def coverage(walk: Sequence[Owner], covered: Collection[tuple[int, str]], outputs: Collection[int]) -> Coverage:
+def coverage(
+    walk: Sequence[Owner], all_sites: Sequence[Site], covered: Collection[tuple[int, str]], outputs: Collection[int]
+) -> Coverage:
     """The share of the model's matrices that is reached.
 
     Args:
         walk: all of the model.
+        all_sites: its matrices.
         covered: module id and tensor name of what an adapter reaches.
         outputs: ids of the output embeddings, which do not count, as embeddings do not.
     """
     kinds = (nn.Embedding, nn.EmbeddingBag)
+    biases = {(id(site.module), site.matrix.bias) for site in all_sites}  # those of experts have two axes
     embeddings = [owner for owner in walk if isinstance(owner.module, kinds) or id(owner.module) in outputs]
     seen = {id(tensor) for owner in embeddings for tensor in owner.tensors.values()}  # and what is tied to them
     reached = total = 0
     rest: dict[str, int] = {}
     for owner in walk:
-        biases = {matrix.bias for matrix in matrices_of(owner.module, owner.tensors)}  # those of experts have two axes
         for name, tensor in owner.tensors.items():
-            if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or name in biases or id(tensor) in seen:
+            key = id(owner.module), name
+            if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or key in biases or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             total += tensor.numel()
-            if (id(owner.module), name) in covered:
+            if key in covered:
                 reached += tensor.numel()
             else:
-                key = join(type(owner.module).__name__.removeprefix("Parametrized"), name)
-                rest[key] = rest.get(key, 0) + tensor.numel()
+                kind = join(type(owner.module).__name__.removeprefix("Parametrized"), name)
+                rest[kind] = rest.get(kind, 0) + tensor.numel()
     return Coverage(reached, total, tuple(sorted(rest.items(), key=lambda item: (-item[1], item[0]))))
 
 

@@ -11,7 +11,7 @@ from glora.layer.heads import Head
 from glora.layer.parametrization import Paths, Store
 from glora.model.huggingface import output_embeddings
 from glora.model.records import Coverage, coverage
-from glora.model.walk import Owner, adapted_sites, owners
+from glora.model.walk import Owner, adapted_sites, owners, sites
 from glora.text import table
 
 
@@ -76,12 +76,13 @@ def summary(model: nn.Module) -> Summary:
     """
     walk = owners(model)
     rows = [row for path, base, stores in _places(walk) for row in _rows(path, base, stores)]
+    covered = {(id(owner.module), name) for owner in walk for name in _reached(owner)}
     parameters = list(model.parameters())
     return Summary(
         tuple(rows),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         sum(parameter.numel() for parameter in parameters),
-        coverage(walk, {(id(o.module), name) for o in walk for name in _reached(o)}, output_embeddings(walk)),
+        coverage(walk, sites(walk), covered, output_embeddings(walk)),
     )
 
 

@@ -106,7 +106,7 @@ def test_auto_takes_all_that_is_new_to_a_task_class(family: str, name: str) -> N
     assert new
     getattr(model, model.base_model_prefix, model).probe = nn.Linear(2, 2)
     planned = glora.plan(model, ["probe"], LORA, trainable="auto")
-    assert {f"{head.path}.{tensor}" for head in planned.heads for tensor in head.named.tensors} == new
+    assert {f"{head.path}.{tensor}" for head in planned.heads for tensor in head.owner.tensors} == new
 
 
 TEXT = [

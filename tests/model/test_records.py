@@ -9,7 +9,7 @@ from torch import nn
 import glora
 from glora import GLoRAConfig
 from glora.model.records import coverage, plan_heads
-from glora.model.walk import owners
+from glora.model.walk import owners, sites
 from tests.helpers.models import ALL_OF_NET, Net
 
 
@@ -33,28 +33,31 @@ def test_every_matrix_counts_once_and_embeddings_not_at_all() -> None:
     walk = owners(model)
     matrices = {(id(o.module), "weight"): o.module.weight for o in walk if isinstance(o.module, nn.Linear)}
     sizes = {key: weight.numel() for key, weight in matrices.items()}
-    assert coverage(walk, [], []).total == sum(sizes.values())
+    assert coverage(walk, sites(walk), [], []).total == sum(sizes.values())
     reached = 0
     for count in range(len(sizes) + 1):
-        found = coverage(walk, list(sizes)[:count], [])
+        found = coverage(walk, sites(walk), list(sizes)[:count], [])
         assert (found.reached, found.total) == (sum(list(sizes.values())[:count]), sum(sizes.values()))
         assert found.share >= reached
         reached = found.share
         assert sum(size for _, size in found.rest) == found.total - found.reached
     model.layers[0].q_proj.weight = model.layers[1].q_proj.weight
-    assert coverage(owners(model), [], []).total == sum(sizes.values()) - 16
+    assert coverage(owners(model), sites(owners(model)), [], []).total == sum(sizes.values()) - 16
     outputs = [id(model.head)]
-    assert coverage(owners(model), [], outputs).total == sum(sizes.values()) - 16 - model.head.weight.numel()
+    assert (
+        coverage(owners(model), sites(owners(model)), [], outputs).total
+        == sum(sizes.values()) - 16 - model.head.weight.numel()
+    )
 
 
 def test_a_model_without_matrices_is_reached_as_a_whole() -> None:
-    found = coverage(owners(nn.LayerNorm(4)), [], [])
+    found = coverage(owners(nn.LayerNorm(4)), sites(owners(nn.LayerNorm(4))), [], [])
     assert (found.share, found.rest) == (1.0, ())
 
 
 def test_what_is_left_out_is_named_by_kind_the_largest_first() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 9, 3), nn.Linear(2, 3), nn.Bilinear(1, 1, 1))
-    found = coverage(owners(model), [], [])
+    found = coverage(owners(model), sites(owners(model)), [], [])
     assert found.rest == (("Conv1d.weight", 54), ("Linear.weight", 10), ("Bilinear.weight", 1))
     assert str(found) == (
         "reaches 0% of 65 matrix numbers; not reached: Conv1d.weight 83%, Linear.weight 15%, Bilinear.weight 2%"
