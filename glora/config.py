@@ -121,18 +121,18 @@ class GLoRAConfig:
             {'B.left': (3, 2), 'B.right': (2, 5), 'D.value': (3,), 'E.value': (3,)}
         """
         o, i, r = out_features, in_features, self.rank
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in self.paths if paths is None else paths:
             form, scales_inputs = getattr(self, path), path == "A" and self.product == "matmul"
             if form == "lora":
                 rows, columns = (i, 1) if path == "C" else (i, i) if scales_inputs else (o, i)
-                found[f"{path}.left"], found[f"{path}.right"] = (rows, r), (r, columns)
+                shapes[f"{path}.left"], shapes[f"{path}.right"] = (rows, r), (r, columns)
             elif form == "constant":
-                found[f"{path}.value"] = (1, 1) if batch and path in "AB" else (1,)
+                shapes[f"{path}.value"] = (1, 1) if batch and path in "AB" else (1,)
             elif form == "vector":
                 channels = (o,) if path in "DE" else (i, 1) if path == "C" else (1, i) if scales_inputs else (o, 1)
-                found[f"{path}.value"] = channels
-        return {key: (*batch, *shape) for key, shape in found.items()}
+                shapes[f"{path}.value"] = channels
+        return {key: (*batch, *shape) for key, shape in shapes.items()}
 
     @classmethod
     def lora(cls, **options: Any) -> GLoRAConfig:

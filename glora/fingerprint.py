@@ -61,17 +61,17 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
         left = torch.outer(_positions(start, start + len(block), device), angles[:, 0]).cos()  # (rows, 3)
         square += torch.dot(block.reshape(-1), block.reshape(-1))
         sums += (left * (block @ right)).sum(0)
-    found = [float(f"{number.item():.6g}") for number in (square.sqrt(), *sums.cpu())]
-    return tuple(found) if all(map(math.isfinite, found)) else None
+    numbers = [float(f"{number.item():.6g}") for number in (square.sqrt(), *sums.cpu())]
+    return tuple(numbers) if all(map(math.isfinite, numbers)) else None
 
 
 def agrees(tensor: Tensor, known: Sequence[float]) -> bool:
     """Whether a tensor has this fingerprint, up to rounding to half precision; a tensor without one has any."""
-    own = fingerprint(tensor)
-    if own is None:
+    numbers = fingerprint(tensor)
+    if numbers is None:
         return True
-    allowed = _TOLERANCE * max(own[0], known[0]) + _SMALLEST * math.sqrt(tensor.numel())
-    return len(own) == len(known) and all(abs(a - b) <= allowed for a, b in zip(own, known, strict=True))
+    allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(tensor.numel())
+    return len(numbers) == len(known) and all(abs(a - b) <= allowed for a, b in zip(numbers, known, strict=True))
 
 
 def _positions(start: int, stop: int, device: torch.device) -> Tensor:

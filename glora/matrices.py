@@ -115,8 +115,8 @@ def register_matrix(kind: Kind, tensors: str | Mapping[str, str | None], pattern
     named = {tensors: "bias"} if isinstance(tensors, str) else dict(tensors)
     if not named:
         raise ValueError("register_matrix must be given the name of at least one tensor; found none.")
-    found = [parse_matrix(weight, bias, pattern) for weight, bias in named.items()]
-    _registered.insert(0, (kind, found))
+    matrices = [parse_matrix(weight, bias, pattern) for weight, bias in named.items()]
+    _registered.insert(0, (kind, matrices))
 
 
 def parse_matrix(weight: str, bias: str | None, pattern: str) -> Matrix:
@@ -155,8 +155,8 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
         return [Matrix(pattern=f"o i {axes} -> o (i {axes})", swept=False)]
     if isinstance(module, nn.MultiheadAttention):
         names = [f"{name}_proj_weight" for name in "qkv"]  # which have no bias of their own: they share one
-        found = [Matrix("in_proj_weight", "in_proj_bias"), *[Matrix(name, None) for name in names]]
-        return [matrix for matrix in found if matrix.weight in tensors]
+        held = [Matrix("in_proj_weight", "in_proj_bias"), *[Matrix(name, None) for name in names]]
+        return [matrix for matrix in held if matrix.weight in tensors]
     if is_transposed_linear(type(module)):
         return [TRANSPOSED]
     return list(_experts(module, tensors))

@@ -110,13 +110,13 @@ class AdapterSpec:
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""
-        found: dict[str, TensorSpec] = {}
+        wanted: dict[str, TensorSpec] = {}
         for path, layer in self.layers.items():
             prefix = join(path, "")
-            found |= {prefix + key: spec for key, spec in layer.tensors().items()}
+            wanted |= {prefix + key: spec for key, spec in layer.tensors().items()}
         for path, names in self.heads.items():
-            found |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
-        return found
+            wanted |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
+        return wanted
 
 
 def join(path: str, name: str) -> str:

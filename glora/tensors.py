@@ -65,10 +65,10 @@ def sharded_like(tensor: Tensor, value: Tensor, *, from_first: bool = False) -> 
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    own: Any = tensor
+    sharded: Any = tensor
     source = 0 if from_first else None
-    value = value.detach().to(own.device_mesh.device_type, own.dtype)
-    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=source)
+    value = value.detach().to(sharded.device_mesh.device_type, sharded.dtype)
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=source)
 
 
 def replicated_like(tensor: Tensor, value: Tensor) -> Tensor:

@@ -161,16 +161,16 @@ def broadcast_plain(state_dict: dict[str, Any], originals: dict[str, Tensor]) ->
     meshes = [cast("Any", tensor).device_mesh for tensor in originals.values() if is_sharded(tensor)]
     if not meshes:
         return
-    whole = {key: state_dict[key] for key in originals if key in state_dict and not is_sharded(state_dict[key])}
+    given = {key: state_dict[key] for key in originals if key in state_dict and not is_sharded(state_dict[key])}
     from_first: list[dict[str, Tensor | None]] = [
-        {key: None if is_sharded(originals[key]) else value for key, value in whole.items()}
+        {key: None if is_sharded(originals[key]) else value for key, value in given.items()}
     ]
     for group in meshes[0].get_all_groups():
         dist.broadcast_object_list(from_first, src=dist.get_global_rank(group, 0), group=group)
     for key, value in from_first[0].items():
         original = originals[key]
         empty = torch.empty(original.shape, dtype=original.dtype, device="cpu") if value is None else value
-        state_dict[key] = sharded_like(original, whole.get(key, empty), from_first=True)
+        state_dict[key] = sharded_like(original, given.get(key, empty), from_first=True)
 
 
 engines.append(Engine(reshard, refuse_sharded, update_locations))

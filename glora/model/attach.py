@@ -230,12 +230,12 @@ def _created_bias(weight: Tensor, device: torch.device | str) -> nn.Parameter:
 
 @torch.no_grad()
 def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
-    own = content.state_dict()
-    if any(tensor.is_meta for tensor in own.values()):
+    tensors = content.state_dict()
+    if any(tensor.is_meta for tensor in tensors.values()):
         # Keep loaded values on the CPU until the model has memory.
         content.to_empty(device="cpu")
-        own = content.state_dict()
-    for key, tensor in own.items():
+        tensors = content.state_dict()
+    for key, tensor in tensors.items():
         write_into(tensor, values[key])
 
 

@@ -107,13 +107,13 @@ def _unsupported_quantised(site: Site, name: str, tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return None
     try:
-        found = rows(tensor.detach(), slice(0, 1)).shape
+        shape = rows(tensor.detach(), slice(0, 1)).shape
     except Exception as error:
         return (
             f"a block of its rows cannot be dequantised ({type(error).__name__}: {str(error)[:100]}); quantise to a "
             f"kind that can be cut, as torchao's Int8WeightOnlyConfig and IntxWeightOnlyConfig make."
         )
-    return None if found == (1, tensor.shape[1]) else f"its first row dequantises to the shape {tuple(found)}."
+    return None if shape == (1, tensor.shape[1]) else f"its first row dequantises to the shape {tuple(shape)}."
 
 
 def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:

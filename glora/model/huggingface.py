@@ -43,9 +43,9 @@ def task_heads(walk: list[Owner]) -> list[Owner]:
         if not beside:
             continue
         within |= {id(module) for module in owner.module.modules()}
-        found = [other for other in walk if id(other.module) in beside]
-        if not any(id(other.module) in outputs and _is_over(other, vocabularies) for other in found):
-            heads += [n for n in found if any(isinstance(tensor, nn.Parameter) for tensor in n.tensors.values())]
+        others = [other for other in walk if id(other.module) in beside]
+        if not any(id(other.module) in outputs and _is_over(other, vocabularies) for other in others):
+            heads += [n for n in others if any(isinstance(tensor, nn.Parameter) for tensor in n.tensors.values())]
     return heads
 
 
@@ -65,21 +65,21 @@ def warn_of_adapted_heads(walk: list[Owner], planned: Plan, targets: Targets) ->
         return
     heads = task_heads(walk)
     ids = {id(head.module) for head in heads}
-    found = [layer.path for layer in planned.layers if id(layer.module) in ids]
+    suspects = [layer.path for layer in planned.layers if id(layer.module) in ids]
     if heads:
         labels = getattr(getattr(walk[0].module, "config", None), "num_labels", None)
         rows = {tuple(head.tensors["weight"].shape)[:1] for head in heads if isinstance(head.module, nn.Linear)}
-        found = found if any(_is_named(head.path) for head in heads) or (labels,) in rows else []
+        suspects = suspects if any(_is_named(head.path) for head in heads) or (labels,) in rows else []
     else:
         linear = [owner for owner in walk if isinstance(owner.module, nn.Linear)]
         last = [n.path for n in linear[-1:] if _is_named(n.path) and not _is_over(n, _vocabularies(walk))]
-        found = [layer.path for layer in planned.layers if layer.path in last]
-    if found:
-        kept = f'trainable="{AUTO}"' if heads else f"trainable={found!r}"
+        suspects = [layer.path for layer in planned.layers if layer.path in last]
+    if suspects:
+        kept = f'trainable="{AUTO}"' if heads else f"trainable={suspects!r}"
         warnings.warn(
-            f"An adapter is a change of weights that stay frozen and are not in its file; {format_names(found)} may be "
-            f"a head that is new to the model, and random: saved, the adapter would work on these random weights "
-            f"alone. {kept} trains it as a whole and keeps it in the file; exclude={found!r} leaves it as it is. If "
+            f"An adapter is a change of weights that stay frozen and are not in its file; {format_names(suspects)} may "
+            f"be a head that is new to the model, and random: saved, the adapter would work on these random weights "
+            f"alone. {kept} trains it as a whole and keeps it in the file; exclude={suspects!r} leaves it as it is. If "
             f"its weights are from a checkpoint, either silences this, and so does naming it in a list of targets.",
             UserWarning,
             stacklevel=3,
