@@ -31,14 +31,14 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in this dtype: itself where it has it, which `Tensor.to` takes two microseconds to find."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in its `working_dtype`: itself, but for half precision."""
-    return tensor if tensor.dtype == torch.float32 else cast(tensor, working_dtype(tensor))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(working_dtype(tensor))
 
 
 def in_autocast(tensor: Tensor) -> bool:
@@ -55,11 +55,8 @@ def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in `working_dtype`, also under autocast (Note [Rounded once])."""
     dtype = working_dtype(left, right)
-    left, right = cast(left, dtype), cast(right, dtype)
-    if not in_autocast(left):
-        return left @ right
     with outside_autocast(left):
-        return left @ right
+        return as_dtype(left, dtype) @ as_dtype(right, dtype)
 
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch

@@ -15,8 +15,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-from typing import cast as typed
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ from glora import functional
 from glora.kernels.double_backward import gradients, is_differentiated, placeholder
 from glora.kernels.row_blocks import blocks_of, columns
 from glora.kernels.terms import Terms
-from glora.precision import cast, is_half, outside_autocast, wide
-from glora.tensors import dense, is_quantised, rows
+from glora.precision import as_dtype, is_half, outside_autocast, wide
+from glora.tensors import dense, is_all_rows, is_quantised, rows
 
 # Note [Blocks]
 # The gradient of a factor of an elementwise A needs dW' = g^T x entry by entry, so that A cannot be taken apart into
@@ -71,7 +70,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
         run = torch.ops.glora.linear
     elif torch.is_grad_enabled():
         run = _Blockwise.apply  # pyright: ignore - torch leaves it untyped
-    return typed("Tensor", run(x, W0, bias, dtype, *(terms.as_entries() or ()), *(terms.shift or (None, None))))
+    return cast("Tensor", run(x, W0, bias, dtype, *(terms.as_entries() or ()), *(terms.shift or (None, None))))
 
 
 # The two passes, on plain tensors and without autograd.
@@ -80,18 +79,19 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
 def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
     """`x W'^T + bias` in `dtype`; the factors are left and right of the entries and of the shift."""
     with outside_autocast(x):
-        x = cast(x, dtype)
+        x = as_dtype(x, dtype)
         y = x.new_empty(x.shape[0], W0.shape[0])
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(y, block)
+            bias_part = bias if bias is None or part is y else bias[block]
             if is_half(dtype):
-                torch.mm(x, cast(W, dtype).T, out=part).addmm_(x, cast(_update(W, own), dtype).T)
-                if bias is not None:
-                    part.add_(rows(bias, block))
-            elif bias is None:
-                torch.mm(x, cast(_weight(W, own), dtype).T, out=part)
+                torch.mm(x, as_dtype(W, dtype).T, out=part).addmm_(x, as_dtype(_update(W, own), dtype).T)
+                if bias_part is not None:
+                    part.add_(bias_part)
+            elif bias_part is None:
+                torch.mm(x, as_dtype(_weight(W, own), dtype).T, out=part)
             else:
-                torch.addmm(cast(rows(bias, block), dtype), x, cast(_weight(W, own), dtype).T, out=part)
+                torch.addmm(as_dtype(bias_part, dtype), x, as_dtype(_weight(W, own), dtype).T, out=part)
         return y
 
 
@@ -107,31 +107,29 @@ def backward(g: Tensor, x: Tensor | None, W0: Tensor, dtype: torch.dtype, *rest:
     """
     *factors, dx_dtype, dbias_dtype = rest
     with outside_autocast(W0):
-        g, dx = cast(g, dtype), None
+        g, x, dx = as_dtype(g, dtype), None if x is None else as_dtype(x, dtype), None
         entries, shift = _PairGradient(), _PairGradient()
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(g, block)
             if dx_dtype is not None:
-                dx = _add_product(dx, part, cast(_weight(W, own), dtype))
+                dx = _add_product(dx, part, as_dtype(_weight(W, own), dtype))
             if x is not None:
                 left, right, shift_left, shift_right = own
-                dW = cast(part.T @ cast(x, dtype), left.dtype)
+                dW = as_dtype(part.T @ x, left.dtype)
                 if shift_left is not None:
-                    shift.add(shift_left, typed("Tensor", shift_right), dW)
+                    shift.add(shift_left, cast("Tensor", shift_right), dW)
                 entries.add(left, right, dW.mul_(W))
-        dbias = [] if dbias_dtype is None else [g.sum(0, dtype=dbias_dtype)]
-        return [
-            *([] if dx is None else [cast(dx, typed("torch.dtype", dx_dtype))]),
-            *dbias,
-            *entries.result(),
-            *shift.result(),
-        ]
+        grads = [] if dx is None else [as_dtype(dx, cast("torch.dtype", dx_dtype))]
+        grads += [] if dbias_dtype is None else [g.sum(0, dtype=dbias_dtype)]
+        return grads + entries.result() + shift.result()
 
 
 def _rows(factors: Sequence[Any], block: slice) -> Factors:
     """The factors of a block of W'."""
     left, right, shift_left, shift_right = factors
-    return rows(left, block), right, None if shift_left is None else rows(shift_left, block), shift_right
+    if not is_all_rows(left, block):
+        left, shift_left = left[block], None if shift_left is None else shift_left[block]
+    return left, right, shift_left, shift_right
 
 
 def _update(W: Tensor, factors: Factors, *, on_top: bool = False) -> Tensor:
@@ -139,12 +137,12 @@ def _update(W: Tensor, factors: Factors, *, on_top: bool = False) -> Tensor:
     left, right, shift_left, shift_right = factors
     update = left @ right
     update = torch.addcmul(W, W, update, out=update) if on_top else update.mul_(W)
-    return update if shift_left is None else update.addmm_(shift_left, typed("Tensor", shift_right))
+    return update if shift_left is None else update.addmm_(shift_left, cast("Tensor", shift_right))
 
 
 def _weight(W: Tensor, factors: Factors) -> Tensor:
     """A block of W', in W0's dtype, rounded once."""
-    return cast(_update(W, factors, on_top=True), W.dtype)
+    return as_dtype(_update(W, factors, on_top=True), W.dtype)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-from typing import cast as typed
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from glora.kernels import row_blocks
 from glora.kernels.double_backward import gradients, is_differentiated, placeholder
 from glora.kernels.terms import Pair, Terms
 from glora.precision import (
-    cast,
+    as_dtype,
     in_transform,
     is_half,
     is_traced,
@@ -46,18 +45,21 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
     Returns:
         `(tokens, out)` in `dtype`.
     """
-    x = cast(x, dtype)
+    x = as_dtype(x, dtype)
     if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype):
-        output_scale = None if terms.outputs is None else cast(1 + terms.outputs, dtype)
-        return fused(x, W0, bias, output_scale, cast(terms.shift[0], dtype), cast(terms.shift[1], dtype))
+        output_scale = None if terms.outputs is None else as_dtype(1 + terms.outputs, dtype)
+        left, right = terms.shift
+        if left.dtype != dtype:
+            left, right = left.to(dtype), right.to(dtype)
+        return fused(x, W0, bias, output_scale, left, right)
     entries = terms.as_entries()
     y = scaled_product(x, W0, bias, terms, dtype) if entries is None else _expanded(x, W0, bias, entries)
     if terms.shift is not None:
         y, (left, right) = wide(y), terms.shift
         # In float16 the thin product may overflow where W' does not.
-        thin = multiply(x, right.T) if dtype == torch.float16 else wide(F.linear(x, cast(right, dtype)))
-        y = y + multiply(thin, left.T) if is_traced() else y.addmm_(thin, cast(left, y.dtype).T)
-    return cast(y, dtype)
+        thin = multiply(x, right.T) if dtype == torch.float16 else wide(F.linear(x, as_dtype(right, dtype)))
+        y = y + multiply(thin, left.T) if is_traced() else y.addmm_(thin, as_dtype(left, y.dtype).T)
+    return as_dtype(y, dtype)
 
 
 def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
@@ -70,7 +72,7 @@ def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dty
     if inputs is not None and outputs is None and not is_half(dtype):
         x = x * (1 + inputs)
     elif inputs is not None:  # in half precision a small change of x would be rounded away
-        change = row_blocks.linear(cast(x * inputs, dtype), W0)
+        change = row_blocks.linear(as_dtype(x * inputs, dtype), W0)
     if outputs is not None:
         y = _finer_product(x, W0, dtype) * (1 + outputs)
     elif bias is None or bias.ndim > 1 or is_half(dtype):
@@ -102,7 +104,7 @@ def _finer_product(x: Tensor, W0: Tensor, dtype: torch.dtype) -> Tensor:
 def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, entries: Pair) -> Tensor:
     """`x (W0 + W0 * (L R))^T + bias`, from x and a copy of it rescaled by each row of R."""
     left, right = entries
-    copies = torch.cat([x.unsqueeze(1), x.unsqueeze(1) * cast(right, x.dtype)], 1)
+    copies = torch.cat([x.unsqueeze(1), x.unsqueeze(1) * as_dtype(right, x.dtype)], 1)
     y = wide(row_blocks.linear(copies, W0))  # (tokens, 1 + r, out)
     y = y[:, 0] + (y[:, 1:] * left.T).sum(1)
     return y if bias is None else y.add_(bias)
@@ -151,7 +153,7 @@ def fused(
     if not torch.is_grad_enabled():
         return _compute(x, W0, bias, output_scale, left, right)[0]
     apply: Any = _Fused.apply  # pyright: ignore - torch leaves it untyped
-    return typed("Tensor", apply(x, W0, bias, output_scale, left, right))
+    return cast("Tensor", apply(x, W0, bias, output_scale, left, right))
 
 
 def _compute(
@@ -159,7 +161,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
     bias_last = x.dtype == torch.bfloat16  # Note [One Function]
-    product = y = F.linear(x, cast(W0, x.dtype), None if bias_last or output_scale is not None else bias)
+    product = y = F.linear(x, as_dtype(W0, x.dtype), None if bias_last or output_scale is not None else bias)
     if output_scale is not None:
         y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)
     thin = F.linear(x, right)
@@ -173,7 +175,7 @@ def _chain(
     """`fused` in plain operations, without the product that no gradient depends on where W0 is None."""
     y = F.linear(F.linear(x, right), left)
     if W0 is not None:
-        product = F.linear(x, cast(W0, x.dtype))
+        product = F.linear(x, as_dtype(W0, x.dtype))
         y = y + (product if output_scale is None else product * output_scale)
     return y if bias is None else (y + bias).to(x.dtype)
 
@@ -213,7 +215,7 @@ class _Fused(torch.autograd.Function):
                 dscale = buffer.sum(0)
             if wanted[0]:
                 scaled_g = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
-                dx = (scaled_g @ cast(W0, g.dtype)).addmm_(thin_g, right)
+                dx = (scaled_g @ as_dtype(W0, g.dtype)).addmm_(thin_g, right)
             if wanted[2]:
                 dbias = g.sum(0, dtype=ctx.bias_dtype)
             if wanted[4]:

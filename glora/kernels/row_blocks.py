@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
-from typing import Any
-from typing import cast as typed
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glora.precision import cast, in_transform, outside_autocast, wide
+from glora.precision import as_dtype, in_transform, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
@@ -74,7 +73,7 @@ def multiply(x: Tensor, W0: Tensor, *, transposed: bool = False) -> Tensor:
             W = dense(W0).to(x.dtype)
             return x @ W if transposed else F.linear(x, W)
     apply: Any = _Product.apply  # pyright: ignore - torch leaves it untyped
-    return typed("Tensor", apply(x, W0, transposed))
+    return cast("Tensor", apply(x, W0, transposed))
 
 
 class _Product(torch.autograd.Function):
@@ -86,7 +85,7 @@ class _Product(torch.autograd.Function):
         with outside_autocast(x):
             if transposed:
                 # In half precision the blocks' shares are added up in float32, however many there are.
-                shares = [columns(x, block) @ cast(rows(W0, block), x.dtype) for block in blocks]
+                shares = [columns(x, block) @ as_dtype(rows(W0, block), x.dtype) for block in blocks]
                 return shares[0] if len(shares) == 1 else reduce(add, map(wide, shares)).to(x.dtype)
             if x.dtype == W0.dtype:
                 parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast as typed
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glora.kernels import factored
 from glora.kernels.terms import Pair, Terms
-from glora.precision import cast, outside_autocast, wide, working_dtype
+from glora.precision import as_dtype, outside_autocast, wide, working_dtype
 
 # Note [One product for all samples]
 # Samples of different adapters have W0 in common: y = (1 + a_s) * (x_s W0^T) + (x_s R_s^T) L_s^T + b'_s. Each sample s
@@ -48,15 +48,15 @@ def linear(
     """
     bias = biases[0]
     with outside_autocast(x):
-        x = cast(x, dtype)
+        x = as_dtype(x, dtype)
         if any(other is not bias for other in biases):
-            bias = torch.stack([typed("Tensor", each) for each in biases])[owner].unsqueeze(1)
+            bias = torch.stack([cast("Tensor", each) for each in biases])[owner].unsqueeze(1)
         outputs = _gather([group.outputs for group in terms], owner)
         inputs = _gather([group.inputs for group in terms], owner)
-        y = factored.scaled_product(x, cast(W0, dtype), bias, Terms(outputs, inputs, None, None), dtype)
+        y = factored.scaled_product(x, as_dtype(W0, dtype), bias, Terms(outputs, inputs, None, None), dtype)
         if any(group.shift for group in terms):
             y = _shift(wide(y), x, [_pair(group.shift, W0) for group in terms], owner)
-        return cast(y, dtype)
+        return as_dtype(y, dtype)
 
 
 def _gather(vectors: Sequence[Tensor | None], owner: Tensor) -> Tensor | None:
@@ -77,7 +77,7 @@ def _pair(pair: Pair | None, W0: Tensor) -> Pair:
 
 def _shift(y: Tensor, x: Tensor, pairs: Sequence[Pair], owner: Tensor) -> Tensor:
     """`y + (x right^T) left^T`, with each sample's own pair; y is written over."""
-    x = cast(x, y.dtype)
+    x = as_dtype(x, y.dtype)
     ranks = [left.shape[1] for left, _ in pairs]
     if x.shape[1] * len(pairs) > MASKED:
         most = max(ranks)
@@ -85,11 +85,11 @@ def _shift(y: Tensor, x: Tensor, pairs: Sequence[Pair], owner: Tensor) -> Tensor
         right = torch.stack(
             [F.pad(right, (0, 0, 0, most - rank)) for (_, right), rank in zip(pairs, ranks, strict=True)]
         )
-        left, right = (cast(factor, y.dtype)[owner].mT for factor in (left, right))
+        left, right = (as_dtype(factor, y.dtype)[owner].mT for factor in (left, right))
         return y.baddbmm_(torch.bmm(x, right), left)
     left, right = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs])
     of_columns = torch.arange(len(pairs)).repeat_interleave(torch.tensor(ranks)).to(owner.device)
     own = owner.unsqueeze(1) == of_columns  # (samples, sum of r)
-    thin = F.linear(x, cast(right, y.dtype)) * own.unsqueeze(1)
-    y.flatten(0, 1).addmm_(thin.flatten(0, 1), cast(left, y.dtype).T)
+    thin = F.linear(x, as_dtype(right, y.dtype)) * own.unsqueeze(1)
+    y.flatten(0, 1).addmm_(thin.flatten(0, 1), as_dtype(left, y.dtype).T)
     return y

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora.functional import WeightFactors
 from glora.kernels import row_blocks
-from glora.precision import cast, working_dtype
+from glora.precision import as_dtype, working_dtype
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
@@ -44,7 +44,7 @@ class Terms(NamedTuple):
             pairs.append((self.outputs.unsqueeze(1), right.new_ones(1, right.shape[1])))
         if self.inputs is not None:
             pairs.append((left.new_ones(left.shape[0], 1), self.inputs.unsqueeze(0)))
-        return _side_by_side(pairs)
+        return _side_by_side(pairs, left.dtype)
 
 
 def terms_of(W0: Tensor, adapters: Sequence[WeightFactors]) -> Terms:
@@ -61,29 +61,30 @@ def terms_of(W0: Tensor, adapters: Sequence[WeightFactors]) -> Terms:
         if A is not None:
             factor = A.scaled()
             if isinstance(factor, tuple):
-                left, right = cast(factor[0], dtype), cast(factor[1], dtype)
                 if product == "hadamard":
-                    entries.append((left, right))
+                    entries.append(factor)
                 else:
-                    shifts.append((row_blocks.thin_product(W0, left), right))
+                    shifts.append((row_blocks.thin_product(W0, factor[0]), factor[1]))
             elif product == "matmul" and factor.ndim > 1:
-                inputs.append(cast(factor, dtype).flatten())
+                inputs.append(factor.flatten())
             else:
-                outputs.append(cast(factor, dtype).flatten().expand(W0.shape[0]))
+                outputs.append(factor.flatten().expand(W0.shape[0]))
         if B is not None:
-            shift = B.scaled()
-            if not isinstance(shift, tuple):
-                shift = shift.reshape(-1, 1).expand(W0.shape[0], 1), shift.new_ones(1, W0.shape[1])
-            shifts.append((cast(shift[0], dtype), cast(shift[1], dtype)))
-    return Terms(_total(outputs), _total(inputs), _side_by_side(entries), _side_by_side(shifts))
+            factor = B.scaled()
+            if not isinstance(factor, tuple):
+                factor = factor.reshape(-1, 1).expand(W0.shape[0], 1), factor.new_ones(1, W0.shape[1])
+            shifts.append(factor)
+    return Terms(
+        as_dtype(reduce(add, outputs), dtype) if outputs else None,
+        as_dtype(reduce(add, inputs), dtype) if inputs else None,
+        _side_by_side(entries, dtype) if entries else None,
+        _side_by_side(shifts, dtype) if shifts else None,
+    )
 
 
-def _total(vectors: Sequence[Tensor]) -> Tensor | None:
-    return reduce(add, vectors) if vectors else None
-
-
-def _side_by_side(pairs: Sequence[Pair]) -> Pair | None:
+def _side_by_side(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
     """The sum of pairs as one; a single one uncopied."""
-    if len(pairs) < 2:
-        return pairs[0] if pairs else None
-    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs])
+    left, right = pairs[0]
+    if len(pairs) > 1:
+        left, right = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs])
+    return (left, right) if left.dtype == right.dtype == dtype else (left.to(dtype), right.to(dtype))
