@@ -1,14 +1,11 @@
-"""The dtype that updates are computed in, the way around autocast, and what torch is doing right now."""
+"""The dtype that updates are computed in, and the way around autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
-from glora.torch_internals import in_forward_mode, in_func_transform
 
 # Note [Rounded once]
 # A half-precision W0 takes updates smaller than its own spacing only if they are added up before the one rounding back.
@@ -57,16 +54,3 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     dtype = working_dtype(left, right)
     with outside_autocast(left):
         return as_dtype(left, dtype) @ as_dtype(right, dtype)
-
-
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
-
-
-def in_transform() -> bool:
-    """Whether one of torch.func's transforms or forward-mode differentiation is active."""
-    return in_func_transform() or in_forward_mode()
-
-
-def is_traced() -> bool:
-    """Whether torch.compile traces this, or one of torch.func's transforms is active."""
-    return torch.compiler.is_compiling() or in_func_transform()

@@ -6,6 +6,7 @@ A module's `_modules`, `_parameters` and `_buffers` are used where they are need
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 __all__ = [
     "in_backward",
-    "in_forward_mode",
-    "in_func_transform",
+    "in_transform",
+    "is_exporting",
     "is_mapped",
     "is_traceable_wrapper_subclass",
+    "is_traced",
     "is_tracing",
     "memory_of",
     "not_compiled",
@@ -37,13 +39,19 @@ _C: Any = torch._C  # pyright: ignore - torch leaves it untyped
 not_compiled: Any = _disable_dynamo
 """Decorates a function that torch.compile calls and does not trace. torch.compiler.disable imports the compiler."""
 
-in_func_transform: Any = _C._are_functorch_transforms_active
-"""Whether one of torch.func's transforms is active."""
+_in_func_transform: Any = _C._are_functorch_transforms_active
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
 
 
-def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is active."""
-    return forward_ad._current_level >= 0  # pyright: ignore
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms or forward-mode differentiation is active."""
+    return _in_func_transform() or forward_ad._current_level >= 0  # pyright: ignore
+
+
+def is_traced() -> bool:
+    """Whether torch.compile traces this, or one of torch.func's transforms is active."""
+    return torch.compiler.is_compiling() or _in_func_transform()
 
 
 def in_backward() -> bool:

@@ -40,10 +40,10 @@ NAMES: dict[str, Callable[[], bool]] = {
     "nn.Module._non_persistent_buffers_set": lambda: torch_internals.not_persistent(nn.Linear(1, 1)) == set(),
     "nn.Module._load_from_state_dict": lambda: callable(nn.Module._load_from_state_dict),
     "UntypedStorage._cdata": lambda: isinstance(torch_internals.memory_of(torch.ones(1)), int),
-    "torch._C._are_functorch_transforms_active": lambda: not torch_internals.in_func_transform(),
+    "torch._C._are_functorch_transforms_active": lambda: not torch_internals.is_traced(),
     "torch._C._functorch.is_legacy_batchedtensor": lambda: not torch_internals.is_mapped(torch.ones(1)),
     "torch._C._current_graph_task_id": lambda: not torch_internals.in_backward(),
-    "torch.autograd.forward_ad._current_level": lambda: not torch_internals.in_forward_mode(),
+    "torch.autograd.forward_ad._current_level": lambda: not torch_internals.in_transform(),
     "torch.jit._trace.is_tracing": lambda: not torch_internals.is_tracing(),
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": lambda: (
         not torch_internals.is_traceable_wrapper_subclass(torch.ones(1))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora.precision import in_transform, outside_autocast
-from glora.torch_internals import is_mapped
+from glora.precision import outside_autocast
+from glora.torch_internals import in_transform, is_mapped
 
 # Note [No setup_context]
 # For a Function with a `setup_context`, torch looks up the signature of `forward` by `inspect` at each call: a tenth of

@@ -11,18 +11,9 @@ from torch import Tensor
 from glora.kernels import row_blocks
 from glora.kernels.double_backward import gradients, is_differentiated, placeholder
 from glora.kernels.terms import Pair, Terms
-from glora.precision import (
-    as_dtype,
-    in_transform,
-    is_half,
-    is_traced,
-    multiply,
-    outside_autocast,
-    wide,
-    working_dtype,
-)
+from glora.precision import as_dtype, is_half, multiply, outside_autocast, wide, working_dtype
 from glora.tensors import is_quantised
-from glora.torch_internals import is_tracing
+from glora.torch_internals import in_transform, is_traced, is_tracing
 
 # Note [In place]
 # A pass over the outputs costs a few percent of the product that they come from: the number of passes is what sets one

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glora.precision import as_dtype, in_transform, outside_autocast, wide
+from glora.precision import as_dtype, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
+from glora.torch_internals import in_transform
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24

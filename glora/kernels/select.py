@@ -13,9 +13,9 @@ from glora import functional
 from glora.functional import WeightFactors
 from glora.kernels import blockwise, factored, samplewise
 from glora.kernels.terms import terms_of
-from glora.precision import in_autocast, in_transform, is_exporting, is_traced
+from glora.precision import in_autocast
 from glora.tensors import dense, is_quantised
-from glora.torch_internals import is_tracing
+from glora.torch_internals import in_transform, is_exporting, is_traced, is_tracing
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 

@@ -23,9 +23,9 @@ from glora.functional import Factors, WeightFactors
 from glora.kernels.row_blocks import thin_product
 from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
 from glora.matrices import LINEAR, Matrix
-from glora.precision import is_exporting, wide, working_dtype
+from glora.precision import wide, working_dtype
 from glora.tensors import dense, is_sharded, replicated_like
-from glora.torch_internals import not_persistent
+from glora.torch_internals import is_exporting, not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
 """The adapters that act: name to weight, the w_i of `W0 + sum_i w_i (W0 * A_i + B_i)`."""
