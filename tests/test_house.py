@@ -27,37 +27,37 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5781,
-    "ground": 705,
-    "kernels": 719,
-    "layer": 840,
-    "model": 1634,
-    "engines": 190,
-    "files": 535,
-    "interop": 509,
-    "integrations": 89,
-    "search": 560,
+    "all": 5691,
+    "ground": 759,
+    "kernels": 528,
+    "layer": 879,
+    "model": 1639,
+    "engines": 208,
+    "files": 504,
+    "interop": 510,
+    "integrations": 101,
+    "search": 563,
 }
 FILES = {
-    "all": 79,
-    "ground": 12,
-    "kernels": 11,
-    "layer": 10,
+    "all": 77,
+    "ground": 13,
+    "kernels": 8,
+    "layer": 11,
     "model": 15,
     "engines": 4,
-    "files": 5,
+    "files": 4,
     "interop": 8,
     "integrations": 4,
     "search": 10,
 }
-IMPORT_CHAIN = 17  # rooms of which each imports the next
+IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (13, 42, 81),
-    "layer(x) of a LoRA": (11, 16, 33),
-    "apply": (22, 303, 653),
-    "load": (26, 334, 957),
-    "route": (17, 303, 628),
-    "merge": (17, 320, 788),
+    "layer(x)": (14, 46, 69),
+    "layer(x) of a LoRA": (13, 24, 30),
+    "apply": (22, 216, 473),
+    "load": (25, 256, 805),
+    "route": (18, 310, 548),
+    "merge": (19, 341, 619),
 }
 
 ROOT = Path(glora.__file__).parent

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glora.config import GLoRAConfig
 from glora.functional import Factors
-from glora.layer.factors import LowRank, Vector
+from glora.layer.factors import FrozenPrompt, LowRank, Vector
 from glora.layer.parametrization import Paths
 from glora.search.space import Space
 from glora.torch_internals import in_backward, not_compiled
@@ -55,18 +55,21 @@ class Entangled(Paths):
             config = draw(self.draws, self.space) if dropout else self.config
         tensors = self.tensors(config)
         low_rank_scale = adapter_weight if config.alpha is None else adapter_weight * config.scaling
-        return {
-            path: Factors((tensors[f"{path}.left"], tensors[f"{path}.right"]), low_rank_scale)
-            if f"{path}.left" in tensors
-            else Factors(tensors[f"{path}.value"], adapter_weight)
-            for path in self.paths()
-            if getattr(config, path) != "none"
-        }
+        factors: dict[str, Factors] = {}
+        for name, path in self._modules.items():
+            if isinstance(path, FrozenPrompt):
+                factors[name] = path.factors(adapter_weight)
+            elif f"{name}.left" in tensors:
+                factors[name] = Factors((tensors[f"{name}.left"], tensors[f"{name}.right"]), low_rank_scale)
+            elif f"{name}.value" in tensors:
+                factors[name] = Factors(tensors[f"{name}.value"], adapter_weight)
+        return factors
 
     def shapes(self, config: GLoRAConfig) -> dict[str, tuple[int, ...]]:
         """Key to shape of each tensor that a config has here."""
         *batch, out_features, in_features = self.weight_shape
-        return config.shapes(out_features, in_features, self.paths(), tuple(batch))
+        names = [name for name, path in self._modules.items() if not isinstance(path, FrozenPrompt)]
+        return config.shapes(out_features, in_features, names, tuple(batch))
 
     def tensors(self, config: GLoRAConfig) -> dict[str, Tensor]:
         """Key to tensor of a config: corners of the largest's."""

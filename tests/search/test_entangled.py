@@ -183,3 +183,13 @@ def test_a_copy_draws_and_chooses_by_itself() -> None:
     choose(twin, {"0": GLoRAConfig.lora(rank=2)})
     assert torch.equal(net(x), y)
     assert not torch.equal(twin(x), y)
+
+
+def test_torchs_removal_of_the_weight_freezes_the_prompt_that_acted() -> None:
+    torch.manual_seed(0)
+    net = supernet(nn.Linear(4, 3), Space(A=["none"], B=["vector"], C=["vector"], D=["none"], E=["vector"]))
+    for parameter in glora.parameters(net):
+        nn.init.normal_(parameter)
+    bias = net.bias.detach().clone()
+    nn.utils.parametrize.remove_parametrizations(net, "weight")
+    assert torch.allclose(net.bias, bias, atol=1e-6)
