@@ -72,11 +72,11 @@ class _Whole(nn.Module):
             right = nn.Parameter(weight.new_empty(rank, in_features))
             setattr(self, f"{name}_right", right)
             nn.init.kaiming_uniform_(right, a=math.sqrt(5))
-        self.adapter_weights = scales
+        self.scales = scales
 
     def forward(self, weight: Tensor) -> Tensor:
         update = self.B_left @ self.B_right
-        return weight + weight * (self.A_left @ self.A_right) + update if self.adapter_weights else weight + update
+        return weight + weight * (self.A_left @ self.A_right) + update if self.scales else weight + update
 
 
 def _parametrized(*, scales: bool) -> Factory:

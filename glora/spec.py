@@ -73,7 +73,7 @@ class LayerSpec:
             >>> list(LayerSpec(glora.GLoRAConfig(A="vector", B="lora")).tensors())
             ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
         """
-        # Sizes that are not known pass through `shapes` as numbers that no size can be.
+        # Unknown sizes are passed as -1 and -2.
         shapes = self.config.shapes(self.out_features or -1, self.in_features or -2, paths, self.batch or ())
         return {key: TensorSpec(tuple([None if size < 0 else size for size in shape])) for key, shape in shapes.items()}
 

@@ -59,7 +59,7 @@ def _refuse_unsynchronised(parameters: list[nn.Parameter]) -> None:
 
 
 def _nothing(*_: object) -> None:
-    """It holds no tensor in a way of its own."""
+    """DistributedDataParallel needs nothing here."""
 
 
 engines.append(Engine(_nothing, _nothing, check_sync))

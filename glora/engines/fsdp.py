@@ -62,7 +62,7 @@ def _refuse_flat(model: nn.Module) -> None:
         weights = [owner.tensors.get(site.matrix.weight) for site in adapted_sites(owner)]
         if any(weight is not None and weight.ndim == 1 for weight in weights):
             raise RuntimeError(
-                f"FullyShardedDataParallel has flattened the tensors of {owner.path!r}, and each rank has a part. Do "
+                f"FullyShardedDataParallel has flattened the tensors of {owner.place!r}, and each rank has a part. Do "
                 f"this inside `with FullyShardedDataParallel.summon_full_params(model):`, on rank 0 if it writes a "
                 f"file, or shard with fully_shard."
             )
@@ -94,7 +94,7 @@ def refuse_sharded(model: nn.Module, walk: list[Owner], for_good: bool) -> None:
                 else "Inside glora.merged layers have whole, plain tensors (glora.merge merges sharded ones, for good)"
             )
             raise RuntimeError(
-                f"{rule}; `{name}` of {owner.path!r} is sharded (a {type(original).__name__}). Or save "
+                f"{rule}; `{name}` of {owner.place!r} is sharded (a {type(original).__name__}). Or save "
                 f"the adapter from all ranks, glora.save(model, directory), and merge offline: the command `glora "
                 f"merge base directory out`, or glora.load and glora.merge in a model that is not sharded."
             )
@@ -114,9 +114,12 @@ def update_locations(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             places.setdefault(id(parameter), []).append((module, name))
     for group in groups(model):
+        known = [(record._module_info.module, record._module_info.param_name) for record in group.fsdp_params]
+        stood = [places.get(id(_parameter(record)), []) for record in group.fsdp_params]
+        if all(place in where for place, where in zip(known, stood, strict=True)):
+            continue  # nothing came off: torch's hooks stay, a backward pass may be pending
         kept: list[Any] = []
-        for record in group.fsdp_params:
-            where = places.get(id(_parameter(record)))
+        for record, where in zip(group.fsdp_params, stood, strict=True):
             if where:
                 location = record._module_info
                 (location.module, location.param_name), *others = where

@@ -35,7 +35,7 @@ class Terms(NamedTuple):
     shift: Pair | None
 
     def as_entries(self) -> Pair | None:
-        """All that scales as one pair, a vector as a component of rank one; None where no adapter scales entries."""
+        """All scaling terms as one pair, a vector as a component of rank one; None where no adapter scales entries."""
         if self.entries is None or (self.outputs is None and self.inputs is None):
             return self.entries
         left, right = self.entries

@@ -94,8 +94,8 @@ def _frozen_weight(module: nn.Module, parametrizations: Parametrizations, name: 
 
 
 # Note [Reading once]
-# A forward of a module's own may read a tensor many times (experts do, once for each). Inside such a call, and for the
-# module that was called alone, each is computed once. Not under torch.compile, which merges equal computations.
+# A forward of a module's own may read a tensor many times (experts do, once for each). During such a call each tensor
+# of the called module is computed once. Not under torch.compile, which merges equal computations.
 _calls: ContextVar[tuple[int, dict[tuple[str, bool], Any]] | None] = ContextVar("glora_calls", default=None)
 
 

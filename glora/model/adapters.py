@@ -259,7 +259,7 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
         >>> layer.parametrizations.weight[0].default.B.left.abs().sum().item()
         0.0
     """
-    with change(model) as walk:
+    with change(model, reversible=False) as walk:
         name = resolve_name(walk, name)
         zero_created_biases(walk)
         for owner in walk:

@@ -255,7 +255,7 @@ def _register(part: _Part, adapter: str) -> None:
 
 
 def warn_of(planned: Plan, *, everything: bool = False) -> None:
-    """Warn the caller of the caller of what a plan leaves out; `everything`: all layers were asked for."""
+    """Warn of what a plan leaves out, at the line of the user's call; `everything`: all layers were asked for."""
     messages: list[str] = []
     unsupported = [f"{row.path!r}: {row.reason}" for row in planned.skipped if row.unsupported]
     if unsupported:

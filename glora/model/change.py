@@ -1,4 +1,4 @@
-"""The door: every call that changes a model goes through `change`."""
+"""The door: every call that changes a model's adapters for good goes through `change`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from glora.layer.parametrization import Store, parametrizations_of, stashed
 from glora.model.walk import Owner, owners
 
 # Note [One door]
-# A call that changes a model is refused while layers are merged or routed for a while, leaves the model as it was where
-# it fails midway, and tells the engines that run the model (fully_shard, DistributedDataParallel) before and after.
+# A call that changes a model is refused inside `glora.merged` and `glora.route`, leaves the model as it was where it
+# fails midway, and tells the engines that run the model (fully_shard, DistributedDataParallel) before and after.
 # `change` is the one place that knows all of this; its block is given the walk of the model.
 #
 # An engine is three functions, hung on the door once by its own room in glora/engines.
@@ -26,9 +26,9 @@ class Engine(NamedTuple):
 
     Attributes:
         enter: given the model, before its tensors are read or changed.
-        refuse: given the model, its walk and whether plain layers are to stay for good; raises where adapters cannot
-            come off.
-        leave: given the model, after the change.
+        refuse: given the model, its walk and whether the adapters come off for good; raises where they cannot.
+        leave: given the model, after a change that succeeded. `enter` also comes before a mere read: the two do not
+            pair.
     """
 
     enter: Callable[[nn.Module], None]
@@ -85,7 +85,7 @@ def refuse_while_merged(model: nn.Module) -> None:
     for owner in owners(model) if stashed else ():
         if owner.module in stashed:
             raise RuntimeError(
-                f"Inside glora.merged the adapters are set aside and cannot be changed (found {owner.path!r} merged). "
+                f"Inside glora.merged the adapters are set aside and cannot be changed (found {owner.place!r} merged). "
                 f"Leave the `with` block first."
             )
 
@@ -95,7 +95,7 @@ def refuse_while_routed(model: nn.Module) -> None:
     for owner in owners(model) if routed.active_routes else ():
         if routed.is_routed(owner.module):
             raise RuntimeError(
-                f"Inside glora.route each sample has its adapter, and none can be changed (found {owner.path!r} "
+                f"Inside glora.route each sample has its adapter, and none can be changed (found {owner.place!r} "
                 f"routed). Leave the `with` block first."
             )
 
@@ -114,7 +114,7 @@ def _refuse_stacked(walk: Iterable[Owner]) -> None:
             others = list(parametrization)[1 if name in stores else 0 :]
             if others:
                 raise RuntimeError(
-                    f"Adapters must be alone on a layer to be baked in or taken off; `{name}` of {owner.path!r} is "
+                    f"Adapters must be alone on a layer to be baked in or taken off; `{name}` of {owner.place!r} is "
                     f"parametrized by {type(others[0]).__name__} too. Remove that first, or bake all in with "
                     f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})."
                 )
@@ -122,8 +122,8 @@ def _refuse_stacked(walk: Iterable[Owner]) -> None:
 
 # Note [All or nothing]
 # What changes a model prepares everything first, and then swaps objects that are all there. Should that still be cut
-# off (no memory, Ctrl-C), every module gets back the attributes, and every parameter the flag, that it had: all that
-# was swapped are entries of these dictionaries.
+# off (no memory, Ctrl-C), every module gets back the attributes, and every parameter the flag, that it had: a change
+# only replaces entries of these dictionaries.
 @contextmanager
 def _all_or_nothing(walk: Iterable[Owner]) -> Generator[None]:
     modules = [module for owner in walk for module in _changeable(owner)]

@@ -15,8 +15,8 @@ from glora.model.walk import Owner
 # own while it does not act. Either way the flags from before are kept on the module that holds the parameters, under
 # their names: a Parameter's own attributes do not survive a deep copy, and a record at the root would not be found
 # from a submodule or through a wrapper. A parameter that asks for a gradient in spite of its record was set by hand
-# since, and is left alone. Without `freeze`, the original tensors of a head alone are frozen, as long as an adapter
-# has copies.
+# since, and keeps its gradient when flags are given back. Without `freeze`, the original tensors of a head alone are
+# frozen, as long as an adapter has copies.
 _RECORD = "_glora_flags"
 _Record: TypeAlias = dict[str, tuple[bool, bool]]
 """Name to the flag before, and whether the whole model was frozen then (rather than this head alone)."""

@@ -60,7 +60,7 @@ def _beside_backbone(module: nn.Module) -> set[int]:
 
 
 def warn_of_adapted_heads(walk: list[Owner], planned: Plan, targets: Targets) -> None:
-    """Warn once of what `targets=` sweeps in and is guessed to be a new head (Note [Task heads])."""
+    """Warn once of adapted layers that look like a new head (Note [Task heads])."""
     if not (isinstance(targets, str) or callable(targets)):
         return
     heads = task_heads(walk)
@@ -155,7 +155,7 @@ class SavePlain:
                 f"for each checkpoint; save_strategy='no' stops that."
             )
         if not attached:
-            warn_of_created_biases(owners(self.module), stacklevel=3)
+            warn_of_created_biases(owners(self.module), stacklevel=2)
         return cast("Any", type(self.module)).save_pretrained(self.module, *args, **kwargs)
 
 

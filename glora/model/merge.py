@@ -171,7 +171,7 @@ def delete(model: Model, name: str) -> Model:
         if set(adapter_weights_of(walk)) == {name}:
             _remove(walk)
             return model
-        for owner in walk:
+        for owner in [owner for owner in walk if owner.stores]:
             for tensor_name, store in owner.stores.items():
                 store.detach(name)
                 if not store.parts():

@@ -10,7 +10,7 @@ from torch import nn
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight
-from glora.model.change import refuse_while_swapped
+from glora.model.change import refuse_while_swapped, walk_to_read
 from glora.model.checks import Ties, find_ties, unsupported_head, unsupported_matrix
 from glora.model.huggingface import AUTO, output_embeddings, task_heads
 from glora.model.records import Plan, PlannedHead, PlannedLayer, Skipped, coverage, plan_heads
@@ -54,7 +54,7 @@ def plan(
         2       B=lora (no bias)                   2             20
     """
     refuse_while_swapped(model)
-    return plan_targets(owners(model), targets, config, exclude=exclude, trainable=trainable, name=name)
+    return plan_targets(walk_to_read(model), targets, config, exclude=exclude, trainable=trainable, name=name)
 
 
 def plan_targets(
@@ -287,6 +287,7 @@ def _check_name(walk: Iterable[Owner], name: str) -> None:
     for owner in walk:
         if name in owner.adapter_names:
             raise ValueError(
-                f"An adapter's name must be new to the model; {name!r} is attached already (at {owner.path!r}). Choose "
-                f"another name=, write into it with glora.load_state_dict, or drop it with glora.delete(model, name)."
+                f"An adapter's name must be new to the model; {name!r} is attached already (at {owner.place!r}). "
+                f"Choose another name=, write into it with glora.load_state_dict, or drop it with glora.delete(model, "
+                f"name)."
             )

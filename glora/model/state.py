@@ -172,7 +172,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         source_of_key |= {join(owner.path, tensor): id(source) for tensor, source in shared.items()}
         if copies and {*copies, *shared} != set(owner.tensors):
             raise RuntimeError(
-                f"torch's removal has taken the adapters off a part of the head {owner.path!r}, which a file holds "
+                f"torch's removal has taken the adapters off a part of the head {owner.place!r}, which a file holds "
                 f"as a whole. Remove them from all of its tensors, or merge before saving."
             )
         if copies:

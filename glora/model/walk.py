@@ -21,7 +21,9 @@ _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 @dataclass(frozen=True)
 class Owner:
-    """A module of a model: what owns tensors. Its tensors and stores are those of when they are first asked for.
+    """A module of a model: what owns tensors.
+
+    `tensors` and `stores` are read once and kept: after a change ask `stores_of(module)`.
 
     Attributes:
         path: the first path that reaches it.

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from glora.matrices import has_linear_forward
 from glora.model.attach import attach, warn_of
 from glora.model.change import change
-from glora.model.plan import plan
+from glora.model.plan import plan_targets
 from glora.model.records import PlannedLayer
 from glora.model.targets import Targets, Trainable
 from glora.model.walk import Model
@@ -64,22 +64,22 @@ def supernet(
     """
     if not isinstance(space, Space):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"space= must be a glora.search.Space; found {space!r}.")
-    planned = plan(model, targets, space.largest, trainable=trainable, name=name)
-    warn_of(planned)
-    not_sampled = [layer.path for layer in planned.layers if not _is_sampled(layer.module)]
-    if not_sampled:
-        warnings.warn(
-            f"Forms are drawn in nn.Linear's own forward; {len(not_sampled)} layers are never called, or have another "
-            f"forward ({format_names(not_sampled)}). They draw nothing and train their largest forms, unless others "
-            f"are chosen. Leave them out of targets=.",
-            UserWarning,
-            stacklevel=2,
-        )
 
     def build(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Entangled:
         return Entangled(layer.path, name, space, seed, names, weight)
 
     with change(model) as walk:
+        planned = plan_targets(walk, targets, space.largest, trainable=trainable, name=name)
+        warn_of(planned)
+        not_sampled = [layer.path for layer in planned.layers if not _is_sampled(layer.module)]
+        if not_sampled:
+            warnings.warn(
+                f"Forms are drawn in nn.Linear's own forward; {len(not_sampled)} layers are never called, or have "
+                f"another forward ({format_names(not_sampled)}). They draw nothing and train their largest forms, "
+                f"unless others are chosen. Leave them out of targets=.",
+                UserWarning,
+                stacklevel=2,
+            )
         attach(walk, planned, build=build)
     return model
 
