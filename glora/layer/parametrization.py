@@ -316,6 +316,11 @@ def stores_of(module: nn.Module) -> dict[str, Store]:
     return stores
 
 
+def adapter_names_of(module: nn.Module) -> set[str]:
+    """The adapters that are on any tensor of the module."""
+    return {name for store in stores_of(module).values() for name in store.parts()}
+
+
 def biases_of(module: nn.Module) -> dict[str, Bias]:
     """Tensor name to the adapters on it, for the biases only."""
     return {name: store for name, store in stores_of(module).items() if isinstance(store, Bias)}

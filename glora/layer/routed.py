@@ -13,8 +13,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from glora.layer.parametrization import ONE, AdapterWeights, stores_of
+from glora.layer.parametrization import ONE, AdapterWeights, adapter_names_of
 from glora.torch_internals import not_compiled, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from glora.undo import undone
 
 # Note [Routing]
 # A route belongs to the thread or task that entered it: it is the value of a context variable, and changes nothing in
@@ -64,21 +65,16 @@ def is_routed(module: nn.Module) -> bool:
 def enter(route: Route) -> Generator[None]:
     """Inside the `with` block the route holds, in this thread or task."""
     outer, entry = _routes.get(), object()
-    try:
-        try:
-            active_routes.append(entry)
-            _routes.set((*outer, route))
-            yield
-        finally:
-            _leave(outer, entry)
-    finally:  # again: Ctrl-C may have cut the first one off
-        _leave(outer, entry)
 
+    def leave() -> None:
+        _routes.set(outer)
+        if entry in active_routes:
+            active_routes.remove(entry)
 
-def _leave(outer: tuple[Route, ...], entry: object) -> None:
-    _routes.set(outer)
-    if entry in active_routes:
-        active_routes.remove(entry)
+    with undone(leave):
+        active_routes.append(entry)
+        _routes.set((*outer, route))
+        yield
 
 
 def adapter_weights_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
@@ -158,7 +154,7 @@ class Routing:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
         path = route.paths[id(module)]
         rows = self._rows(path, (args, kwargs))
-        attached = {name for store in stores_of(module).values() for name in store.parts()}
+        attached = adapter_names_of(module)
         deleted = [name for name in self.groups if name in self.known[id(module)] and name not in attached]
         if deleted:
             raise RuntimeError(

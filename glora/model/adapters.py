@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, stores_of
+from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.walk import Model, Owner, adapted_owners
@@ -128,7 +128,7 @@ def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
     """Let these adapters act, as far as the module has them; `requires_grad` follows."""
     stores = list(stores_of(owner.module).values())
     if stores:
-        names = {name for store in stores for name in store.parts()}
+        names = adapter_names_of(owner.module)
         acting = {name: weight for name, weight in adapter_weights.items() if name in names}
         stores[0].acting.adapter_weights = acting
     for store in stores:
