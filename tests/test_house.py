@@ -27,12 +27,12 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5691,
+    "all": 5693,
     "ground": 759,
     "kernels": 528,
-    "layer": 879,
-    "model": 1639,
-    "engines": 208,
+    "layer": 877,
+    "model": 1640,
+    "engines": 211,
     "files": 504,
     "interop": 510,
     "integrations": 101,
@@ -54,9 +54,9 @@ IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (22, 216, 473),
-    "load": (25, 256, 805),
-    "route": (18, 310, 548),
+    "apply": (22, 212, 481),
+    "load": (25, 252, 813),
+    "route": (19, 327, 564),
     "merge": (19, 341, 619),
 }
 

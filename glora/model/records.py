@@ -101,10 +101,10 @@ class PlannedHead:
         return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
 
 
-def plan_heads(walk: Iterable[Owner], chosen: Iterable[Owner]) -> list[PlannedHead]:
+def plan_heads(walk: Iterable[Owner], chosen: Collection[Owner]) -> list[PlannedHead]:
     """Each chosen module as a head, with all places in the model that read its Parameters (Note [Tied heads])."""
     places: dict[int, list[tuple[Owner, str]]] = {}
-    for owner in walk:
+    for owner in walk if chosen else ():
         for name, tensor in owner.tensors.items():
             if isinstance(tensor, nn.Parameter):
                 places.setdefault(id(tensor), []).append((owner, name))
