@@ -6,10 +6,12 @@ A module's `_modules`, `_parameters` and `_buffers` are used where they are need
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
@@ -18,6 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "CheckpointedRegion",
+    "checkpointed_regions",
     "in_backward",
     "in_transform",
     "is_exporting",
@@ -28,10 +32,13 @@ __all__ = [
     "memory_of",
     "not_compiled",
     "not_persistent",
+    "running_backward",
+    "saved_tensors_hooks",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "writes_to",
 ]
 
 _C: Any = torch._C  # pyright: ignore - torch leaves it untyped
@@ -54,9 +61,48 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or _in_func_transform()
 
 
+running_backward: Callable[[], int] = _C._current_graph_task_id
+"""A number of the backward pass that autograd runs in this thread; -1 for none."""
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread."""
-    return _C._current_graph_task_id() != -1
+    return running_backward() != -1
+
+
+saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _C._autograd._top_saved_tensors_default_hooks
+"""Given False: the innermost pair of hooks for saved tensors; None for none."""
+
+
+class CheckpointedRegion(NamedTuple):
+    """A region of torch.utils.checkpoint.
+
+    Attributes:
+        record: torch's own, which lives as long as the region's graph.
+        is_second_run: whether it runs for the backward pass.
+        is_reentrant: whether it calls backward inside of backward; its first run is then without gradients.
+    """
+
+    record: object
+    is_second_run: bool
+    is_reentrant: bool
+
+
+def checkpointed_regions() -> list[CheckpointedRegion]:
+    """The checkpointed regions that run in this thread, the innermost first."""
+    regions: list[CheckpointedRegion] = []
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            kind, names = frame.f_code.co_name, frame.f_locals
+            if kind == "checkpoint" and "gen" in names:
+                regions.append(CheckpointedRegion(names["gen"].gi_frame.f_locals["new_frame"], False, False))
+            elif kind == "unpack_hook":
+                regions.append(CheckpointedRegion(names["frame"], True, False))
+            elif kind in ("forward", "backward"):
+                regions.append(CheckpointedRegion(names["ctx"], kind == "backward", True))
+        frame = frame.f_back
+    return regions
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -67,6 +113,11 @@ def is_mapped(tensor: Tensor) -> bool:
 def not_persistent(module: nn.Module) -> set[str]:
     """The names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often the tensor was written to in place."""
+    return tensor._version
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import glora
 from glora import torch_internals
@@ -23,6 +24,22 @@ def in_fsdp(name: str) -> bool:
     fsdp = pytest.importorskip("torch.distributed.fsdp._fully_shard")
     rooms = ("_fsdp_param", "_fsdp_param_group", "_fsdp_state", "_fully_shard")
     return any(name in inspect.getsource(getattr(fsdp, room)) for room in rooms)
+
+
+def regions(*, use_reentrant: bool) -> list[tuple[bool, bool]]:
+    """Of the runs of one checkpointed region: whether it is the second, and whether it is reentrant."""
+    seen: list[tuple[bool, bool]] = []
+    records: list[object] = []
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        (found,) = torch_internals.checkpointed_regions()
+        seen.append((found.is_second_run, found.is_reentrant))
+        records.append(found.record)
+        return x.exp()
+
+    checkpoint(region, torch.ones(1, requires_grad=True), use_reentrant=use_reentrant).backward()
+    assert records[0] is records[1]
+    return seen
 
 
 FSDP = (
@@ -43,6 +60,12 @@ NAMES: dict[str, Callable[[], bool]] = {
     "torch._C._are_functorch_transforms_active": lambda: not torch_internals.is_traced(),
     "torch._C._functorch.is_legacy_batchedtensor": lambda: not torch_internals.is_mapped(torch.ones(1)),
     "torch._C._current_graph_task_id": lambda: not torch_internals.in_backward(),
+    "torch._C._autograd._top_saved_tensors_default_hooks": lambda: torch_internals.saved_tensors_hooks(False) is None,
+    "torch.utils.checkpoint's frames": lambda: (
+        regions(use_reentrant=False) == [(False, False), (True, False)]
+        and regions(use_reentrant=True) == [(False, True), (True, True)]
+    ),
+    "Tensor._version": lambda: torch_internals.writes_to(torch.ones(1).zero_()) == 1,
     "torch.autograd.forward_ad._current_level": lambda: not torch_internals.in_transform(),
     "torch.jit._trace.is_tracing": lambda: not torch_internals.is_tracing(),
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": lambda: (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer import routed
+from glora.layer.checkpointed import of_first_run
 from glora.layer.heads import Head
 from glora.layer.parametrization import (
     AdapterWeights,
@@ -21,7 +22,7 @@ from glora.layer.parametrization import (
     Weight,
     live_parametrizations,
 )
-from glora.torch_internals import memory_of
+from glora.torch_internals import memory_of, running_backward, saved_tensors_hooks
 
 Value = TypeVar("Value")
 
@@ -51,6 +52,12 @@ def adapter_weights_of(module: nn.Module, parametrizations: Parametrizations) ->
         store = parametrization._modules["0"]
         if isinstance(store, Store):
             active = store.acting.of_a_call()
+            if not torch.compiler.is_compiling() and (
+                saved_tensors_hooks(False) is not None
+                or running_backward() != -1
+                or (module.training and not torch.is_grad_enabled())  # a reentrant region's first run
+            ):
+                active = of_first_run(module, parametrizations, active)
             return routed.adapter_weights_of(module, active) if routed.active_routes else active
     return {}
 

@@ -52,10 +52,12 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
             `{}` is the base model. A layer without the named adapters runs as the base's. Heads of adapters that act
             together must be equal, and do not train while they do.
 
-    This changes the model for every thread; a forward pass of a layer that is under way keeps to what acted before.
+    This changes the model for every thread; a forward pass of a layer that is under way keeps to what acted before. So
+    does a backward pass that is pending: each term of a loss trains the adapters that its forward ran with, activation
+    checkpoints included. `glora.route` takes several adapters through one forward.
 
     Returns:
-        The model. Factors of adapters that do not act ask for no gradient.
+        The model. Factors of adapters that do not act ask for no gradient, but for one that is pending.
 
     Raises:
         KeyError: a name that is not an adapter of the model.

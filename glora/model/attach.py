@@ -64,7 +64,8 @@ def apply(
             and what else is new to the model). Wins over `targets`. The adapter trains copies of their tensors that
             belong to it; modules that are tied to them (an output layer to its embedding) read the same copy.
         name: the adapter's name. A second call with another name adds another adapter; the newest is the only active.
-        freeze: freeze every other parameter. `glora.merge` and `glora.remove` give the flags back.
+        freeze: freeze every other parameter, at once: a graph of the plain model that is pending gives it no gradient.
+            `glora.merge` and `glora.remove` give the flags back.
 
     Returns:
         The model.

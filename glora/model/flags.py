@@ -7,6 +7,7 @@ from typing import TypeAlias, cast
 
 from torch import nn
 
+from glora.layer import pending
 from glora.layer.parametrization import Store
 from glora.model.walk import Owner
 
@@ -48,8 +49,11 @@ def follow_activity(store: Store) -> None:
     for name, part in store.parts().items():
         if not store.may_train(name):
             for key, parameter in part.named_parameters():
+                if parameter.requires_grad:
+                    pending.watch(part, parameter)  # Note [Pending graphs]
                 _freeze(part, key, parameter, parameter.requires_grad, whole_model=False)
         elif _RECORD in vars(part):
+            pending.forget(part)
             _thaw(vars(part)[_RECORD], dict(part.named_parameters()))
             del vars(part)[_RECORD]  # last: cut off before, it is done again
 

@@ -1,0 +1,65 @@
+"""Parameters that are frozen while a graph may still be pending: its gradients reach them all the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+# Note [Pending graphs]
+# Autograd drops a gradient that arrives at a parameter which was frozen since its forward pass, without a word. An
+# adapter that stops acting is frozen, and `(loss_a + loss_b).backward()` must still train it. Whether a graph is
+# pending cannot be asked. So a frozen parameter has two hooks: it asks for a gradient from just before one is
+# accumulated until just after. The hooks go when the adapter acts again.
+_PENDING = "_glora_pending"
+
+
+class _Pending:
+    """The two hooks of one parameter."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter, self.opened = parameter, False
+        self.handles: list[RemovableHandle] = [
+            parameter.register_hook(self.open),  # pyright: ignore[reportUnknownMemberType]
+            parameter.register_post_accumulate_grad_hook(self.close),  # pyright: ignore[reportUnknownMemberType]
+        ]
+
+    def open(self, _gradient: Tensor | None = None) -> None:
+        """Let the parameter ask for a gradient until one has been accumulated."""
+        if not self.parameter.requires_grad:
+            self.parameter.requires_grad = self.opened = True
+
+    def close(self, _parameter: Tensor) -> None:
+        """Freeze it again."""
+        if self.opened:
+            self.parameter.requires_grad = self.opened = False
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> None:
+        """A copy of a model has no graph."""
+
+
+def watch(part: nn.Module, parameter: nn.Parameter) -> None:
+    """Let the gradients of pending graphs reach a part's parameter, which is about to be frozen."""
+    cast("list[_Pending]", vars(part).setdefault(_PENDING, [])).append(_Pending(parameter))
+
+
+def forget(part: nn.Module) -> None:
+    """Take the hooks off a part's parameters, which train again."""
+    for pending in vars(part).pop(_PENDING, ()):
+        for handle in pending.handles if pending is not None else ():
+            handle.remove()
+
+
+def is_watched(part: nn.Module) -> bool:
+    """Whether parameters of the part are frozen for now."""
+    return _PENDING in vars(part)
+
+
+def reopen(part: nn.Module) -> None:
+    """Let the part's parameters ask for gradients until these have come (Note [Checkpoints])."""
+    for pending in vars(part).get(_PENDING, ()):
+        if pending is not None:
+            pending.open()
