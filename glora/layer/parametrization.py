@@ -10,8 +10,8 @@ together.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +149,44 @@ class Paths(nn.Module):
             factors[name] = path.factors(adapter_weight, dropout)
         return factors
 
+    # Note [Descriptions of state dicts]
+    # Equal tensors under another alpha, or another product, are another adapter. So state dicts, torch's own and
+    # `glora.state_dict`, carry both where torch keeps the versions of modules: in the attribute `_metadata`, which
+    # torch.save keeps and a plain copy (`dict(state_dict)`, safetensors) loses. What carries none is taken as it is.
+
+    def description(self) -> dict[str, float | str]:
+        """What the tensors do not say by their shapes: the scale of low-rank paths, and the product of A."""
+        description: dict[str, float | str] = {}
+        if any(isinstance(path, LowRank) for path in self.paths().values()):
+            description["alpha / rank"] = self.config.scaling
+        if "A" in self._modules and self.config.A != "constant":
+            description["product"] = self.config.product
+        return description
+
+    def _save_to_state_dict(self, destination: Any, *rest: Any, **named: Any) -> None:  # pyright: ignore
+        super()._save_to_state_dict(destination, *rest, **named)  # pyright: ignore
+        prefix: str = named["prefix"] if "prefix" in named else rest[0]
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["glora"] = self.description()
+
+    def _load_from_state_dict(  # pyright: ignore
+        self, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        others = other_description(local_metadata.get("glora", {}), self.description())
+        cast("list[str]", rest[-1]).extend(f"{prefix[:-1]}: {found}" for found in others)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # pyright: ignore
+
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again as `config.init` says, on this frozen weight as a matrix."""
         for name, path in self.paths().items():
             path.reset_parameters(init_size(name, self.config, weight))
+
+
+def other_description(given: Mapping[str, float | str], own: Mapping[str, float | str]) -> Iterator[str]:
+    """Where a description that came with tensors is not an adapter's own, one sentence each."""
+    for field, value in own.items():
+        if given.get(field, value) != value:
+            yield f"{field} {given[field]} in the state dict, {value} in the model"
 
 
 class Weight(Store):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from glora.config import FORMS, GLoRAConfig
 from glora.fingerprint import Fingerprint, fingerprint
 from glora.layer.heads import HeadCopy, SharedCopy
-from glora.layer.parametrization import Bias, Paths, own_tensors, stashed, stores_of
+from glora.layer.parametrization import Bias, Paths, Weight, other_description, own_tensors, stashed, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.change import change, walk_to_read
-from glora.model.walk import Model, Site, adapted_sites, wraps
+from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
 from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
 from glora.tensors import write_into
 from glora.text import format_problems
@@ -30,7 +31,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         name: the adapter; None for the only one.
 
     Returns:
-        Key to detached tensor, which shares the adapter's memory. Keys are `<module path>.<path>.<factor>`: `left`
+        Key to detached tensor, which shares the adapter's memory, with alpha and product in the attribute `_metadata`
+        (Note [Descriptions of state dicts]). Keys are `<module path>.<path>.<factor>`: `left`
         `(out, r)` and `right` `(r, in)` for lora (C: `(in, r)` and `(r, 1)`), `value` for vector and constant; for
         heads `<module path>.<tensor>`, persistent buffers included.
 
@@ -45,7 +47,34 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
     """
     walk = walk_to_read(model)
-    return {key: tensor.detach() for key, tensor in adapter_tensors(walk, resolve_name(walk, name)).items()}
+    name = resolve_name(walk, name)
+    tensors = OrderedDict((key, tensor.detach()) for key, tensor in adapter_tensors(walk, name).items())
+    vars(tensors)["_metadata"] = {_DESCRIPTION: _description(walk, name)}
+    return tensors
+
+
+_DESCRIPTION = "glora.description"
+
+
+def _description(walk: Iterable[Owner], name: str) -> dict[str, dict[str, float | str]]:
+    """Path of a layer to its description (Note [Descriptions of state dicts])."""
+    description: dict[str, dict[str, float | str]] = {}
+    for owner in walk:
+        for store in owner.stores.values():
+            part = store.parts().get(name)
+            if isinstance(part, Paths):
+                description.setdefault(cast("Weight | Bias", store).matrix.path(owner.path), {}).update(
+                    part.description()
+                )
+    return description
+
+
+def _other_descriptions(given: Mapping[str, object], walk: Iterable[Owner], name: str) -> Iterator[str]:
+    metadata = cast("Mapping[str, Any]", getattr(given, "_metadata", None) or {})
+    described = metadata.get(_DESCRIPTION, {})
+    for path, own in _description(walk, name).items():
+        for found in other_description(described.get(path, {}), own):
+            yield f"{path or 'the model itself'}: {found}"
 
 
 def load_state_dict(
@@ -65,8 +94,9 @@ def load_state_dict(
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: a missing or unexpected key, a wrong shape, a tensor that is not floating where it should be. All
-            are named, and nothing was written.
+        ValueError: a missing or unexpected key, a wrong shape, a tensor that is not floating where it should be; a
+            state dict that says that it was trained under another alpha or product (Note [Descriptions of state
+            dicts]). All are named, and nothing was written.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
@@ -84,6 +114,7 @@ def load_state_dict(
                 f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
             )
         problems = list(mismatches(state_dict, {key: like(t) for key, t in tensors.items()}, strict=strict))
+        problems += _other_descriptions(state_dict, walk, name)
         if problems:
             raise ValueError(
                 f"A state dict must fit the adapter that it is loaded into, {name!r}; nothing was written. "

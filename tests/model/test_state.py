@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -56,6 +57,44 @@ def test_a_state_dict_carries_the_adapter_to_another_model(config: GLoRAConfig, 
     assert same_outputs(target(TOKENS), source(TOKENS))
     assert identities(target) == ids
     assert same(glora.base_state_dict(target), base)
+
+
+@given(
+    config=configs(),
+    alpha=st.sampled_from([None, 1.0, 6.0]),
+    product=st.sampled_from(["hadamard", "matmul"]),
+    saved=st.booleans(),
+    strict=st.booleans(),
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "model"])
+def test_tensors_go_only_where_they_are_the_same_adapter(
+    config: GLoRAConfig, alpha: float | None, product: Any, saved: bool, strict: bool, whole: bool
+) -> None:
+    source, other = (
+        attach(nn.Sequential(nn.Linear(3, 3)), each)
+        for each in (config, dataclasses.replace(config, alpha=alpha, product=product))
+    )
+    other[0].load_state_dict(glora.base_state_dict(source[0]))
+    state_dict = source.state_dict() if whole else glora.state_dict(source)
+    if saved:
+        torch.save(state_dict, file := io.BytesIO())
+        state_dict = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+    def load(into: nn.Module, given: dict[str, Tensor], strict: bool = True) -> nn.Module:
+        into.load_state_dict(given, strict=strict) if whole else glora.load_state_dict(into, given, strict=strict)
+        return into[0]
+
+    own = other.state_dict() if whole else glora.state_dict(other)
+    fits = {key: t.shape for key, t in own.items()} == {key: t.shape for key, t in state_dict.items()}
+    if fits and same_tensors(load(copy.deepcopy(other), dict(state_dict)), source[0]):
+        assert same_tensors(load(other, state_dict, strict), source[0])
+        return
+    with pytest.raises(RuntimeError if whole else ValueError, match="alpha / rank|product|shape|missing|size mismatch"):
+        load(other, state_dict, strict)
+
+
+def same_tensors(layer: nn.Module, other: nn.Module) -> bool:
+    return torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
 
 
 def test_loading_writes_into_the_named_adapter_alone() -> None:
