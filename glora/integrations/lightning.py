@@ -132,7 +132,7 @@ def _parse(checkpoint: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, 
 
 def _save(self: Any, checkpoint: dict[str, Any]) -> None:
     """A module's `on_save_checkpoint`: the adapter in place of the model, and its average in place of the average."""
-    type(self).on_save_checkpoint(self, checkpoint)
+    cast("Any", type(self)).on_save_checkpoint(self, checkpoint)
     name = active_adapter(self)
     adapter = describe(self, name)
     checkpoint[_TENSORS], checkpoint[_DESCRIPTION] = dict(adapter.tensors), json.dumps(to_json(adapter))
@@ -159,7 +159,7 @@ def _load(self: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning writes the average into the module before the callback reads the current one.
         checkpoint[_CURRENT] = whole | {key: whole[key].clone() for key in keys.values()}
         checkpoint["state_dict"] = whole | {keys[key]: tensor for key, tensor in checkpoint[_AVERAGE].items()}
-    type(self).on_load_checkpoint(self, checkpoint)
+    cast("Any", type(self)).on_load_checkpoint(self, checkpoint)
 
 
 def _torch_keys(module: nn.Module, name: str) -> dict[str, str]:

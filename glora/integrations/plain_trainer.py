@@ -117,7 +117,7 @@ def _accepted(model: Any) -> Generator[None]:
 
 
 def _adopt(trainer: Any) -> None:
-    kind, model = type(trainer), trainer.model
+    kind, model = cast("Any", type(trainer)), trainer.model
     if (
         hasattr(model, GUARDED)
         and adapters(model)

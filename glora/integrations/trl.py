@@ -31,8 +31,8 @@ def reference(model: Model) -> Model:
     """The base model, as a model of its own that shares the frozen tensors: DPO's and KTO's `ref_model=`, say.
 
     It has plain modules, no adapters and no `trainable=` heads, and is in eval mode. It takes no memory but its
-    modules', and follows the tensors where they are moved in place (`model.to`). A `forward` that was put on an instance
-    (by a trainer before) is left out; accelerate's hooks are kept.
+    modules', and follows the tensors where they are moved in place (`model.to`). A `forward` that was put on an
+    instance (by a trainer before) is left out; accelerate's hooks are kept.
 
     Args:
         model: the adapted model; its base must be frozen. Not under fully_shard, FSDP or DeepSpeed, which hold tensors
@@ -88,8 +88,8 @@ class BaseReference:
     loaded base.
 
     Raises:
-        ValueError: while the trainer is made: as `reference` raises; `sync_ref_model=True`, since a base does not follow
-            the model; another `ref_model`.
+        ValueError: while the trainer is made: as `reference` raises; `sync_ref_model=True`, since a base does not
+            follow the model; another `ref_model`.
         RuntimeError: FSDP or DeepSpeed; a trainer that neither takes a reference nor makes one as these do.
 
     Example:
@@ -116,13 +116,16 @@ class BaseReference:
                 f"{type(self).__name__}, which does neither. See glora.integrations.trl.reference."
             )
 
+        def create(*_: object, **__: object) -> nn.Module:
+            return reference(model)
+
         def give_back() -> None:
-            for module, create in before.items():
-                setattr(module, _CREATE, create)
+            for module, function in before.items():
+                setattr(module, _CREATE, function)
 
         with undone(give_back):
             for module in before:
-                setattr(module, _CREATE, lambda *_, **__: reference(model))
+                setattr(module, _CREATE, create)
             init(*given.args, **given.kwargs)
 
 
@@ -143,6 +146,6 @@ def _check(given: dict[str, Any]) -> None:
         os.environ.get(f) == "true" for f in flags
     ):
         raise RuntimeError(
-            "The base as a reference shares its tensors with the model; found FSDP or DeepSpeed, which hold tensors for "
-            "one model alone. Leave the mixin out: TRL then loads a reference of its own."
+            "The base as a reference shares its tensors with the model; found FSDP or DeepSpeed, which hold tensors "
+            "for one model alone. Leave the mixin out: TRL then loads a reference of its own."
         )

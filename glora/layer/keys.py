@@ -24,8 +24,8 @@ def refuse_kept_apart(metadata: Mapping[str, object]) -> None:
     """Raise RuntimeError where a module's adapters are elsewhere in the checkpoint (Note [Kept apart])."""
     if KEPT_APART in metadata:
         raise RuntimeError(
-            f"This state dict must be loaded with the adapter that was saved beside it; found it alone, and empty. Call "
-            f"{metadata[KEPT_APART]}. Nothing of glora was changed."
+            f"This state dict must be loaded with the adapter that was saved beside it; found it alone, and empty. "
+            f"Call {metadata[KEPT_APART]}."
         )
 
 

@@ -122,7 +122,7 @@ def test_what_a_checkpoint_would_lose_is_refused_before_training(tmp_path: Path)
 
 def test_other_models_and_other_ways_to_save_are_left_alone(tmp_path: Path) -> None:
     class Mine(transformers.Trainer):
-        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        def _save(self, output_dir: Any = None, **_: Any) -> None:
             glora.save(self.model, Path(output_dir, "mine"))
 
     mine = trainer(adapted(), tmp_path / "mine", Mine, save_total_limit=1)
