@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from glora.integrations.trainer import AdapterCheckpoints
 from glora.model.adapters import adapters
 from glora.model.change import Engine, engines
 from glora.model.huggingface import GUARDED
@@ -23,7 +21,7 @@ from glora.model.huggingface import GUARDED
 # Note [Plain Trainers]
 # A Trainer calls the model's `save_pretrained` for each checkpoint, which is refused while adapters are attached
 # (Note [Exports]): training would end at the first one. To resume, it reads a whole model's file, or PEFT's. Neither is
-# asked of anything that belongs to the model. So the first change of a model with a `save_pretrained` wraps
+# asked of anything that belongs to the model. So the first change of a model, where transformers is imported, wraps
 # `transformers.Trainer.__init__`: where the model has adapters, the Trainer's class becomes a subclass of its own with
 # the mixin in front, as if the user had written it. All else is left alone: models without a `save_pretrained`, whose
 # state dicts the Trainer writes and reads itself, Trainers with a `_save` of the user's, FSDP and DeepSpeed.
@@ -37,24 +35,6 @@ _MODULE = "transformers.trainer"
 _PEFT_FLAG = "_hf_peft_config_loaded"
 _LIBRARIES = {"transformers", "trl", "sentence_transformers"}
 """Those whose `_save` calls the model's `save_pretrained`, and writes what the mixin's writes beside it."""
-
-
-class _Adopted(AdapterCheckpoints):
-    """The mixin where nobody has asked for it: it says so once."""
-
-    _said = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self._said:
-            self._said = True
-            warnings.warn(
-                "A Trainer's checkpoints hold the whole model; the model has adapters of glora, and these hold the "
-                "active one alone, as glora.save writes it: resume as ever, and read them with glora.load. To ask for "
-                "this yourself: class AdapterTrainer(glora.integrations.trainer.AdapterCheckpoints, Trainer).",
-                UserWarning,
-                stacklevel=2,
-            )
-        super()._save(output_dir, state_dict)
 
 
 class _Finder(MetaPathFinder):
@@ -79,10 +59,10 @@ class _Finder(MetaPathFinder):
 _watching = False
 
 
-def _watch(model: nn.Module) -> None:
-    """Have Trainers look at their models, from the first change of a model with a `save_pretrained` on."""
+def _watch(_: nn.Module) -> None:
+    """Have Trainers look at their models, from the first change of a model on where there is transformers."""
     global _watching
-    if _watching or not any(hasattr(type(module), GUARDED) for module in model.modules()):
+    if _watching or "transformers" not in sys.modules:
         return
     _watching = True
     if _MODULE in sys.modules:
@@ -117,6 +97,8 @@ def _accepted(model: Any) -> Generator[None]:
 
 
 def _adopt(trainer: Any) -> None:
+    from glora.integrations.trainer import AdapterCheckpoints, Unasked
+
     kind, model = cast("Any", type(trainer)), trainer.model
     if (
         hasattr(model, GUARDED)
@@ -126,7 +108,7 @@ def _adopt(trainer: Any) -> None:
         and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     ):
         named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        trainer.__class__ = type(kind.__name__, (_Adopted, kind), named)
+        trainer.__class__ = type(kind.__name__, (Unasked, kind), named)
 
 
 def _nothing(*_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,3 +94,21 @@ class AdapterCheckpoints:
             return False
         restore(self.model, read(Path(folder, ADAPTER_FILE)), folder)
         return True
+
+
+class Unasked(AdapterCheckpoints):
+    """The mixin where nobody has asked for it (Note [Plain Trainers]): it says so once."""
+
+    _said = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                "A Trainer's checkpoints hold the whole model; the model has adapters of glora, and these hold the "
+                "active one alone, as glora.save writes it: resume as ever, and read them with glora.load. To ask for "
+                "this yourself: class AdapterTrainer(glora.integrations.trainer.AdapterCheckpoints, Trainer).",
+                UserWarning,
+                stacklevel=2,
+            )
+        super()._save(output_dir, state_dict)

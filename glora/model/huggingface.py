@@ -152,8 +152,7 @@ class SavePlain:
                 f"afresh, with no error. Nothing was written. Save the adapter alone with glora.save(model, "
                 f"directory), or the whole model with the adapter baked in: `with glora.merged(model): "
                 f"model.save_pretrained(directory)`, or glora.merge(model) before it. A Trainer that was made before "
-                f"the adapters calls save_pretrained for each checkpoint: make it after them, or give it the mixin "
-                f"glora.integrations.trainer.AdapterCheckpoints."
+                f"the adapters: make it after them, or give it the mixin glora.integrations.trainer.AdapterCheckpoints."
             )
         if not attached:
             warn_of_created_biases(owners(self.module), stacklevel=2)
