@@ -27,19 +27,19 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
+    "all": 5947,
+    "ground": 777,
     "kernels": 528,
-    "layer": 877,
+    "layer": 885,
     "model": 1640,
-    "engines": 211,
+    "engines": 194,
     "files": 504,
     "interop": 510,
-    "integrations": 101,
+    "integrations": 346,
     "search": 563,
 }
 FILES = {
-    "all": 77,
+    "all": 79,
     "ground": 13,
     "kernels": 8,
     "layer": 11,
@@ -47,17 +47,17 @@ FILES = {
     "engines": 4,
     "files": 4,
     "interop": 8,
-    "integrations": 4,
+    "integrations": 6,
     "search": 10,
 }
 IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (22, 212, 481),
-    "load": (25, 252, 813),
+    "apply": (23, 214, 483),
+    "load": (26, 255, 816),
     "route": (19, 327, 564),
-    "merge": (19, 341, 619),
+    "merge": (20, 344, 622),
 }
 
 ROOT = Path(glora.__file__).parent
