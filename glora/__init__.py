@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glora import functional
 from glora.config import GLoRAConfig
 from glora.files.adapter import load, save
+from glora.integrations import plain_trainer as plain_trainer  # hangs itself on the door
 from glora.matrices import register_matrix
 from glora.model.adapters import activate, adapters, disabled, named_parameters, parameters, reset_parameters
 from glora.model.attach import apply

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -127,6 +127,39 @@ def join(path: str, name: str) -> str:
 def tied_names(ties: Mapping[str, str], path: str) -> list[str]:
     """Names of a module's tensors that are tied to a head's."""
     return [name for owner, _, name in (key.rpartition(".") for key in ties) if owner == path]
+
+
+def differences(attached: AdapterSpec, file: AdapterSpec) -> Iterator[str]:
+    """What keeps a file's tensors from being the same function in the adapter that is attached, one sentence each.
+
+    Layers, forms, ranks, scales (`alpha / rank`), products and heads count; how an adapter starts, and what acts in
+    training alone, do not.
+
+    Example:
+        >>> import glora
+        >>> here, there = (LayerSpec(glora.GLoRAConfig(rank=4, alpha=alpha)) for alpha in (4, 32))
+        >>> len(list(differences(AdapterSpec({"q": here}), AdapterSpec({"q": there}))))
+        1
+    """
+    for path in {**attached.layers, **file.layers}:
+        if path not in attached.layers or path not in file.layers:
+            yield f"{path!r} is adapted in the {'model' if path in attached.layers else 'file'} alone"
+        elif _function(attached.layers[path]) != _function(file.layers[path]):
+            yield f"{path!r} is {attached.layers[path].config} in the model and {file.layers[path].config} in the file"
+    here, there = (
+        ({path: sorted(names) for path, names in adapter.heads.items()}, dict(adapter.ties))
+        for adapter in (attached, file)
+    )
+    if here != there:
+        yield f"heads {here[0]} tied to {here[1]} in the model, {there[0]} to {there[1]} in the file"
+
+
+def _function(layer: LayerSpec) -> LayerSpec:
+    """The fields that must match: no rank where no path is low rank, no product where there is no A."""
+    rank, product = layer.rank or 1, "hadamard" if layer.config.A == "none" else layer.config.product
+    alpha = layer.config.scaling * rank if layer.rank else 1.0
+    config = replace(layer.config, init="identity", rank_dropout=0.0, rank=rank, alpha=alpha, product=product)
+    return replace(layer, config=config, matrix=None, batch=layer.batch or ())
 
 
 def report_other_base(keys: Sequence[str], source: object, *, strict: bool, stacklevel: int) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 from torch import nn
 
 from glora.model.adapters import activate, adapter_tensors, adapter_weights_of, parameters, zero_created_biases
 from glora.model.change import walk_to_read
 from glora.model.state import describe, load_state_dict
 from glora.model.walk import Model, adapted_owners
-from glora.spec import AdapterFileError, AdapterSpec, LayerSpec
+from glora.spec import AdapterFileError, AdapterSpec, differences
 from glora.tensors import is_sharded
 from glora.text import format_problems
 
@@ -35,7 +32,7 @@ def fill_spec(model: Model, spec: AdapterSpec, source: object, name: str, *, tra
         ValueError: its tensors have no memory.
         RuntimeError: inside `glora.merged` or `glora.route`.
     """
-    problems = list(_differences(describe(model, name), spec))
+    problems = list(differences(describe(model, name), spec))
     if problems:
         raise AdapterFileError(
             f"A sharded model takes no new adapter, and a file is written into the same one; {source} does not hold "
@@ -48,23 +45,3 @@ def fill_spec(model: Model, spec: AdapterSpec, source: object, name: str, *, tra
     for parameter in parameters(model, name):
         parameter.requires_grad_(trainable and (parameter.is_floating_point() or parameter.is_complex()))
     return model
-
-
-def _differences(attached: AdapterSpec, file: AdapterSpec) -> Iterator[str]:
-    for path in {**attached.layers, **file.layers}:
-        if path not in attached.layers or path not in file.layers:
-            yield f"{path!r} is adapted in the {'model' if path in attached.layers else 'file'} alone"
-        elif _function(attached.layers[path]) != _function(file.layers[path]):
-            yield f"{path!r} is {attached.layers[path].config} in the model and {file.layers[path].config} in the file"
-    here, there = (
-        ({path: sorted(names) for path, names in adapter.heads.items()}, dict(adapter.ties))
-        for adapter in (attached, file)
-    )
-    if here != there:
-        yield f"heads {here[0]} tied to {here[1]} in the model, {there[0]} to {there[1]} in the file"
-
-
-def _function(layer: LayerSpec) -> LayerSpec:
-    """The fields that must match."""
-    config = replace(layer.config, init="identity", rank_dropout=0.0, alpha=layer.config.scaling * layer.config.rank)
-    return replace(layer, config=config, matrix=None, batch=layer.batch or ())

@@ -138,7 +138,7 @@ def load(
 
 def write(directory: Path, adapter: AdapterSpec) -> None:
     """Write a described adapter into a folder (Note [Adapter file])."""
-    fields, tensors = _to_json(adapter), plain_tensors(adapter.tensors)
+    fields, tensors = to_json(adapter), plain_tensors(adapter.tensors)
     text, copy = json.dumps(fields, sort_keys=True), json.dumps(fields, indent=2, sort_keys=True) + "\n"
     data = serialize(tensors, {"glora": text, "sha256": digest(text, tensors)})
     contents = {directory / ADAPTER_FILE: data, directory / CONFIG_FILE: copy.encode()}
@@ -168,7 +168,7 @@ def read(file: Path) -> AdapterSpec:
             f"The contents of an adapter file must have the SHA-256 sum that was saved with them; those of {file} have "
             f"another, so that it is damaged. Copy it again from its source."
         )
-    adapter = _parse(file, parse_json(text, file), tensors)
+    adapter = parse(file, parse_json(text, file), tensors)
     _compare_copy(file, text)
     return adapter
 
@@ -183,7 +183,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
+def to_json(adapter: AdapterSpec) -> dict[str, Any]:
     """The description of an adapter, as JSON has it."""
     layers: dict[str, Any] = {}
     for path, layer in adapter.layers.items():
@@ -206,8 +206,12 @@ def _to_json(adapter: AdapterSpec) -> dict[str, Any]:
     return fields | {key: value for key, value in optional.items() if value}
 
 
-def _parse(file: Path, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
-    """The adapter of a description and its tensors; every field is checked."""
+def parse(file: object, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    """The adapter of a description and its tensors, of which `file` is the source; every field is checked.
+
+    Raises:
+        AdapterFileError: the description cannot be understood, or is not that of the tensors.
+    """
     raw = cast("dict[str, Any]", raw if isinstance(raw, dict) else {})
     if raw.get("format_version") != FORMAT_VERSION:
         raise AdapterFileError(

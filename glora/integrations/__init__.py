@@ -1,4 +1,4 @@
-"""Checkpoints of a framework that hold the adapter instead of the model: `trainer` and `lightning`.
+"""Checkpoints of a framework that hold the adapter instead of the model: `trainer`, `lightning`; references: `trl`.
 
 Each is imported when it is first asked for.
 
@@ -12,13 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glora.integrations import lightning, trainer
+    from glora.integrations import lightning, trainer, trl
 
-__all__ = ["lightning", "trainer"]
+__all__ = ["lightning", "trainer", "trl"]
 
 
 def __getattr__(name: str) -> Any:
-    """`lightning` and `trainer`, imported when they are first asked for."""
+    """`lightning`, `trainer` and `trl`, imported when they are first asked for."""
     if name in __all__:
         return importlib.import_module(f"glora.integrations.{name}")
     raise AttributeError(f"module 'glora.integrations' has no attribute {name!r}")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from glora.fingerprint import agrees
 from glora.model.adapters import adapters, parameters
-from glora.text import format_names, quote_names
+from glora.model.state import base_state_dict, describe, load_state_dict
+from glora.spec import AdapterFileError, AdapterSpec, differences, report_other_base
+from glora.text import format_names, format_problems, quote_names
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -29,3 +32,27 @@ def active_adapter(model: nn.Module) -> str:
             f"the model."
         )
     return active[0]
+
+
+def restore(model: nn.Module, spec: AdapterSpec, source: object) -> None:
+    """Write a checkpoint's adapter into the active one, which must be the same function of its tensors.
+
+    Raises:
+        AdapterFileError: another description (layers, forms, rank, scale, product, heads); nothing has changed.
+        ValueError: as `active_adapter` raises.
+
+    Warns:
+        UserWarning: frozen tensors, by name, that are not those beside which the adapter was trained.
+    """
+    name = active_adapter(model)
+    problems = list(differences(describe(model, name), spec))
+    if problems:
+        raise AdapterFileError(
+            f"A checkpoint goes on under the description that it was trained under; {source} does not hold the adapter "
+            f"{name!r} as it is attached. Nothing was changed. Found: {format_problems(problems, most=2)}. Attach it "
+            f"with the config of the checkpoint."
+        )
+    base = base_state_dict(model)
+    others = [key for key, known in spec.base.items() if key in base and not agrees(base[key], known)]
+    report_other_base(others, source, strict=False, stacklevel=2)
+    load_state_dict(model, spec.tensors, name)

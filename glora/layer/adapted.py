@@ -14,7 +14,7 @@ from glora.layer import routed
 from glora.layer.computed import adapter_weights_of, caching_reads, freeze_prompts, read_attribute
 from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
-from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
+from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys, refuse_kept_apart
 from glora.layer.parametrization import live_parametrizations
 from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
 
@@ -101,6 +101,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             freeze_prompts(self, name, param)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+            refuse_kept_apart(named["local_metadata"] if "local_metadata" in named else rest[0])
             adopt_plain_keys(self, state_dict, prefix)
             before = set(state_dict)
             super()._load_from_state_dict(state_dict, prefix, *rest, **named)  # pyright: ignore

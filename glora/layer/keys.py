@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,6 +11,22 @@ from glora.layer.parametrization import biases_of, live_parametrizations, stores
 
 # What an engine does to a state dict with plain keys before it is loaded, given the frozen tensors by these keys.
 before_plain_keys: list[Callable[[dict[str, Any], dict[str, Tensor]], None]] = []
+
+
+# Note [Kept apart]
+# A state dict can carry metadata for each module, which torch hands to it as it loads. A framework that keeps adapters
+# elsewhere and gives an empty state dict leaves the name of the call that loads them there. Without it, a state dict
+# that has nothing for an adapted module is either a long list of missing keys or, with strict=False, no change.
+KEPT_APART = "glora_kept_apart"
+
+
+def refuse_kept_apart(metadata: Mapping[str, object]) -> None:
+    """Raise RuntimeError where a module's adapters are elsewhere in the checkpoint (Note [Kept apart])."""
+    if KEPT_APART in metadata:
+        raise RuntimeError(
+            f"This state dict must be loaded with the adapter that was saved beside it; found it alone, and empty. "
+            f"Call {metadata[KEPT_APART]}."
+        )
 
 
 def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -125,7 +125,7 @@ def output_embeddings(walk: Iterable[Owner]) -> set[int]:
 # which passes the call on to the class's where what is written is plain. It refers to its module, and no closure
 # does: a deep copy of the model has a deep copy of it. `merge` and `remove` delete it. (Where `apply` was given a part
 # of a model, the whole is not guarded: a module does not know what it is part of.)
-_NAME = "save_pretrained"
+GUARDED = "save_pretrained"
 
 
 class SavePlain:
@@ -151,8 +151,8 @@ class SavePlain:
                 f"{format_names(owner.path for owner in attached)}: from_pretrained would start each adapted weight "
                 f"afresh, with no error. Nothing was written. Save the adapter alone with glora.save(model, "
                 f"directory), or the whole model with the adapter baked in: `with glora.merged(model): "
-                f"model.save_pretrained(directory)`, or glora.merge(model) before it. A Trainer calls save_pretrained "
-                f"for each checkpoint; save_strategy='no' stops that."
+                f"model.save_pretrained(directory)`, or glora.merge(model) before it. A Trainer that was made before "
+                f"the adapters: make it after them, or give it the mixin glora.integrations.trainer.AdapterCheckpoints."
             )
         if not attached:
             warn_of_created_biases(owners(self.module), stacklevel=2)
@@ -162,15 +162,15 @@ class SavePlain:
 def guard_save_pretrained(walk: Iterable[Owner]) -> None:
     """Give each module that has a `save_pretrained` one that refuses adapted keys."""
     for owner in walk:
-        if hasattr(type(owner.module), _NAME):
-            vars(owner.module).setdefault(_NAME, SavePlain(owner.module))
+        if hasattr(type(owner.module), GUARDED):
+            vars(owner.module).setdefault(GUARDED, SavePlain(owner.module))
 
 
 def unguard_save_pretrained(walk: Iterable[Owner]) -> None:
     """Give each module back its class's `save_pretrained`."""
     for owner in walk:
-        if isinstance(vars(owner.module).get(_NAME), SavePlain):
-            del vars(owner.module)[_NAME]
+        if isinstance(vars(owner.module).get(GUARDED), SavePlain):
+            del vars(owner.module)[GUARDED]
 
 
 def _has_keys_of(attached: Iterable[Owner], state_dict: Mapping[str, object] | None) -> bool:
@@ -190,7 +190,7 @@ def warn_of_created_biases(walk: Iterable[Owner], *, stacklevel: int) -> None:
         stacklevel: from the caller of this function to its user.
     """
     paths = [owner.path for owner in walk if any(_keeps_created_bias(store) for store in owner.stores.values())]
-    if paths and any(hasattr(type(o.module), _NAME) and hasattr(o.module, "config") for o in walk):
+    if paths and any(hasattr(type(o.module), GUARDED) and hasattr(o.module, "config") for o in walk):
         warnings.warn(
             f"create_bias=True has given biases to {format_names(paths)}, which a merge keeps and the model's config "
             f"may not know: from_pretrained then leaves them out. Set the config's flag for them (attention_bias, "
