@@ -38,6 +38,7 @@ class BudgetSampler(BaseSampler):
         self.genes, self.kind, self.seed = genes, kind, seed
         self.space: dict[str, BaseDistribution] = {g: CategoricalDistribution(v) for g, v in genes.values.items()}
         self.known: dict[int, tuple[object, ...]] = {}
+        self.every = genes.every()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         """All genes."""
@@ -49,7 +50,7 @@ class BudgetSampler(BaseSampler):
         """A complete choice.
 
         Raises:
-            TrialPruned: no new one was found.
+            TrialPruned: there is no new one.
         """
         rng = random.Random(f"{self.seed} {trial.number}")
         for other in study.get_trials(deepcopy=False):
@@ -65,7 +66,11 @@ class BudgetSampler(BaseSampler):
             genes = self.genes.fit(inherited, rng)
             if self._key(genes) not in taken:
                 return genes
-        raise optuna.TrialPruned
+        # Few are left, if any: the next one in order. Those before it were taken and stay so.
+        genes = next((genes for genes in self.every if self._key(genes) not in taken), None)
+        if genes is None:
+            raise optuna.TrialPruned
+        return genes
 
     def _key(self, genes: dict[str, Any]) -> tuple[object, ...]:
         return tuple(self.genes.configs(genes).values())
