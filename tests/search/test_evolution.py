@@ -141,6 +141,24 @@ def test_when_all_fail_it_says_why_and_leaves_the_choice() -> None:
     assert torch.equal(model(X), y)
 
 
+def test_a_supernet_that_does_not_act_is_not_searched() -> None:
+    idle = [
+        lambda net: glora.apply(net, ["0"], GLoRAConfig.lora(rank=1), name="b"),
+        lambda net: glora.activate(net, {}),
+        lambda net: glora.activate(glora.apply(net, ["2"], name="b"), {"default": 0, "b": 1}),
+    ]
+    for change in idle:
+        net = build()
+        change(net)
+        with pytest.raises(RuntimeError, match=r"needs a supernet that acts.*'default' does not.*glora\.activate"):
+            search(net, lambda _: 0.0, budget=BUDGET, trials=2)
+    net = build()
+    with glora.disabled(net), pytest.raises(RuntimeError, match=r"outside of glora\.disabled"):
+        search(net, lambda _: 0.0, budget=BUDGET, trials=2)
+    glora.activate(net, {"default": 0.5})
+    assert len(search(net, lambda net: float(net(X).sum()), budget=BUDGET, trials=2).trials) == 2
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
