@@ -53,7 +53,10 @@ def adapter_file(directory: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         path = path / ADAPTER_FILE
     if not path.exists():
-        raise FileNotFoundError(f"An adapter is a folder with {ADAPTER_FILE}; there is none at {str(path)!r}.")
+        hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():
+            hub = " A repository of a hub is downloaded first: huggingface_hub.snapshot_download gives its folder."
+        raise FileNotFoundError(f"An adapter is a folder with {ADAPTER_FILE}; there is none at {str(path)!r}.{hub}")
     return path
 
 
