@@ -27,25 +27,25 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
+    "all": 6022,
+    "ground": 857,
     "kernels": 528,
-    "layer": 877,
-    "model": 1640,
+    "layer": 897,
+    "model": 1663,
     "engines": 211,
-    "files": 504,
+    "files": 616,
     "interop": 510,
     "integrations": 101,
-    "search": 563,
+    "search": 639,
 }
 FILES = {
-    "all": 77,
+    "all": 78,
     "ground": 13,
     "kernels": 8,
     "layer": 11,
     "model": 15,
     "engines": 4,
-    "files": 4,
+    "files": 5,
     "interop": 8,
     "integrations": 4,
     "search": 10,
@@ -54,8 +54,8 @@ IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (22, 212, 481),
-    "load": (25, 252, 813),
+    "apply": (22, 212, 487),
+    "load": (25, 252, 819),
     "route": (19, 327, 564),
     "merge": (19, 341, 619),
 }
