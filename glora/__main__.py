@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from glora.files.adapter import read, write
-from glora.files.checkpoint import merge_checkpoint, shapes_of
-from glora.files.container import PEFT_CONFIG_FILE, adapter_file, import_optional, read_header
+from glora.files.checkpoint import frozen_tensors, merge_checkpoint, shapes_of
+from glora.files.container import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    PEFT_CONFIG_FILE,
+    adapter_file,
+    import_optional,
+    read_header,
+)
+from glora.files.norms import Norms, path_norms, update_norms
 from glora.interop.lycoris import read_lycoris, write_lycoris
 from glora.interop.peft import read_peft, write_peft
 from glora.spec import AdapterSpec, join
 from glora.text import table
+from glora.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it succeeded, 1 after an error that was printed, 2 after wrong arguments."""
+    """Run one command; 0 when it succeeded, 1 after an error that was printed, 2 after wrong arguments, 130 cut off."""
     parser = argparse.ArgumentParser(prog="glora", description="Adapter files, without a model.")
+    parser.add_argument("--version", action="version", version=f"glora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     lycoris = argparse.ArgumentParser(add_help=False)
     lycoris.add_argument("--rs-lora", action="store_true", help="LyCORIS's files have alpha / sqrt(rank), as rs_lora")
     reads = argparse.ArgumentParser(add_help=False, parents=[lycoris])
     reads.add_argument("adapter", type=Path, help="glora's folder, PEFT's folder or LyCORIS's file")
-    reads.add_argument("--base", type=Path, help="the base checkpoint; LyCORIS's names are read by its keys")
+    reads.add_argument(
+        "--base",
+        type=Path,
+        help="the base checkpoint: LyCORIS's names are read by its keys, and inspect compares the update with it",
+    )
 
     merge = commands.add_parser("merge", help="bake an adapter into a checkpoint, tensor by tensor", parents=[lycoris])
     merge.add_argument("base", type=Path, help="a .safetensors file, or a sharded one's .safetensors.index.json")
@@ -33,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge.add_argument("--strict", action="store_true", help="an error for another base than the adapter's, no warning")
     merge.set_defaults(run=_merge)
 
-    inspect = "print an adapter's layers, forms, ranks, parameters, bytes and norms"
+    inspect = "print an adapter's layers, forms, ranks, parameters, bytes and norms; of its update, with --base"
     commands.add_parser("inspect", help=inspect, parents=[reads]).set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write an adapter as another library has it", parents=[reads])
@@ -47,7 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"glora: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("glora: interrupted; no file was changed", file=sys.stderr)
+        return 130
     return 0
+
+
+_TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # the latter four: LyCORIS's, by torch.save
 
 
 def _read(options: argparse.Namespace) -> AdapterSpec:
@@ -61,6 +82,16 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
             return read(file)
         if path.is_dir():
             return read_peft(path) if (path / PEFT_CONFIG_FILE).exists() else read(file)
+        if not any(key.endswith(".alpha") or "lora" in key for key in read_header(path).tensors):
+            raise ValueError(
+                f"An adapter has low-rank factors or vectors, and no whole weights; {path} is none that glora, PEFT or "
+                f"LyCORIS writes, and looks like a model's checkpoint. Pass the adapter; --base takes a checkpoint."
+            )
+    elif path.suffix not in _TENSOR_FILES:
+        where = f"; its folder {str(path.parent)!r} may be one" if path.name in (CONFIG_FILE, PEFT_CONFIG_FILE) else ""
+        raise ValueError(
+            f"An adapter is a folder, or a file of tensors ({', '.join(_TENSOR_FILES)}); found {str(path)!r}{where}."
+        )
     if options.base is None:
         raise ValueError(
             f"A file of LyCORIS has underscores for the dots in its layers' paths, and the base checkpoint says which "
@@ -71,6 +102,13 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    base, out = options.base, options.out
+    if base.is_dir() or (base.suffix == ".safetensors" and base.is_file() and "glora" in read_header(base).metadata):
+        is_adapter = not base.is_dir() or (base / ADAPTER_FILE).exists()
+        found = "an adapter, {}, as the base" if is_adapter else "a folder, {}: name the checkpoint's file in it"
+        raise ValueError(f"`merge` takes BASE ADAPTER OUT, in this order; found {found.format(base)}.")
+    if not out.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"A merged checkpoint is a .safetensors file, or the .index.json of several; found {out}.")
     adapter = _read(options)
     tqdm = import_optional("tqdm", "cli").tqdm
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=options.out.name) as bar:
@@ -84,24 +122,40 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     adapter = _read(options)
+    frozen = None if options.base is None else frozen_tensors(options.base, adapter, options.adapter)
     rows: list[Sequence[str | int | None]] = []
+    changes: list[Norms] = []
     for path, layer in adapter.layers.items():
         product = " (matmul)" if layer.config.product == "matmul" and layer.config.A != "none" else ""
         shape = "x".join("?" if size is None else str(size) for size in (layer.out_features, layer.in_features))
         keys = [join(path, key) for key in layer.tensors()]
-        rows.append([path, shape, layer.forms + product, layer.rank, *_numbers(adapter, keys)])
+        norms = " ".join(f"{name}={norm:.4g}" for name, norm in path_norms(adapter, path, layer).items())
+        row = [path, shape, layer.forms + product, layer.rank, *_sizes(adapter, keys), norms]
+        if frozen is not None:
+            changes.append(change := update_norms(adapter, path, layer, *next(frozen)))
+            row += [f"{change.weight:.4g}", _share(change.weight, change.of_weight), f"{change.bias:.4g}"]
+        rows.append(row)
+    header = ["module", "out x in", "forms", "rank", "parameters", "bytes", "norms of paths"]
+    header += [] if frozen is None else ["of W' - W0", "of W0", "of b' - b0"]
     for path, names in adapter.heads.items():
-        rows.append([path, None, "head", None, *_numbers(adapter, [join(path, name) for name in names])])
-    parameters, size, norm = _numbers(adapter, adapter.tensors)
-    title = f"{len(adapter.layers)} layers, {parameters:,} parameters, {size:,} bytes, norm {norm}"
-    print(table(title, ["module", "out x in", "forms", "rank", "parameters", "bytes", "norm"], rows))
+        row = [path, None, "head", None, *_sizes(adapter, [join(path, name) for name in names])]
+        rows.append([*row, *[None] * (len(header) - len(row))])
+    parameters, size = _sizes(adapter, adapter.tensors)
+    title = f"{len(adapter.layers)} layers, {parameters:,} parameters, {size:,} bytes"
+    if changes:
+        weight, of_weight = math.hypot(*[c.weight for c in changes]), math.hypot(*[c.of_weight for c in changes])
+        title += f", W' - W0 of norm {weight:.4g}, {_share(weight, of_weight)} of W0's"
+    print(table(title, header, rows))
 
 
-def _numbers(adapter: AdapterSpec, keys: Iterable[str]) -> tuple[int, int, str]:
-    """Parameters, bytes and Frobenius norm of some tensors."""
+def _sizes(adapter: AdapterSpec, keys: Iterable[str]) -> tuple[int, int]:
+    """Parameters and bytes of some tensors."""
     tensors = [adapter.tensors[key] for key in keys if key in adapter.tensors]
-    norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
-    return sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors), f"{norm:.4g}"
+    return sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.2%}" if whole else "-"
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -110,6 +164,8 @@ def _convert(options: argparse.Namespace) -> None:
         write_lycoris(options.out, adapter, rs_lora=options.rs_lora)
     else:
         {"glora": write, "peft": write_peft}[options.to](options.out, adapter)
+    layers, heads = len(adapter.layers), f" and {len(adapter.heads)} heads" if adapter.heads else ""
+    print(f"Wrote {layers} layers{heads} to {options.out}, as {options.to} has them.")
 
 
 if __name__ == "__main__":

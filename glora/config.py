@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,13 @@ FORMS: dict[str, tuple[str, ...]] = {
     "C": ("lora", "vector", "none"),
     "D": ("vector", "constant", "none"),
     "E": ("vector", "constant", "none"),
+}
+# What other libraries call it.
+_ELSEWHERE = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets= of glora.apply",
+    "modules_to_save": "trainable= of glora.apply",
 }
 WEIGHT_PATHS = ("A", "B")
 BIAS_PATHS = ("C", "D", "E")
@@ -63,6 +71,14 @@ class GLoRAConfig:
         >>> glora.GLoRAConfig.lora(rank=16, alpha=32).forms
         {'A': 'none', 'B': 'lora', 'C': 'none', 'D': 'none', 'E': 'none'}
     """
+
+    def __new__(cls, *_: object, **options: object) -> GLoRAConfig:
+        """The config; a TypeError names the field that an unknown option comes closest to."""
+        for option in options.keys() - cls.__dataclass_fields__.keys():
+            near = _ELSEWHERE.get(option) or "".join(get_close_matches(option, cls.__dataclass_fields__, 1))
+            hint = f" (did you mean {near}?)" if near else ""
+            raise TypeError(f"GLoRAConfig has no {option!r}{hint}; it has {', '.join(cls.__dataclass_fields__)}.")
+        return super().__new__(cls)
 
     A: WeightForm = "lora"
     B: WeightForm = "lora"

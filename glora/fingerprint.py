@@ -20,7 +20,8 @@ Fingerprint: TypeAlias = tuple[float, ...]
 # transposed matrix has other sums. In units of n, two draws of one distribution differ by 0.7 (standard deviation) in
 # each sum, and come within the tolerance of 2^-6 in all three in a few of a million cases. Rounding to bfloat16 moves
 # each number by 2^-8 of it at most, and so a sum by less than 2^-8 n (standard deviation), a quarter of the tolerance.
-# Float16 also rounds what is below its smallest number: 2^-25 a number at most.
+# Float16 also rounds what is below its smallest number: 2^-25 a number at most. The price: another tensor that differs
+# by less than 1 to 2% of n (a short training on, say) is taken for the same one.
 _ANGLES = ((1.0, 2.0), (2.0, 4.0), (4.0, 1.0))
 _TOLERANCE, _SMALLEST = 2.0**-6, 2.0**-24
 _CHUNK = 2**20  # numbers that stand in memory as float64

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -87,8 +88,10 @@ _registered: list[tuple[Kind, list[Matrix]]] = []
 def register_matrix(kind: Kind, tensors: str | Mapping[str, str | None], pattern: str) -> None:
     """Teach glora how a kind of module holds its matrices, so that `targets=` can reach them.
 
-    They are reached where they are named, as convolutions are, and not by "all-linear". What is registered counts
-    before what glora knows by itself, the latest first; an adapter that is attached keeps to what was known then.
+    They are reached where they are named, as convolutions are, and not by "all-linear". A call adds to earlier ones;
+    where two name one tensor, the later one counts. For a kind that is registered nothing counts that glora knows by
+    itself. An adapter that is attached keeps to what was known then, and the tensor takes no other one beside it until
+    what is registered is that again.
 
     Args:
         kind: a class of modules, its subclasses included, or a predicate `module -> bool`.
@@ -98,7 +101,8 @@ def register_matrix(kind: Kind, tensors: str | Mapping[str, str | None], pattern
             in, or three, for a batch of matrices with factors for each; a part may be a group of axes, `(i k)`.
 
     Raises:
-        ValueError: a pattern that is none of these, or no tensor.
+        ValueError: a pattern that is none of these, a kind that is no class of modules and cannot be called, or no
+            tensor.
 
     Example:
         >>> import torch, glora
@@ -112,6 +116,10 @@ def register_matrix(kind: Kind, tensors: str | Mapping[str, str | None], pattern
         >>> [key for key, _ in glora.named_parameters(glora.apply(Mixer(), ["kernel"], glora.GLoRAConfig.lora()))]
         ['kernel.B.left', 'kernel.B.right']
     """
+    if not (issubclass(kind, nn.Module) if isinstance(kind, type) else callable(kind)):
+        raise ValueError(f"A kind must be a class of modules, or a predicate `module -> bool`; found {kind!r}.")
+    if not isinstance(tensors, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"tensors must be a name, or a mapping from each name to its bias's; found {tensors!r}.")
     named = {tensors: "bias"} if isinstance(tensors, str) else dict(tensors)
     if not named:
         raise ValueError("register_matrix must be given the name of at least one tensor; found none.")
@@ -127,15 +135,34 @@ def parse_matrix(weight: str, bias: str | None, pattern: str) -> Matrix:
     """
     if not all(isinstance(text, str) and text for text in (weight, pattern, "-" if bias is None else bias)):  # pyright: ignore
         raise ValueError(f"A matrix has names and a pattern; found {weight!r}, {bias!r} and {pattern!r}.")
-    held, arrow, matrix = pattern.partition("->")
-    axes, parts = held.split(), re.findall(r"\w+|\([\w ]+\)", matrix)
-    sorts = sorted(re.findall(r"\w+", matrix)) == sorted(axes) and len(set(axes)) == len(axes)
-    if not (arrow and sorts and "".join(parts).replace(" ", "") == matrix.replace(" ", "") and len(parts) in (2, 3)):
+    if weight == bias:
+        raise ValueError(
+            f"A bias must be another tensor than the matrix that it belongs to; found {weight!r} for both."
+        )
+    parsed = Matrix(weight, bias, pattern, swept=False)
+    if not _is_pattern(parsed):
         raise ValueError(
             f"A pattern must go from the axes of a tensor to a matrix, as `i o -> o i`, or to a batch of them, as "
-            f"`e i o -> e o i`, with groups such as `(i k)` on the right alone; found {pattern!r}."
+            f"`e i o -> e o i`, with groups such as `(i k)` on the right alone and a name for each axis, also for one "
+            f"of size 1; found {pattern!r}."
         )
-    return Matrix(weight, bias, pattern, swept=False)
+    return parsed
+
+
+def _is_pattern(matrix: Matrix) -> bool:
+    """Whether a pattern names each axis once on either side, and einops goes there and back by it."""
+    _, arrow, wanted = matrix.pattern.partition("->")
+    parts = re.findall(r"\w+|\( *\w[\w ]*\)", wanted)
+    sorts = sorted(re.findall(r"\w+", wanted)) == sorted(matrix.axes) and len({*matrix.axes}) == len(matrix.axes)
+    known = "".join(parts).replace(" ", "") == wanted.replace(" ", "") and len(parts) in (2, 3)
+    if not (arrow and sorts and known):
+        return False
+    try:
+        tensor = torch.empty([2] * len(matrix.axes), device="meta")
+        read = rearrange(tensor, matrix.pattern)
+        return read.ndim == len(parts) and matrix.write(read, tensor).shape == tensor.shape
+    except RuntimeError:  # a name that einops does not take, more axes than torch does
+        return False
 
 
 def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix]:
@@ -145,9 +172,10 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
         module: the module.
         tensors: its own tensors by name, those of the base model where adapters are on them.
     """
-    for kind, matrices in _registered:
-        if isinstance(module, kind) if isinstance(kind, type) else kind(module):
-            return [matrix for matrix in matrices if matrix.weight in tensors]
+    matches = [m for kind, m in _registered if (isinstance(module, kind) if isinstance(kind, type) else kind(module))]
+    if matches:  # the latest first
+        by_tensor = {matrix.weight: matrix for matrices in matches[::-1] for matrix in matrices}
+        return [matrix for name, matrix in by_tensor.items() if name in tensors]
     if isinstance(module, nn.Linear):
         return [LINEAR]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -117,6 +117,16 @@ class AdapterSpec:
         for path, names in self.heads.items():
             wanted |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
         return wanted
+
+    def renamed(self, rename: Callable[[str], str]) -> AdapterSpec:
+        """The same adapter on modules of other paths; `rename` goes from a path or key to the new one."""
+        return AdapterSpec(
+            {rename(path): layer for path, layer in self.layers.items()},
+            {rename(path): names for path, names in self.heads.items()},
+            {rename(key): tensor for key, tensor in self.tensors.items()},
+            {rename(key): rename(owner) for key, owner in self.ties.items()},
+            {rename(key): known for key, known in self.base.items()},
+        )
 
 
 def join(path: str, name: str) -> str:

@@ -20,6 +20,13 @@ def quote_names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
+class UnknownName(KeyError):
+    """A KeyError that shows its message as it is; Python's own shows the repr of it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def format_problems(problems: Sequence[str], most: int = 5) -> str:
     """The first few problems, and how many more there are."""
     return shorten(problems, most, "; ", "; and ")

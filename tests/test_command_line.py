@@ -130,3 +130,92 @@ def test_a_damaged_file_is_an_error_and_no_traceback(tmp_path_factory: Any, rng:
             assert code == 1
     if len(bad) < len(good) and damaged.suffix == ".safetensors":
         assert not (folder / "out.safetensors").exists()
+
+
+def test_the_version() -> None:
+    run = subprocess.run([sys.executable, "-m", "glora", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"glora {glora.__version__}\n"
+
+
+def test_convert_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig(), trainable=["1"]), tmp_path / "a")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "glora"]) == 0
+    assert capsys.readouterr().out == f"Wrote 1 layers and 1 heads to {tmp_path / 'b'}, as glora has them.\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge"])
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = {"convert": ["out", "--to", "peft"], "merge": ["out", "out.safetensors"]}.get(command, [])
+    with mock.patch("glora.__main__._read", side_effect=KeyboardInterrupt):
+        assert main([command, str(tmp_path / "a"), *rest]) == 130
+    assert capsys.readouterr().err == "glora: interrupted; no file was changed\n"
+
+
+def files_of_all_kinds(folder: Path) -> Path:
+    """A base, its adapter, and what somebody may take for one of them."""
+    base = nn.Sequential(nn.Linear(3, 2))
+    (folder / "model").mkdir(parents=True)
+    save_file(base.state_dict(), folder / "base.safetensors")
+    save_file(base.state_dict(), folder / "model" / "model.safetensors")
+    (folder / "train.py").write_text("import glora")
+    glora.save(glora.apply(base), folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("base.safetensors", "looks like a model's checkpoint"),
+        ("model/model.safetensors", "looks like a model's checkpoint"),
+        ("train.py", "An adapter is a folder, or a file of tensors"),
+        ("adapter/glora_config.json", "adapter' may be one"),
+        ("model", "there is none at"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge"])
+def test_what_is_no_adapter_is_named(
+    name: str, said: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = files_of_all_kinds(tmp_path)
+    given = {"merge": [str(folder / "base.safetensors"), str(folder / name), str(folder / "out.safetensors")]}
+    rest = ["--base", str(folder / "base.safetensors")] if command == "inspect" else []
+    rest += [str(folder / "out"), "--to", "peft"] if command == "convert" else []
+    assert main([command, *given.get(command, [str(folder / name), *rest])]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "LyCORIS has underscores" not in error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("adapter", "base.safetensors", "out.safetensors"), "BASE ADAPTER OUT, in this order; found an adapter"),
+        (("adapter/adapter_model.safetensors", "base.safetensors", "out.safetensors"), "found an adapter"),
+        (("model", "adapter", "out.safetensors"), "name the checkpoint's file in it"),
+        (("base.safetensors", "adapter", "out.pt"), "A merged checkpoint is a .safetensors file"),
+        (("base.safetensors", "adapter", "out"), "A merged checkpoint is a .safetensors file"),
+    ],
+)
+def test_merge_names_arguments_that_are_exchanged_and_an_out_that_it_does_not_write(
+    given: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = files_of_all_kinds(tmp_path)
+    before = sorted(folder.rglob("*"))
+    assert main(["merge", *(str(folder / name) for name in given)]) == 1
+    assert said in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_inspect_compares_the_update_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig.lora(), trainable=["1"]), tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a"), "--base", str(tmp_path / "base.safetensors")]) == 0
+    title, header, row, head = capsys.readouterr().out.splitlines()
+    assert title.endswith("W' - W0 of norm 0, 0.00% of W0's")
+    assert header.endswith("norms of paths  of W' - W0  of W0  of b' - b0")
+    assert row.split()[-4:] == ["B=0", "0", "0.00%", "0"]
+    assert head.split()[-4:] == ["-"] * 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -171,3 +173,17 @@ def test_a_preset_takes_the_other_fields(preset: str) -> None:
 def test_scaling_is_alpha_over_rank(rank: int, alpha: float) -> None:
     assert GLoRAConfig(rank=rank, alpha=alpha).scaling == alpha / rank
     assert GLoRAConfig(rank=rank).scaling == 1.0
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [("r", "rank"), ("lora_alpha", "alpha"), ("rnk", "rank"), ("target_modules", "targets="), ("products", "product")],
+)
+def test_an_unknown_option_names_the_nearest_field(option: str, near: str) -> None:
+    for make in (GLoRAConfig, GLoRAConfig.lora, GLoRAConfig.ssf):
+        with pytest.raises(TypeError, match=f"GLoRAConfig has no '{option}' \\(did you mean {near}"):
+            make(**{option: 8})
+    with pytest.raises(TypeError, match="GLoRAConfig has no 'zzz'; it has A, B, C, D, E, rank"):
+        GLoRAConfig(zzz=1)  # pyright: ignore
+    config = GLoRAConfig(rank=3)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config

@@ -135,3 +135,21 @@ def test_the_pairs_of_angles_see_rows_and_columns_each_their_own_way() -> None:
     for unit, (i, j) in zip(units, itertools.product(range(4), repeat=2), strict=True):
         unit[i, j] = 1
     assert len({fingerprint(unit) for unit in units}) == 16
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (128,), (3, 16, 16)])
+@pytest.mark.parametrize(
+    ("share", "least", "most"), [(0.005, 0.99, 1.0), (0.01, 0.85, 1.0), (0.05, 0.0, 0.25), (0.2, 0.0, 0.02)]
+)
+def test_a_difference_of_one_to_two_percent_is_where_bases_part(
+    shape: tuple[int, ...], share: float, least: float, most: float
+) -> None:
+    torch.manual_seed(0)
+    agreeing = 0
+    for _ in range(200):
+        tensor, other = torch.randn(shape), torch.randn(shape)
+        known = fingerprint(tensor)
+        assert known is not None
+        agreeing += agrees(tensor + share * other * tensor.norm() / other.norm(), known)
+        assert not (share > 2**-6 and agrees(tensor * (1 + share), known))
+    assert least <= agreeing / 200 <= most

@@ -38,6 +38,7 @@ from glora.text import format_problems
 from glora.version import __version__
 
 FORMAT_VERSION = 1
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 
 # Note [Adapter file]
 # A file can be replaced atomically, a folder cannot: so one file holds everything, tensors and description, and the
@@ -68,6 +69,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
     Raises:
         KeyError: no adapter of that name.
         ValueError: None, and not exactly one adapter; tensors on the meta device; more layers than a file describes.
+            Or a model and a folder that are exchanged; the name of a file.
         ImportError: safetensors is not installed (the extra `glora[files]`).
         RuntimeError: tensors that FullyShardedDataParallel has flattened; see its `summon_full_params`.
 
@@ -84,6 +86,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
         True
     """
+    _check_arguments("save", model, directory)
     adapter = describe(model, name)
     save_together(adapter.tensors, lambda gathered: write(Path(directory), replace(adapter, tensors=gathered)))
 
@@ -113,7 +116,8 @@ def load(
         trainable: whether its tensors ask for gradients; False for inference.
         strict: whether a base other than the one that the adapter was trained on is an error, or a warning. The file
             has a fingerprint of each frozen tensor of the adapted layers, which rounding to half precision does not
-            change; layers on the meta device, or sharded, are not compared.
+            change, nor a difference of less than 1 to 2% of the tensor's norm; layers on the meta device, or sharded,
+            are not compared.
 
     Returns:
         The model.
@@ -129,11 +133,27 @@ def load(
         UserWarning: frozen tensors, by name, that differ from those that the adapter was trained on (most often a head
             that was random then); a `glora_config.json` that differs from `adapter_model.safetensors`, which counts.
     """
+    _check_arguments("load", model, directory)
     file = adapter_file(directory)
     spec = read(file)
     if is_filled_by_load(model, name):
         return fill_spec(model, spec, file, name, trainable=trainable)
     return attach_spec(model, spec, file, name=name, trainable=trainable, strict=strict)
+
+
+def _check_arguments(call: str, model: object, directory: object) -> None:
+    """Raise ValueError for arguments that are exchanged, or a folder that has the name of a file."""
+    if not isinstance(model, nn.Module) or not isinstance(directory, (str, os.PathLike)):
+        raise ValueError(
+            f"glora.{call} takes a model and then a folder; found a {type(model).__name__} and a "
+            f"{type(directory).__name__}."
+        )
+    path = Path(directory)  # pyright: ignore[reportUnknownArgumentType]
+    if call == "save" and (path.is_file() or (path.suffix in _FILES and not path.is_dir())):
+        raise ValueError(
+            f"glora.save writes a folder, with {ADAPTER_FILE} in it; found {str(path)!r}, the name of a file. Pass "
+            f"{str(path.with_suffix(''))!r}, say."
+        )
 
 
 def write(directory: Path, adapter: AdapterSpec) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -90,7 +90,8 @@ def merge_checkpoint(
 
     Args:
         base: a `.safetensors` file, or the `.safetensors.index.json` of a sharded one. It is not changed.
-        adapter: the adapter; its layers are the checkpoint's keys without `.weight`.
+        adapter: the adapter; its layers are the checkpoint's keys without `.weight`, or differ from them by one
+            component in front (Note [Backbones]).
         source: the adapter's file, for messages.
         out: the `.safetensors` file to write; for a sharded base an `.index.json`, whose shards (of the base's names)
             go beside it, or one `.safetensors` file for all. Put in place once all files are complete, the index last.
@@ -103,7 +104,7 @@ def merge_checkpoint(
         FileNotFoundError: no base.
     """
     entries, metadata, index_metadata = _read_base(base)
-    merging = _Merging(entries, adapter, source)
+    merging = _Merging(entries, as_in_checkpoint(adapter, entries), source)
     plan = merging.plan()
     files = sorted({entry.file for entry in entries.values()})
     sharded = out.name.endswith(_INDEX)
@@ -137,6 +138,49 @@ def merge_checkpoint(
         index = {"metadata": {**index_metadata, "total_size": total}, "weight_map": weight_map}
         contents[out] = json.dumps(index, indent=2).encode()
     replace_files(contents)
+
+
+def frozen_tensors(base: Path, adapter: AdapterSpec, source: object) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """W0 as a matrix and b0 of each layer of an adapter, in order, from a checkpoint; one layer is read at a time.
+
+    Raises:
+        AdapterFileError: as `merge_checkpoint`, before the first.
+    """
+    entries, _, _ = _read_base(base)
+    adapter = as_in_checkpoint(adapter, entries)
+    _Merging(entries, adapter, source).plan()
+    for path, layer in adapter.layers.items():
+        weight, bias = [entries[key].tensor() if key in entries else None for key in _keys(path, layer)]
+        yield (layer.matrix or LINEAR).read(cast("Tensor", weight)), bias
+
+
+# Note [Backbones]
+# A model with a head (`BertForSequenceClassification`) holds its backbone as one attribute, `bert.encoder`, and reads
+# checkpoints of the backbone alone, whose keys have no `bert.`; a backbone reads those of the whole. So where a
+# checkpoint does not have an adapter's keys, and has all of the layers' with one component more in front of each, or
+# one less, and the same for all, the adapter goes there. What is outside of the backbone (a head) must be there too.
+def as_in_checkpoint(adapter: AdapterSpec, keys: Collection[str]) -> AdapterSpec:
+    """The adapter with the keys that a checkpoint has for its layers; as it is where the two do not meet."""
+    weights = [_keys(path, layer)[0] for path, layer in adapter.layers.items()]
+    if not all("." in key for key in weights) or any(key in keys for key in weights):
+        return adapter
+    fronts = {key.partition(".")[0] for key in weights}
+    renames: list[Callable[[str], str]] = [partial(join, front) for front in {key.partition(".")[0] for key in keys}]
+    renames += [partial(_without, f"{front}.") for front in fronts if len(fronts) == 1]
+    fitting = [rename for rename in renames if all(rename(key) in keys for key in weights)]
+    return adapter.renamed(fitting[0]) if weights and len(fitting) == 1 else adapter
+
+
+def _without(front: str, key: str) -> str:
+    return key.removeprefix(front)
+
+
+def _why_missing(missing: Iterable[str], keys: Iterable[str]) -> str:
+    """A word on experts, which transformers writes one by one."""
+    apart = next((key for key in keys if re.search(r"\.experts\.\d+\.", key)), None)
+    if apart is None or not any(".experts." in key for key in missing):
+        return ""
+    return f"The base has each expert's matrices apart ({apart!r}), where the model holds those of all in one tensor. "
 
 
 def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
@@ -211,7 +255,9 @@ class _Merging:
         if missing:
             raise AdapterFileError(
                 f"An adapter is merged into the checkpoint of the model that it was attached to; {self.source} adapts "
-                f"{format_names(missing)}, which the base does not have. It has {format_names(entries)}."
+                f"{format_names(missing)}, which the base does not have. It has {format_names(entries)}. "
+                f"{_why_missing(missing, entries)}Merge in the model instead, which knows its checkpoint's names: "
+                f"glora.load the adapter into it, and inside `with glora.merged(model):` call model.save_pretrained."
             )
         problems = self._unfit_heads()
         for path, layer in layers.items():
@@ -256,8 +302,6 @@ class _Merging:
         layer = adapter.layers[path]
         weight_key, bias_key = _keys(path, layer)
         left_out: dict[str, Any] = dict.fromkeys(BIAS_PATHS if key == weight_key else WEIGHT_PATHS, "none")
-        if bias_key not in entries and layer.bias is None:
-            left_out["D"] = "none"  # there is no bias to scale
         part = replace(layer, config=replace(layer.config, **left_out))
         if key in tensors and not part.config.paths:
             return _bytes(tensors[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import math
@@ -52,7 +53,10 @@ def adapter_file(directory: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         path = path / ADAPTER_FILE
     if not path.exists():
-        raise FileNotFoundError(f"An adapter is a folder with {ADAPTER_FILE}; there is none at {str(path)!r}.")
+        hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():
+            hub = " A repository of a hub is downloaded first: huggingface_hub.snapshot_download gives its folder."
+        raise FileNotFoundError(f"An adapter is a folder with {ADAPTER_FILE}; there is none at {str(path)!r}.{hub}")
     return path
 
 
@@ -117,12 +121,17 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"Only tensors with memory can be saved; {key!r} is on the meta device.")
-    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    # By its format: `contiguous` leaves the strides of a tensor of one number as they are.
+    copied = torch.contiguous_format
+    return {key: tensor.detach().cpu().clone(memory_format=copied) for key, tensor in tensors.items()}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of one of `plain_tensors`, without a copy."""
-    return memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy()))
+    """The bytes of one of `plain_tensors`, without a copy, and without numpy, which torch itself would ask for."""
+    buffer: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else bytearray()
+    if tensor.nbytes:
+        buffer.tensor = tensor  # the view holds the buffer, and so the memory
+    return memoryview(buffer).cast("B")
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -131,7 +140,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     Raises:
         ValueError: names and metadata that are longer than readers of such files accept.
     """
-    safetensors = import_optional("safetensors.torch")
+    safetensors, _ = import_optional("safetensors.torch"), import_optional("numpy")  # by which it writes
     try:
         data = safetensors.save(tensors, {"format": "pt", **(metadata or {})})
     except import_optional("safetensors").SafetensorError as error:

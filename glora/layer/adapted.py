@@ -15,7 +15,7 @@ from glora.layer.computed import adapter_weights_of, caching_reads, freeze_promp
 from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys, refuse_kept_apart
-from glora.layer.parametrization import live_parametrizations
+from glora.layer.parametrization import Bias, live_parametrizations
 from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
 
 # Note [One class per base class]
@@ -75,6 +75,12 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         def __setattr__(self, name: str, value: object) -> None:
             if name in live_parametrizations(self):
                 _assign(self, name, value)
+            elif name == "qconfig" and value is not None:
+                raise RuntimeError(
+                    f"torch.ao quantises layers of the types that it knows, and not a {type(self).__name__}, which "
+                    f"glora adapters are on. Bake them in first with glora.merge(model) (a copy of the model, say), or "
+                    f"quantise inside glora.merged(model)."
+                )
             else:
                 super().__setattr__(name, cast("Any", value))
 
@@ -97,6 +103,9 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                     f"Tensor parallelism (parallelize_module) cannot divide tensors that glora adapters are on, here "
                     f"{name!r}. Call parallelize_module on the plain model, and then glora.apply or glora.load."
                 )
+            tensor = name.rpartition("_")[0]
+            if tensor and tensor in live_parametrizations(self):
+                _refuse_split(self, tensor, name)
             super().register_parameter(name, param)
             freeze_prompts(self, name, param)
 
@@ -135,6 +144,23 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     Parametrized.__doc__ = base.__doc__
     Parametrized.__module__ = base.__module__
     return Parametrized
+
+
+def _refuse_split(module: nn.Module, tensor: str, name: str) -> None:
+    """Refuse what puts new parameters (`weight_orig`, `weight_g`) in the place of an adapted tensor.
+
+    weight_norm has deleted the tensor's entry by now: it is put back where torch's own modules have it.
+    """
+    if tensor not in module._parameters and tensor not in module._buffers:
+        module._parameters[tensor] = None
+        if not isinstance(live_parametrizations(module)[tensor]._modules["0"], Bias):  # a weight stands first
+            for name_after in [each for each in module._parameters if each != tensor]:
+                module._parameters[name_after] = module._parameters.pop(name_after)
+    raise RuntimeError(
+        f"`{tensor}` of this {type(module).__name__} is computed from glora adapters, and `{name}` cannot take its "
+        f"place (as pruning and the older weight_norm do). Call that before glora.apply where it leaves a parameter, "
+        f"or after glora.merge(model); torch.nn.utils.parametrizations go on top of adapters."
+    )
 
 
 def _assign(module: nn.Module, name: str, value: object) -> None:

@@ -16,7 +16,7 @@ from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.walk import Model, Owner, adapted_owners
 from glora.spec import join
-from glora.text import quote_names
+from glora.text import UnknownName, quote_names
 from glora.undo import undone
 
 
@@ -90,7 +90,7 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
 
 def _check_known(name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise KeyError(f"{name!r} is not an adapter of the model, which has {quote_names(known)}.")
+        raise UnknownName(f"{name!r} is not an adapter of the model, which has {quote_names(known)}.")
 
 
 def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:

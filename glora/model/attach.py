@@ -46,7 +46,9 @@ def apply(
     $$W' = W_0 + W_0 \ast A + B, \qquad b' = b_0 + b_0 \odot D + E + W_0 C.$$
 
     `layer.weight` and `layer.bias` read as W' and b'; the frozen W0 and b0 are torch's
-    `layer.parametrizations.weight.original` and `.bias.original`. Train `glora.parameters(model)`.
+    `layer.parametrizations.weight.original` and `.bias.original`. Train `glora.parameters(model)`. W' and b' are
+    computed at each reading: what is written into them (`layer.weight.data.add_(1)`, `nn.init.zeros_(layer.weight)`) is
+    lost, and nothing can notice it.
 
     Args:
         model: any module. nn.Linear and its subclasses in it are adapted, transformers' Conv1D, `in_proj_weight` of
@@ -269,6 +271,15 @@ def warn_of(planned: Plan, *, everything: bool = False) -> None:
             f"{len(planned.without_bias)} layers have no bias, and paths C, D and E are left out there "
             f"({format_names(planned.without_bias)}). create_bias=True in the config would give them one for C and E; "
             f"C='none', D='none', E='none' silences this."
+        )
+    # The default rank costs little anywhere.
+    specs = [(layer.path, layer.spec) for layer in planned.layers if layer.spec.config.rank > GLoRAConfig.rank]
+    wide = [path for path, s in specs if (s.rank or 0) > max(s.out_features or 0, s.in_features or 0)]
+    if wide:
+        messages.append(
+            f"A product of low rank needs a rank below the sizes of its layer; {len(wide)} layers are smaller than "
+            f"their rank both ways, and it gives them nothing but parameters ({format_names(wide)}). Lower rank= there "
+            f"(targets= as a mapping has a config for each pattern)."
         )
     if everything and planned.coverage is not None and planned.coverage.share < 0.5:
         share = (

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
-from glora.layer.parametrization import parametrizations_of
+from glora.layer.parametrization import Bias, Weight, parametrizations_of
 from glora.matrices import has_linear_forward
 from glora.model.huggingface import is_offloaded
 from glora.model.records import PlannedHead
@@ -33,6 +33,14 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
     owner, layer, tensors, matrix = site.owner, site.module, site.owner.tensors, site.matrix
     if _is_foreign(owner, Head):
         return "it is parametrized by something else, which adapters would compose with; remove that first."
+    for store in owner.stores.values():
+        attached = store.matrix if isinstance(store, (Weight, Bias)) else matrix
+        if attached.weight == matrix.weight and (attached.pattern, attached.bias) != (matrix.pattern, matrix.bias):
+            return (
+                f"adapters are on its {matrix.weight} as {attached.pattern!r} with the bias {attached.bias!r}, and "
+                f"{matrix.pattern!r} with {matrix.bias!r} has been registered since; glora.remove them first, or "
+                f"register what they were attached by."
+            )
     if matrix.weight not in tensors:
         return f"it has no parameter `{matrix.weight}` (pruning and the older weight_norm replace it); undo that first."
     if isinstance(layer, nn.Linear) and "bias" not in tensors and "bias" not in layer._parameters:

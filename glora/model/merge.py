@@ -104,9 +104,10 @@ def merged(model: Model) -> Generator[Model]:
     """Run the model merged inside the `with` block, as plain layers with W' and b', and give everything back after it.
 
     W' and b' are other tensors than the frozen ones, which come back as they were: the same objects, the same bits.
-    Inside, the model has plain types and keys, and calls that change adapters raise RuntimeError. This changes the
-    model for every thread, with equal outputs; no thread may be inside a forward pass of torch's own plain layers when
-    the block ends. It is the way to compute W' once for several calls.
+    Inside, the model has plain types and keys, and calls that change adapters raise RuntimeError. Nothing of an adapter
+    trains there: W' and b' are constants, and a backward pass that meets nothing else ends in torch's own error. This
+    changes the model for every thread, with equal outputs; no thread may be inside a forward pass of torch's own plain
+    layers when the block ends. It is the way to compute W' once for several calls.
 
     Yields:
         The model.

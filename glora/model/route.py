@@ -9,7 +9,7 @@ from glora.layer import routed
 from glora.model.change import refuse_while_swapped
 from glora.model.walk import Model, adapted_owners
 from glora.tensors import is_tensor_parallel
-from glora.text import quote_names
+from glora.text import UnknownName, quote_names
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
     known = {name for owner in walk for name in owner.adapter_names}
     for name in names:
         if name is not None and name not in known:
-            raise KeyError(
+            raise UnknownName(
                 f"{name!r} is not an adapter of the model, which has {quote_names(sorted(known))}; None stands for the "
                 f"base model."
             )

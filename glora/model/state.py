@@ -119,7 +119,7 @@ def load_state_dict(
             raise ValueError(
                 f"A state dict must fit the adapter that it is loaded into, {name!r}; nothing was written. "
                 f"Found {format_problems(problems, most=len(problems))}. Attach with the config that it was saved "
-                f"under, or pass strict=False to write only the keys that both have."
+                f"under{', or pass strict=False to write only the keys that both have' if strict else ''}."
             )
         for key, tensor in tensors.items():
             if key in state_dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TypeAlias, TypeVar, cast
 
 from torch import nn
@@ -143,8 +144,17 @@ def _match(places: list[Place], walk: list[Owner], text: str, role: str, test: C
     is_list = test.__name__ == "suffix"
     hint = "" if is_list else f"A string is a regex for the whole path; for path suffixes pass a list, [{text!r}]. "
     words = re.findall(r"\w{3,}", text)
-    near = [p.path for p in places if any(word in p.path for word in words)]
+    near = [p.path for p in places if any(word in p.path for word in words)] or _nearest(text, places)
     raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (p.path for p in places))}.")
+
+
+def _nearest(text: str, places: Iterable[Owner | Site]) -> list[str]:
+    """The paths whose ends are spelt most like what somebody wrote."""
+    count = text.count(".") + 1
+    paths_of: dict[str, list[str]] = {}
+    for place in places:
+        paths_of.setdefault(".".join(place.path.split(".")[-count:]), []).append(place.path)
+    return [path for end in get_close_matches(text, paths_of) for path in paths_of[end]]
 
 
 def _remedy(found: list[Owner], below: str | None) -> str:

@@ -90,7 +90,11 @@ class Entangled(Paths):
         if not names:
             return None
         plain = Paths(config, names, torch.empty(self.weight_shape, device="meta"))
-        copies = {key: tensor.detach().clone() for key, tensor in self.tensors(config).items()}
+        # Strides of their own: a corner of one number keeps those of the whole, which no file takes.
+        copies = {
+            key: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for key, tensor in self.tensors(config).items()
+        }
         plain.load_state_dict(copies, assign=True)
         return plain
 

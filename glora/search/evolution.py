@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
+from torch import Tensor, nn
+
 from glora.config import GLoRAConfig
-from glora.files.container import import_optional
+from glora.files.container import bytes_of, import_optional, plain_tensors
+from glora.model.adapters import adapters
 from glora.model.walk import Model
-from glora.search.choices import complete, layers_of, switch
+from glora.search.choices import Layer, complete, layers_of, switch
 from glora.search.genes import Genes
-from glora.search.result import Result, result_of
+from glora.search.result import Result, Trial, result_of
+from glora.text import quote_names
 
 _Sampler = Literal["nsga2", "random"]
 
@@ -30,7 +35,8 @@ def evolve(
     Every choice is brought under the budget before it is evaluated, and none is evaluated twice
     (Note [Under the budget]). The same arguments on the same storage go on with the same study: after an interruption,
     as if there had been none, or in several processes at once, on one machine or many. A trial that a killed process of
-    this machine left is made again (Note [Abandoned trials]).
+    this machine left is made again (Note [Abandoned trials]). A supernet of other weights has a study of its own; for
+    another task take another storage (Note [One task a study]).
 
     Args:
         model: the model, with a trained supernet.
@@ -50,7 +56,8 @@ def evolve(
 
     Raises:
         ValueError: as `choose`; an argument of the wrong kind; a budget below the smallest choice.
-        RuntimeError: no evaluation gave a number.
+        RuntimeError: no evaluation gave a number; the supernet does not act (another adapter does, or none); scores
+            in the storage that `evaluate` does not give again.
         ImportError: optuna is not installed (the extra `glora[search]`).
 
     Source: GLoRA, arXiv 2306.07967, section 3.3; NSGA-II, doi 10.1109/4235.996017.
@@ -65,6 +72,7 @@ def evolve(
         ('vector', True)
     """
     layers = layers_of(model)
+    _refuse_idle(model, layers)
     genes = Genes(layers, budget)
     if sampler not in get_args(_Sampler) or type(trials) is not int or trials < 1:
         raise ValueError(
@@ -73,16 +81,18 @@ def evolve(
         )
     import_optional("optuna", "search")
     tqdm = import_optional("tqdm", "search").tqdm
-    from glora.search.study import evaluated, make, next_trial, open_study
+    from glora.search.study import evaluated, make, next_trial, open_study, taking_part
 
     def score(configs: Mapping[str, GLoRAConfig]) -> float:
         switch(layers, configs)
         return float(evaluate(model))
 
-    study = open_study(genes, sampler, seed, storage)
+    study = open_study(genes, sampler, seed, storage, _digest(model))
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
     try:
-        with tqdm(total=trials, desc="glora.search", disable=None) as bar:
+        with taking_part(study) as alone, tqdm(total=trials, desc="glora.search", disable=None) as bar:
+            if alone:
+                _check_scores(evaluated(study, genes), lambda targets: score(complete(layers, targets)))
             while (trial := next_trial(study, trials)) is not None and make(study, trial, genes, score):
                 bar.update()
         result = result_of(evaluated(study, genes))
@@ -91,3 +101,49 @@ def evolve(
         raise
     switch(layers, complete(layers, result.targets))
     return result
+
+
+def _digest(model: nn.Module) -> str:
+    """Tells the parameters of two models apart, up to a thousand numbers of each."""
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        if type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta:
+            numbers = parameter.detach().reshape(-1)
+            total.update(bytes_of(plain_tensors({"": numbers[:: max(1, len(numbers) // _MOST)]})[""]))
+    return total.hexdigest()
+
+
+def _refuse_idle(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Raise RuntimeError where the supernet does not act, so that every choice would have one score."""
+    weights, name = adapters(model), next(iter(layers.values())).parts[0].adapter
+    if not weights[name]:
+        acting = quote_names(each for each, weight in weights.items() if weight)
+        raise RuntimeError(
+            f"A search needs a supernet that acts, or all choices have one score; {name!r} does not, and of the "
+            f"model's adapters these do: {acting}. Call glora.activate(model, {name!r}), outside of glora.disabled."
+        )
+
+
+# Note [One task a study]
+# What a storage holds are the scores of one supernet on one task. The weights of the model are part of the study's
+# name. The task is not: `evaluate` is a function, whose name and code say little of its data. So a search that goes on
+# alone with a study evaluates its best choice once more, and the score must be the one that is stored, but for the
+# noise of an accelerator.
+_NOISE = 0.01
+_MOST = 1000  # numbers of a parameter
+
+
+def _check_scores(trials: Sequence[Trial], score: Callable[[Mapping[str, GLoRAConfig]], float]) -> None:
+    """Raise RuntimeError where a stored score is not what the evaluation gives now (Note [One task a study])."""
+    scores = [trial.score for trial in trials if trial.score is not None]
+    if not scores:
+        return
+    best = result_of(trials)
+    found = score(best.targets)
+    allowed = _NOISE * max(abs(best.score), max(scores) - min(scores))
+    if not abs(found - best.score) <= allowed:
+        raise RuntimeError(
+            f"A search goes on with a study of its own task alone; the best choice in the storage has the score "
+            f"{best.score:g} there, and evaluate gives {found:g}. Take another storage= for another task; if evaluate "
+            f"draws at random, let it start from one seed."
+        )

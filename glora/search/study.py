@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import optuna
@@ -38,6 +38,7 @@ class BudgetSampler(BaseSampler):
         self.genes, self.kind, self.seed = genes, kind, seed
         self.space: dict[str, BaseDistribution] = {g: CategoricalDistribution(v) for g, v in genes.values.items()}
         self.known: dict[int, tuple[object, ...]] = {}
+        self.every = genes.every()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         """All genes."""
@@ -49,7 +50,7 @@ class BudgetSampler(BaseSampler):
         """A complete choice.
 
         Raises:
-            TrialPruned: no new one was found.
+            TrialPruned: there is no new one.
         """
         rng = random.Random(f"{self.seed} {trial.number}")
         for other in study.get_trials(deepcopy=False):
@@ -65,7 +66,11 @@ class BudgetSampler(BaseSampler):
             genes = self.genes.fit(inherited, rng)
             if self._key(genes) not in taken:
                 return genes
-        raise optuna.TrialPruned
+        # Few are left, if any: the next one in order. Those before it were taken and stay so.
+        genes = next((genes for genes in self.every if self._key(genes) not in taken), None)
+        if genes is None:
+            raise optuna.TrialPruned
+        return genes
 
     def _key(self, genes: dict[str, Any]) -> tuple[object, ...]:
         return tuple(self.genes.configs(genes).values())
@@ -77,11 +82,11 @@ class BudgetSampler(BaseSampler):
         raise NotImplementedError
 
 
-def open_study(genes: Genes, kind: str, seed: int, storage: object) -> optuna.Study:
-    """The study of this search in the storage, a new one where there is none."""
+def open_study(genes: Genes, kind: str, seed: int, storage: object, model: str = "") -> optuna.Study:
+    """The study of this search in the storage, a new one where there is none; `model` tells supernets apart."""
     # The same name for the same search, however many trials are asked for.
     layers = [(path, layer.space, [part.weight_shape for part in layer.parts]) for path, layer in genes.layers.items()]
-    identity = repr((layers, genes.budget, kind, seed))
+    identity = repr((layers, genes.budget, kind, seed, model))
     arguments: dict[str, Any] = {
         "storage": _storage(storage),
         "sampler": BudgetSampler(genes, kind, seed),
@@ -153,16 +158,31 @@ def make(
     return True
 
 
+@contextlib.contextmanager
+def taking_part(study: optuna.Study) -> Generator[bool]:
+    """Inside the `with` block this process is known to be at work; yields whether no other one is."""
+    others = [who.rpartition(" ") for who, works in study.user_attrs.items() if works]
+    me = f"{socket.gethostname()} {os.getpid()}"
+    before = study.user_attrs.get(me, False)  # a search inside of an evaluation of another
+    study.set_user_attr(me, True)
+    try:
+        yield all(_is_gone(machine, int(number)) for machine, _, number in others)
+    finally:
+        study.set_user_attr(me, before)
+
+
 def _is_abandoned(trial: FrozenTrial) -> bool:
     """Whether nobody makes the trial any more, as far as this machine knows."""
     process = trial.user_attrs.get("process", ["", 0])  # a trial that has only just begun has none
-    if process is None:
-        return True
-    machine, number = process
+    return process is None or _is_gone(*process)
+
+
+def _is_gone(machine: str, process: int) -> bool:
+    """Whether a process has ended; of another machine's it is not known."""
     if machine != socket.gethostname():
         return False
     try:
-        os.kill(number, 0)  # sends nothing: asks whether there is such a process
+        os.kill(process, 0)  # sends nothing: asks whether there is such a process
     except ProcessLookupError:
         return True
     except PermissionError:

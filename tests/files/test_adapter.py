@@ -179,3 +179,50 @@ def test_a_made_file_is_refused_by_what_it_says(name: str, tmp_path: Path) -> No
             glora.load(target, tmp_path)
     assert same(target.state_dict(), before)
     assert type(target[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("call", [glora.save, glora.load])
+def test_exchanged_arguments_are_named(call: Any, tmp_path: Path) -> None:
+    model = glora.apply(nn.Linear(2, 2))
+    for given_ in ((tmp_path / "a", model), (str(tmp_path / "a"), model), (model, None), (model, model), (None, "a")):
+        with pytest.raises(ValueError, match=rf"glora\.{call.__name__} takes a model and then a folder; found a"):
+            call(*given_)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.bin", "a.json", "there"])
+def test_the_name_of_a_file_is_no_folder(name: str, tmp_path: Path) -> None:
+    model = glora.apply(nn.Linear(2, 2))
+    (tmp_path / "there").touch()
+    with pytest.raises(ValueError, match="glora.save writes a folder"):
+        glora.save(model, tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+    for folder in ("step.100", "v1.2", ".hidden"):
+        glora.save(model, tmp_path / folder)
+    (tmp_path / "was.bin").mkdir()
+    glora.save(model, tmp_path / "was.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"), [("user/my-adapter", True), ("/nowhere/a", False), ("a", False), ("a/b/c", False)]
+)
+def test_what_looks_like_a_repository_of_a_hub_is_said_to_be_none(
+    name: str, hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is none at") as caught:
+        glora.load(nn.Linear(2, 2), name)
+    assert ("snapshot_download" in str(caught.value)) is hub
+
+
+@given(st.text(max_size=3), st.sampled_from([torch.float32, torch.int32]), st.permutations([1, 2, 6]), st.data())
+def test_the_sum_tells_equal_bytes_apart_by_key_dtype_and_shape(
+    key: str, dtype: torch.dtype, shape: list[int], data: st.DataObject
+) -> None:
+    tensor = torch.arange(12, dtype=torch.int32).view(dtype).reshape(shape)
+    other_key = data.draw(st.sampled_from([key, key + "."]))
+    other = data.draw(st.sampled_from([tensor, tensor.flatten(), tensor[None], tensor.reshape(*shape[::-1])]))
+    other = other.view(data.draw(st.sampled_from([torch.float32, torch.int32])))
+    same = (other_key, other.dtype, other.shape) == (key, tensor.dtype, tensor.shape)
+    sums = internals.sum_of_contents("", {key: tensor}), internals.sum_of_contents("", {other_key: other})
+    assert (sums[0] == sums[1]) is same

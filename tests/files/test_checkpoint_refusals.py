@@ -62,7 +62,9 @@ def test_what_no_adapter_touches_is_copied_and_the_file_is_as_safetensors_has_it
     raw_file(folder / "model-1.safetensors", raw_tensors(folder / "plain")[0], metadata)
     base = folder / "model.safetensors.index.json"
     said = dict.fromkeys(tensors, "model-0.safetensors") | dict.fromkeys(model.state_dict(), "model-1.safetensors")
-    base.write_text(json.dumps({"metadata": {"total_size": 1, "note": "kept"}, "weight_map": said}))
+    base.write_text(
+        json.dumps({"metadata": {"total_size": 1, "total_parameters": 1, "note": "kept"}, "weight_map": said})
+    )
     if not tensors:
         (folder / "model-0.safetensors").unlink()
     config = glora.GLoRAConfig(init="random", create_bias=True)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import glora
 from glora import interop
+from tests.helpers import internals
 from tests.helpers.calls import only
 from tests.helpers.files import most_bytes_of_a_header, saved, small_model, stored_sum
 
@@ -43,6 +49,64 @@ def test_tensors_without_memory_are_refused_by_name_in_every_format(tmp_path: Pa
     with pytest.raises(ValueError, match="'base_model.model.0.glora_A.Xd' is on the meta device"):
         interop.save_peft(model, tmp_path / "peft")
     assert not list(tmp_path.iterdir())
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> Tensor:
+    """A tensor of any strides, those of sizes of one among them."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    wide = torch.randn([size + draw(st.integers(0, 2)) for size in shape], dtype=draw(st.sampled_from(DTYPES)))
+    return wide[tuple(slice(size) for size in shape)].permute(draw(st.permutations(range(len(shape)))))
+
+
+@given(strided())
+def test_plain_tensors_have_strides_and_bytes_of_their_own(tensor: Tensor) -> None:
+    plain = internals.plain_tensors({"": tensor})[""]
+    assert torch.equal(plain, tensor)
+    assert plain.stride() == torch.empty(tensor.shape).stride()
+    kept = internals.bytes_of(plain)
+    expected = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    del plain
+    assert bytes(kept) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)])
+def test_heads_of_any_strides_are_saved(shape: tuple[int, int], tmp_path: Path) -> None:
+    head = nn.Linear(*shape[::-1], bias=False)
+    head.weight = nn.Parameter(torch.randn(*shape[::-1], 5)[..., 0].T)
+    model = nn.Sequential(nn.Linear(2, shape[1]), head)
+    base = nn.Sequential(nn.Linear(2, shape[1]), nn.Linear(*shape[::-1], bias=False))
+    base.load_state_dict(model.state_dict())
+    glora.save(glora.apply(model, ["0"], trainable=["1"]), tmp_path)
+    assert torch.equal(glora.load(base, tmp_path, strict=True)[1].weight, head.weight)
+
+
+def test_without_numpy_a_save_names_the_extra_and_the_rest_works(tmp_path: Path) -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    glora.save(layer, tmp_path / "a")
+    save_file(glora.base_state_dict(layer), tmp_path / "base.safetensors")
+    torch.save([glora.base_state_dict(layer), layer.weight.detach()], tmp_path / "tensors.pt")
+    script = """
+import sys
+sys.modules["numpy"] = None
+import torch, glora
+from glora.__main__ import main
+folder = sys.argv[1]
+base, W = torch.load(folder + "/tensors.pt")
+layer = torch.nn.Linear(4, 3)
+layer.load_state_dict(base)
+print(torch.equal(glora.load(layer, folder + "/a", strict=True).weight, W))
+print(main(["merge", folder + "/base.safetensors", folder + "/a", folder + "/out.safetensors"]))
+try:
+    glora.save(layer, folder + "/b")
+except ImportError as error:
+    print("'numpy'" in str(error), "glora[files]" in str(error))
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "0", "True", "True"], run.stderr
 
 
 def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:

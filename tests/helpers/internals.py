@@ -15,6 +15,7 @@ from glora.engines import fsdp
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
 from glora.files.checkpoint import merge_checkpoint
+from glora.files.container import bytes_of, plain_tensors
 from glora.kernels import blockwise, row_blocks, select
 from glora.kernels.factored import fused
 from glora.kernels.select import Kernel
@@ -23,6 +24,7 @@ from glora.kernels.terms import Terms, terms_of
 __all__ = [
     "Kernel",
     "Terms",
+    "bytes_of",
     "chosen_kernel",
     "computed_updates",
     "entries_of_a_block",
@@ -35,6 +37,7 @@ __all__ = [
     "kernels_taken",
     "masked_tokens",
     "merge_files",
+    "plain_tensors",
     "sum_of_contents",
     "tensors_read",
     "terms_of",

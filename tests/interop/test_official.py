@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import interop
+from glora.model.state import describe
 from tests.helpers import reference
 from tests.helpers.peers import X
 
@@ -66,3 +67,15 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")
     with pytest.raises(glora.AdapterFileError, match="tensors alone"):
         interop.load_official(model, tmp_path / "pickle.pt", AUTHORS, name="b")
+
+
+def test_the_forms_are_in_the_models_order_and_not_in_that_of_the_names(tmp_path: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(12)])  # "10" comes before "2" by name
+    shapes = {"Ad": (3, 2), "Au": (2, 3), "Bd": (3, 2), "Bu": (2, 3), "Cd": (3, 2), "Cu": (2, 1), "D": (3,), "E": (3,)}
+    tensors = {f"{n}.{name}": torch.randn(shape) for n in range(12) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "a.pt")
+    nothing = dict.fromkeys("ABCDE", "none")
+    chosen = [nothing | {"ABCDE"[n % 5]: "vector", "B": f"LoRA_{1 + n // 10}"} for n in range(12)]
+    interop.load_official(model, tmp_path / "a.pt", chosen)
+    for layer, choice in zip(describe(model).layers.values(), chosen, strict=True):
+        assert layer.config.forms == {p: "lora" if f.startswith("LoRA") else f for p, f in choice.items()}

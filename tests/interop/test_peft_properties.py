@@ -204,3 +204,24 @@ def test_peft_finds_no_adapter_of_its_own_in_a_folder_of_gloras(tmp_path: Path) 
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS]
     with pytest.raises(glora.AdapterFileError, match="load_peft"):
         glora.load(net(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [None, 1, 5])
+def test_factors_of_any_dtype_are_scaled_in_float32_at_least(
+    dtype: torch.dtype, alpha: float | None, tmp_path: Path
+) -> None:
+    config = glora.GLoRAConfig(rank=3, alpha=alpha)
+    model = glora.apply(nn.Sequential(nn.Linear(8, 6)), config=config).to(dtype)
+    with torch.no_grad():
+        for parameter in glora.parameters(model):
+            parameter.normal_()
+    interop.save_peft(model, tmp_path)
+    written, ours = load_file(tmp_path / TENSORS), glora.state_dict(model)
+    for path in "AB":
+        product = (
+            written[f"base_model.model.0.glora_{path}.Xd"].double()
+            @ written[f"base_model.model.0.glora_{path}.Xu"].double()
+        )
+        wanted = ours[f"0.{path}.left"].double() @ ours[f"0.{path}.right"].double() * config.scaling
+        torch.testing.assert_close(product, wanted, rtol=1e-5, atol=1e-5)

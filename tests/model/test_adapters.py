@@ -134,3 +134,16 @@ def test_resetting_is_seen_under_torchs_cache() -> None:
         assert not torch.equal(model.first.bias, bias)
         torch.testing.assert_close(model.head.weight, head - 1.0)
     torch.testing.assert_close(model.head.weight, glora.base_state_dict(model)["head.weight"])
+
+
+def test_an_unknown_adapter_is_named_without_the_quotes_of_a_key_error() -> None:
+    model = glora.apply(nn.Linear(2, 2), name="a")
+    for call in (
+        lambda: glora.activate(model, "x"),
+        lambda: glora.delete(model, "x"),
+        lambda: glora.state_dict(model, "x"),
+        lambda: glora.route(model, ["x"]).__enter__(),
+    ):
+        with pytest.raises(KeyError) as caught:
+            call()
+        assert str(caught.value).startswith("'x' is not an adapter of the model, which has 'a'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import glora
@@ -117,3 +120,12 @@ def test_strided_nested_tensors_go_through_as_through_a_plain_layer(config: glor
     found = layer(torch.nested.nested_tensor(parts))
     for y, part in zip(found.unbind(), parts, strict=True):
         torch.testing.assert_close(y, layer(part))
+
+
+@given(rank=st.integers(1, 70), out=st.integers(1, 66), inputs=st.integers(1, 66))
+def test_a_rank_above_both_sizes_of_a_layer_warns(rank: int, out: int, inputs: int) -> None:
+    model = nn.Sequential(nn.Linear(inputs, out), nn.Linear(out, 80))
+    wide = rank > max(8, out, inputs)
+    with pytest.warns(UserWarning, match=r"needs a rank below.*\(0\)") if wide else contextlib.nullcontext():
+        glora.apply(model, config=glora.GLoRAConfig.lora(rank=rank))
+    glora.apply(nn.Linear(2, 2), config=glora.GLoRAConfig.ssf(rank=rank))  # no product, no rank

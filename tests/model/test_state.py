@@ -255,3 +255,11 @@ def test_a_layer_that_torch_has_merged_gives_what_it_holds() -> None:
     merged = model.first.weight.detach().clone()
     parametrize.remove_parametrizations(model.first, "weight")
     assert same(glora.base_state_dict(model), plain | {"first.weight": merged})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_strict_false_is_advised_only_where_it_helps(strict: bool) -> None:
+    layer = glora.apply(nn.Linear(4, 5))
+    with pytest.raises(ValueError, match="Attach with the config that it was saved under") as caught:
+        glora.load_state_dict(layer, {**glora.state_dict(layer), "E.value": torch.ones(6)}, strict=strict)
+    assert ("strict=False" in str(caught.value)) is strict

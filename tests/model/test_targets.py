@@ -213,3 +213,16 @@ def test_trainable_refuses_what_it_cannot_train() -> None:
     refused(model, r"trainable= .*outside it", trainable=[model.head, nn.Linear(4, 10)])
     refused(model, r"trainable=", trainable=3)
     refused(model, r"trainable=", trainable=[3])
+
+
+# What is misspelt.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("q_porj", "q_proj"), ("qproj", "q_proj"), ("layers.0.q_prjo", r"layers\.0\.q_proj"), ("haed", "head")],
+)
+def test_the_nearest_paths_are_named_first(wrong: str, near: str) -> None:
+    for targets in ([wrong], wrong):
+        refused(Net(), rf"{re.escape(wrong)!s}.* There are: \S*{near}", targets)
+    refused(Net(), "There are: layers.0.q_proj, .*head", ["zzzz"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from torch import nn
 
 import glora
+from glora import GLoRAConfig
 from glora.search import Result, Space, choose, evolve, extract
+from glora.search.choices import layers_of
+from glora.search.genes import Genes
 from tests.helpers.planted import BEST, BUDGET, X, build, history, planted, search
 from tests.helpers.search import supernet
 
@@ -47,6 +51,35 @@ def test_no_evaluation_is_over_the_budget_or_repeated(sampler: str, budget: int)
     for trial in result.trials[::7]:
         left = sum(p.numel() for p in glora.parameters(extract(build(), trial.targets))) if trial.targets else 0
         assert trial.parameters == left
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("budget", [None, 12])
+@pytest.mark.parametrize("stop", [None, -1])
+def test_all_of_a_small_space_is_evaluated_however_it_is_cut(
+    sampler: str, budget: int | None, stop: int | None, tmp_path: Path
+) -> None:
+    space = Space(A=["vector", "none"], B=["lora", "vector", "none"], C=["none"], D=["none"], ranks=[1, 2])
+    model = supernet(nn.Linear(4, 3), space)
+    every = list(Genes(layers_of(model), budget).every())
+    wanted, calls = {repr(Genes(layers_of(model), budget).configs(genes)) for genes in every}, 0
+
+    def evaluate(net: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if stop is not None and calls == len(every):  # in the last one of all
+            raise KeyboardInterrupt
+        return float(net.weight.sum())
+
+    arguments: dict[str, Any] = {"budget": budget, "trials": 10_000, "sampler": sampler, "storage": tmp_path / "a.db"}
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            evolve(model, evaluate, **arguments)
+        stop = None
+    result = evolve(model, evaluate, **arguments)
+    path = {"": GLoRAConfig(A="none", B="none", C="none", D="none", E="none", rank=1)}
+    assert {repr(path | dict(trial.targets)) for trial in result.trials} == wanted
+    assert len(result.trials) == len(wanted) > 10
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -106,6 +139,24 @@ def test_when_all_fail_it_says_why_and_leaves_the_choice() -> None:
     with pytest.raises(RuntimeError, match="of 3 none did: ZeroDivisionError"):
         evolve(model, lambda _: 1 / 0, budget=BUDGET, trials=3)
     assert torch.equal(model(X), y)
+
+
+def test_a_supernet_that_does_not_act_is_not_searched() -> None:
+    idle = [
+        lambda net: glora.apply(net, ["0"], GLoRAConfig.lora(rank=1), name="b"),
+        lambda net: glora.activate(net, {}),
+        lambda net: glora.activate(glora.apply(net, ["2"], name="b"), {"default": 0, "b": 1}),
+    ]
+    for change in idle:
+        net = build()
+        change(net)
+        with pytest.raises(RuntimeError, match=r"needs a supernet that acts.*'default' does not.*glora\.activate"):
+            search(net, lambda _: 0.0, budget=BUDGET, trials=2)
+    net = build()
+    with glora.disabled(net), pytest.raises(RuntimeError, match=r"outside of glora\.disabled"):
+        search(net, lambda _: 0.0, budget=BUDGET, trials=2)
+    glora.activate(net, {"default": 0.5})
+    assert len(search(net, lambda net: float(net(X).sum()), budget=BUDGET, trials=2).trials) == 2
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def test_outputs_parameters_and_shapes(space: Space, seed: int, bias: bool) -> N
     shapes = {key: tensor.shape for key, tensor in glora.state_dict(ordinary).items()}
     assert {key: tensor.shape for key, tensor in glora.state_dict(model).items()} == shapes
     assert [type(m) for m in model.modules()] == [type(m) for m in ordinary.modules()]
+    strides = {key: tensor.stride() for key, tensor in glora.state_dict(ordinary).items()}
+    assert {key: tensor.stride() for key, tensor in glora.state_dict(model).items()} == strides
 
 
 @given(space=spaces(), seed=st.integers(0, 2**16), transposed=st.booleans(), bias=st.booleans())

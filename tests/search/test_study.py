@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
 from torch import nn
 
+import glora
+from glora.search import evolve
 from glora.search.choices import layers_of
 from glora.search.genes import Genes
 from glora.search.study import next_trial, open_study
-from tests.helpers.planted import BUDGET, build, history, planted, search
+from tests.helpers.planted import BUDGET, X, build, history, planted, search
 
 
 @pytest.mark.parametrize("file", ["study.db", "study.journal"])
@@ -40,12 +45,17 @@ def test_interrupted_and_resumed_it_is_the_same_study(file: str, tmp_path: Path)
 
 
 SCRIPT = """
-import os, signal, sys, torch
+import glob, os, pathlib, signal, sys, time, torch
 sys.path[:0] = [sys.argv[1]]
 from tests.helpers.planted import BUDGET, build, planted, search
 torch.set_num_threads(1)
 model, calls = build(), 0
 evaluate = planted(model)
+pathlib.Path(f"{sys.argv[2]}.{os.getpid()}.ready").touch()
+for _ in range(600):  # until as many are ready as begin together
+    if len(glob.glob(f"{sys.argv[2]}.*.ready")) >= int(sys.argv[4]):
+        break
+    time.sleep(0.1)
 def counted(net):
     global calls
     calls += 1
@@ -57,10 +67,10 @@ print(calls)
 """
 
 
-def process(storage: Path, kill_at: int) -> subprocess.Popen[str]:
+def process(storage: Path, kill_at: int, together: int = 1) -> subprocess.Popen[str]:
     root = str(Path(__file__).parents[2])
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, root, str(storage), str(kill_at)],
+        [sys.executable, "-c", SCRIPT, root, str(storage), str(kill_at), str(together)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -79,7 +89,7 @@ def test_killed_and_resumed_it_is_the_same_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["study.db", "study.journal"])
 def test_two_processes_share_a_study_and_repeat_nothing(file: str, tmp_path: Path) -> None:
-    both = [process(tmp_path / file, kill_at=0) for _ in range(2)]
+    both = [process(tmp_path / file, kill_at=0, together=2) for _ in range(2)]
     outputs = [one.communicate() for one in both]
     assert [one.returncode for one in both] == [0, 0], outputs
     calls = [int(output) for output, _ in outputs]
@@ -137,3 +147,49 @@ def test_interrupted_in_memory_it_goes_on_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         search(model, interrupted, budget=BUDGET, trials=6, storage=storage)
     assert history(search(budget=BUDGET, trials=6, storage=storage)) == history(search(budget=BUDGET, trials=6))
+
+
+@pytest.mark.parametrize("storage", ["study.db", "study.journal", None])
+def test_scores_of_another_task_are_refused(storage: str | None, tmp_path: Path) -> None:
+    kept = InMemoryStorage() if storage is None else tmp_path / storage
+    first = search(budget=BUDGET, trials=9, storage=kept)
+    model, calls = build().eval(), 0
+
+    def another(net: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        return 1.0 + float(net(X).sum()) ** 2
+
+    for trials in (9, 20):  # nothing is left to evaluate, and something is
+        before = model(X)
+        with pytest.raises(RuntimeError, match="study of its own task alone.*Take another storage="):
+            search(model, another, budget=BUDGET, trials=trials, storage=kept)
+        assert torch.equal(model(X), before)
+    assert calls == 2
+    assert history(search(budget=BUDGET, trials=12, storage=kept))[:9] == history(first)
+
+
+@given(noise=st.floats(-5e-3, 5e-3), scale=st.sampled_from([1e-3, 1.0, 1e4]))
+def test_an_accelerators_noise_is_no_other_task(noise: float, scale: float) -> None:
+    storage, model = InMemoryStorage(), build()
+    score = planted(model)
+    evolve(model, lambda net: scale * score(net), budget=BUDGET, trials=4, storage=storage)
+    result = evolve(model, lambda net: scale * score(net) * (1 + noise), budget=BUDGET, trials=5, storage=storage)
+    assert len(result.trials) == 5
+
+
+def test_a_supernet_trained_on_and_another_base_have_studies_of_their_own(tmp_path: Path) -> None:
+    file, calls = tmp_path / "study.db", [0]
+
+    def evaluate(net: nn.Module) -> float:
+        calls[-1] += 1
+        return float(net(X).sum())
+
+    for change in (lambda _: None, lambda net: next(glora.parameters(net)), lambda net: net[4].bias):
+        model = build()
+        with torch.no_grad():
+            if (parameter := change(model)) is not None:
+                parameter.view(-1)[-1] += 1e-4
+        calls.append(0)
+        search(model, evaluate, budget=BUDGET, trials=3, storage=file)
+        assert calls[-1] == 3
