@@ -37,10 +37,11 @@ def read_attribute(module: nn.Module, parametrizations: Parametrizations, name: 
     def compute() -> Tensor | None:
         return tensor_of(module, parametrizations, name, adapter_weights_of(module, parametrizations))
 
-    if isinstance(parametrizations[name]._modules["0"], Head):
+    is_head = isinstance(parametrizations[name]._modules["0"], Head)
+    if is_head and name in module._buffers:  # which the module may bind anew
         return compute()
     value = cached_in_call(module, name, compute)
-    if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not is_head and value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _attach_frozen_weight(module, name, value)
     return value
 

@@ -60,7 +60,8 @@ def restore(module: nn.Module) -> None:
             like = floating if like is None else like
             original = parametrization.original
             if like is not None and (like.device, like.dtype) != (original.device, original.dtype):
-                parametrization.to(like.device, like.dtype)
+                # Where the dtype has not changed, float32 factors on a half-precision base keep theirs.
+                parametrization.to(like.device, None if like.dtype == original.dtype else like.dtype)
         stash.parametrizations.train(module.training)
         module._modules["parametrizations"] = stash.parametrizations
     module.__class__ = stash.adapted_class

@@ -15,6 +15,7 @@ from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, ada
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.walk import Model, Owner, adapted_owners
+from glora.precision import wide
 from glora.spec import join
 from glora.text import quote_names
 from glora.undo import undone
@@ -107,7 +108,7 @@ def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
                 )
             copies = [cast("HeadCopy | SharedCopy | None", parts.get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
-            if not all(torch.equal(first, other) for other in others):
+            if not all(torch.equal(wide(first), wide(other)) for other in others):
                 raise ValueError(
                     f"Heads do not add up: adapters that act together must have equal ones, and {key!r} differs "
                     f"between {quote_names(active)}. Activate one of them, or combine adapters without a trainable= "

@@ -146,6 +146,8 @@ def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            return f"its {name} is {tensor.dtype}, in which nothing trains; train a float copy of it (`.float()`)."
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
     return None

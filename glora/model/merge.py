@@ -225,15 +225,16 @@ def _check_mergeable(walk: list[Owner], *, if_quantised: str | None) -> None:
         if owner.module in stashed:
             continue
         for name, store in owner.stores.items():
-            if isinstance(store, Head) or not store.is_active():
+            is_head = isinstance(store, Head)
+            if not store.is_active() or (is_head and not store.is_rounded(owner.tensors[name])):
                 continue
-            if if_quantised is not None and is_quantised(owner.tensors[name]):
+            if not is_head and if_quantised is not None and is_quantised(owner.tensors[name]):
                 raise ValueError(
                     f"W' of a quantised W0 has no quantised form; `{name}` of {owner.place!r} is quantised "
                     f"({type(owner.tensors[name]).__name__}), and an adapter acts on it. Nothing was merged. "
                     f"{if_quantised}"
                 )
-            if (id(owner.module), name) in ties:
+            if not is_head and (id(owner.module), name) in ties:
                 raise ValueError(
                     f"A merge must change adapted layers alone; `{name}` of {owner.place!r} is tied to "
                     f"{ties[id(owner.module), name]}, which would change with it. Nothing was merged. Untie them "

@@ -141,6 +141,11 @@ def test_a_parametrized_or_lazy_head_is_refused() -> None:
 DROPOUT = GLoRAConfig(rank_dropout=0.5)
 
 
+def test_a_head_in_a_dtype_in_which_nothing_trains_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).to(torch.float8_e4m3fn))
+    refused(model, "'1' is not: its weight is torch.float8_e4m3fn, .*float copy", ["0"], trainable=["1"])
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_a_recurrent_layer_is_no_head(kind: Any) -> None:
     model = nn.ModuleDict({"linear": nn.Linear(4, 4), "rnn": kind(4, 4)})
