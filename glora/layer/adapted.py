@@ -16,6 +16,7 @@ from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import live_parametrizations
+from glora.layer.recurrent import flat_weights, follow_tensors
 from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
 
 # Note [One class per base class]
@@ -99,6 +100,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                 )
             super().register_parameter(name, param)
             freeze_prompts(self, name, param)
+            follow_tensors(self)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             adopt_plain_keys(self, state_dict, prefix)
@@ -116,6 +118,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             return replica
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
+
+    if issubclass(base, nn.RNNBase):  # Note [Flat weights]
+        type.__setattr__(Parametrized, "_flat_weights", property(flat_weights, lambda *_: None))
+        Parametrized._init_flat_weights = follow_tensors  # pyright: ignore[reportAttributeAccessIssue]
 
     if has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR

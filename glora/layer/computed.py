@@ -64,7 +64,10 @@ def tensor_of(
     dropout: bool = False,
 ) -> Tensor | None:
     """A tensor of an adapted module: the plain one where one is in its place, else the computed one."""
-    plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
+    if name in module._parameters:
+        plain = module._parameters[name]
+    else:  # a buffer; or an attribute that a hook sets, as pruning and the older weight_norm do
+        plain = module._buffers.get(name, vars(module).get(name))
     if plain is not None or name not in parametrizations:
         return plain
     parametrization = parametrizations[name]

@@ -18,7 +18,7 @@ from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site
 from glora.spec import join
 from glora.tensors import is_quantised, is_sharded, is_tensor_parallel, rows, storage_of
-from glora.torch_internals import is_traceable_wrapper_subclass, memory_of
+from glora.torch_internals import is_traceable_wrapper_subclass, memory_of, tree_leaves
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
@@ -64,6 +64,9 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
                 return f"its {name} is quantised (a {type(tensor).__name__}), and {reason}"
         elif is_traceable_wrapper_subclass(tensor) and not is_tensor_parallel(layer, tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
+    reason = _kept_elsewhere(owner)
+    if reason is not None:
+        return reason
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
         return f"its {matrix.weight} is empty, {shape}; exclude it."
@@ -135,8 +138,9 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
 
 def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
     module = owner.module
-    if isinstance(module, nn.RNNBase):
-        return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
+    reason = _kept_elsewhere(owner)
+    if reason is not None:
+        return reason
     if _is_foreign(owner, type(None)) or any(not isinstance(s, Head) for s in owner.stores.values()):
         return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
     for name, tensor in owner.tensors.items():
@@ -150,6 +154,21 @@ def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
             return f"its {name} is {tensor.dtype}, in which nothing trains; train a float copy of it (`.float()`)."
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
+    return None
+
+
+def _kept_elsewhere(owner: Owner) -> str | None:
+    """Why a module's own tensors cannot be computed: it has them in a plain attribute too, and would read that."""
+    own = {id(tensor): name for name, tensor in owner.tensors.items()}
+    known = ("_parameters", "_buffers", "_flat_weights")  # the last: Note [Flat weights]
+    for attribute, value in vars(owner.module).items():
+        if isinstance(value, Tensor) or (attribute not in known and isinstance(value, (list, tuple, dict)) and value):
+            kept = next((own[id(leaf)] for leaf in tree_leaves(value) if id(leaf) in own), None)
+            if kept is not None:
+                return (
+                    f"it has its {kept} in its attribute `{attribute}` too, which would go on as the base model's; let "
+                    f"it read {kept} by its name, or leave it as it is."
+                )
     return None
 
 
