@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import live_parametrizations
 from glora.layer.recurrent import flat_weights, follow_tensors
 from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
+from glora.precision import DTYPES
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property for each tensor. Two things
@@ -101,6 +103,19 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             super().register_parameter(name, param)
             freeze_prompts(self, name, param)
             follow_tensors(self)
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            def checked(tensor: Tensor) -> Tensor:
+                moved = fn(tensor)
+                if moved.is_floating_point() and moved.dtype not in DTYPES:
+                    raise RuntimeError(
+                        f"Adapted modules hold numbers in float64, float32, bfloat16 or float16, and this "
+                        f"{type(self).__name__} was to be cast to {moved.dtype} with its adapters (layerwise casting "
+                        f"does that). Cast what has no adapter, or after glora.merge(model)."
+                    )
+                return moved
+
+            return super()._apply(checked, recurse)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             adopt_plain_keys(self, state_dict, prefix)

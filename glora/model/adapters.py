@@ -14,7 +14,8 @@ from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
-from glora.model.walk import Model, Owner, adapted_owners
+from glora.model.replaced import warn_of_replaced
+from glora.model.walk import Model, Owner, adapted_owners, owners
 from glora.precision import wide
 from glora.spec import join
 from glora.text import quote_names
@@ -158,7 +159,9 @@ def disabled(model: Model) -> Generator[Model]:
         True
     """
     refuse_while_merged(model)
-    walk = adapted_owners(model)
+    everything = owners(model)
+    warn_of_replaced(everything)
+    walk = [owner for owner in everything if owner.stores]
     before = {owner.acting: owner.acting.adapter_weights for owner in walk}
 
     def act_again() -> None:

@@ -19,9 +19,11 @@ from glora.layer.registration import register
 from glora.model import flags
 from glora.model.adapters import set_adapter_weights
 from glora.model.change import change
+from glora.model.guards import guard, refuse_bypassed
 from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads
 from glora.model.plan import plan_spec, plan_targets
 from glora.model.records import Plan, PlannedLayer
+from glora.model.replaced import remember
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.walk import Model, Owner
 from glora.spec import AdapterSpec, join, report_other_base
@@ -157,6 +159,7 @@ def attach(
         trainable: whether its tensors ask for gradients.
         build: makes a layer's paths on one of its tensors, from their names and the layer's frozen weight.
     """
+    refuse_bypassed(walk, planned)
     parts = _build(planned, values, build)
     # The registry of classes is weak: this list holds them until a module uses them.
     classes = [adapted_class(part.owner.module) for part in parts]
@@ -169,6 +172,8 @@ def attach(
         _register(part, planned.name)
     set_adapter_weights(walk, {planned.name: 1.0})
     guard_save_pretrained(walk)
+    guard(walk)
+    remember(walk, [part.owner for part in parts])
     del classes
 
 

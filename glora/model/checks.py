@@ -16,6 +16,7 @@ from glora.matrices import has_linear_forward
 from glora.model.huggingface import is_offloaded
 from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site
+from glora.precision import DTYPES
 from glora.spec import join
 from glora.tensors import is_quantised, is_sharded, is_tensor_parallel, rows, storage_of
 from glora.torch_internals import is_traceable_wrapper_subclass, memory_of, tree_leaves
@@ -25,7 +26,6 @@ Ties: TypeAlias = dict[tuple[int, str], str]
 
 # What torchao's tensors call what they do to their inputs.
 _ON_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | None:
@@ -53,7 +53,7 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             return f"its {name} is lazy; run one batch through the model first."
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
-        if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
+        if name in (matrix.weight, matrix.bias) and tensor.dtype not in DTYPES:
             return (
                 f"its {name} is {tensor.dtype}, which says nothing of scales (or is complex); quantise with torchao, "
                 f"whose tensors know theirs, or adapt a float copy of the layer."
@@ -150,7 +150,7 @@ def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
-        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"its {name} is {tensor.dtype}, in which nothing trains; train a float copy of it (`.float()`)."
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."

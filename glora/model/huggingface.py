@@ -117,6 +117,21 @@ def output_embeddings(walk: Iterable[Owner]) -> set[int]:
     return outputs
 
 
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """What the models in the tree call their input and output embeddings."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            getter = getattr(module, name, None)
+            if callable(getter):
+                try:
+                    embedding = getter()
+                except (AttributeError, NotImplementedError):  # a base class's stub: this model has none
+                    continue
+                found += [embedding] if isinstance(embedding, nn.Module) else []
+    return found
+
+
 # Note [Exports]
 # transformers' `save_pretrained` writes `model.state_dict()`, whose keys are torch's `parametrizations.` where adapters
 # are; `from_pretrained` knows none of them, and starts each adapted weight afresh with no error. Nothing that it calls
