@@ -27,23 +27,23 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
+    "all": 5981,
+    "ground": 766,
     "kernels": 528,
-    "layer": 877,
-    "model": 1640,
+    "layer": 925,
+    "model": 1871,
     "engines": 211,
-    "files": 504,
+    "files": 506,
     "interop": 510,
     "integrations": 101,
     "search": 563,
 }
 FILES = {
-    "all": 77,
+    "all": 80,
     "ground": 13,
     "kernels": 8,
-    "layer": 11,
-    "model": 15,
+    "layer": 12,
+    "model": 17,
     "engines": 4,
     "files": 4,
     "interop": 8,
@@ -54,10 +54,10 @@ IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (22, 212, 481),
-    "load": (25, 252, 813),
+    "apply": (25, 234, 523),
+    "load": (28, 270, 846),
     "route": (19, 327, 564),
-    "merge": (19, 341, 619),
+    "merge": (22, 348, 633),
 }
 
 ROOT = Path(glora.__file__).parent

@@ -115,7 +115,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                     )
                 return moved
 
-            return super()._apply(checked, recurse)
+            return cast("Any", super())._apply(checked, recurse)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             adopt_plain_keys(self, state_dict, prefix)
@@ -135,7 +135,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
 
     if issubclass(base, nn.RNNBase):  # Note [Flat weights]
-        type.__setattr__(Parametrized, "_flat_weights", property(flat_weights, lambda *_: None))
+        type.__setattr__(Parametrized, "_flat_weights", property(flat_weights, _ignore))
         Parametrized._init_flat_weights = follow_tensors  # pyright: ignore[reportAttributeAccessIssue]
 
     if has_linear_forward(base):
@@ -155,6 +155,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     Parametrized.__doc__ = base.__doc__
     Parametrized.__module__ = base.__module__
     return Parametrized
+
+
+def _ignore(*_: object) -> None:
+    """What torch would set is computed."""
 
 
 def _assign(module: nn.Module, name: str, value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +41,7 @@ class Guard:
                 f"the adapter and glora.remove it first; a head of another size starts anew), or after glora.merge."
             )
         before = embeddings(self.module)
-        result = cast("Any", getattr(type(self.module), self.method))(self.module, *args, **kwargs)
+        result = getattr(type(self.module), self.method)(self.module, *args, **kwargs)
         after = embeddings(self.module)
         for old, new in zip(before, after, strict=False):
             if new is not old and "_glora_flags" in vars(old):  # Note [Flags]: frozen as what it replaces

@@ -125,8 +125,8 @@ def _with_new_words(walk: list[Owner]) -> set[int]:
         if not source or not hasattr(type(owner.module), "resize_token_embeddings"):
             continue
         try:
-            saved = type(config).from_pretrained(source, local_files_only=True)
-            size = saved.get_text_config().vocab_size
+            saved: Any = cast("Any", type(config)).from_pretrained(source, local_files_only=True)
+            size: int = saved.get_text_config().vocab_size
         except Exception:  # not on this machine, or not such a config
             continue
         for embedding in embeddings(owner.module):

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from glora.config import FORMS, GLoRAConfig
 from glora.fingerprint import Fingerprint, end_of, fingerprint
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import Bias, Paths, own_tensors, stashed, stores_of
+from glora.layer.parametrization import Bias, Paths, own_tensors, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.change import change, walk_to_read
 from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
@@ -123,7 +123,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
             created = isinstance(stores[parts[1]], Bias) and cast("Bias", stores[parts[1]]).created
             if parts[2:] == ["original"] and not created:
                 base[join(path, parts[1])] = value
-        elif owner in stashed and rest in stores:
+        elif rest in stores:  # inside glora.merged: a live adapter's tensor has no plain key
             if not isinstance(stores[rest], Bias) or not cast("Bias", stores[rest]).created:
                 base[join(path, rest)] = own_tensors(owner)[rest].detach()
         elif not isinstance(owner, AveragedModel):  # skip its `n_averaged`
