@@ -27,11 +27,11 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5981,
+    "all": 5984,
     "ground": 766,
     "kernels": 528,
-    "layer": 925,
-    "model": 1871,
+    "layer": 927,
+    "model": 1872,
     "engines": 211,
     "files": 506,
     "interop": 510,
