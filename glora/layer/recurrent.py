@@ -23,7 +23,7 @@ def flat_weights(module: nn.Module) -> list[Tensor | None]:
 def follow_tensors(module: nn.Module) -> None:
     """Let a recurrent module's own list hold the tensors that are plain now; other modules have none."""
     if isinstance(module, nn.RNNBase):
-        names: list[str] = module._flat_weights_names
+        names: list[str] = vars(module)["_flat_weights_names"]
         plain = [module._parameters.get(name) for name in names]
         vars(module)["_flat_weights"] = plain
         vars(module)["_flat_weight_refs"] = [None if tensor is None else weakref.ref(tensor) for tensor in plain]
