@@ -66,6 +66,19 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
     return tuple(numbers) if all(map(math.isfinite, numbers)) else None
 
 
+_ROWS = 32
+
+
+def end_of(tensor: Tensor) -> Tensor:
+    """The last rows of a tensor: enough to tell whether it is random, and where an embedding's new words are.
+
+    The frozen parameters that an adapter does not change are known by their ends, since they may be most of a model. A
+    head that was new then, or words that were added, are in no checkpoint, and other numbers in every process.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim > 1 and tensor.numel() > 0
+    return tensor.detach().reshape(-1, tensor.shape[-1])[-_ROWS:] if plain else tensor
+
+
 def agrees(tensor: Tensor, known: Sequence[float]) -> bool:
     """Whether a tensor has this fingerprint, up to rounding to half precision; a tensor without one has any."""
     numbers = fingerprint(tensor)

@@ -14,6 +14,10 @@ from torch import Tensor
 # of it. Elementwise operations need no such care: autocast leaves them alone.
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What adapted modules may be held in; the rest (8 bits) says nothing of its scales."""
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which updates from these tensors are computed: the widest of theirs, float32 at least."""
     dtype = torch.float32

@@ -99,7 +99,8 @@ class AdapterSpec:
 
     Attributes:
         ties: key of a tensor to the key of the head's tensor that it is tied to, and reads (Note [Tied heads]).
-        base: key to fingerprint of the frozen tensors that it was trained beside; none where the source does not say.
+        base: key to fingerprint of the frozen tensors that it changes; none where the source does not say.
+        outside: key to fingerprint of the end of each other frozen parameter, a new head's above all; likewise.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -107,6 +108,7 @@ class AdapterSpec:
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     base: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
+    outside: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""

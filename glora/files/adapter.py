@@ -46,7 +46,7 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 # safetensors), "glora" (the description, JSON) and "sha256", of the description and of each tensor's name, dtype, shape
 # and bytes. Reading checks the container (safetensors), then the sum, then every field of the description, then that
 # the tensors are those which the description asks for, and only then the model. Older files of this format have no
-# "base" (fingerprints of frozen tensors) and no "ties" (Note [Tied heads]).
+# "base" and no "outside" (fingerprints of frozen tensors), and no "ties" (Note [Tied heads]).
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
@@ -115,9 +115,10 @@ def load(
         name: the adapter's name in the model.
         trainable: whether its tensors ask for gradients; False for inference.
         strict: whether a base other than the one that the adapter was trained on is an error, or a warning. The file
-            has a fingerprint of each frozen tensor of the adapted layers, which rounding to half precision does not
-            change, nor a difference of less than 1 to 2% of the tensor's norm; layers on the meta device, or sharded,
-            are not compared.
+            has a fingerprint of each frozen tensor of the adapted layers, and of the last rows of every other parameter
+            (a head that was new, words that were added), which rounding to half precision does not change, nor a
+            difference of less than 1 to 2% of the tensor's norm; what is on the meta device, or sharded, is not
+            compared.
 
     Returns:
         The model.
@@ -223,6 +224,7 @@ def to_json(adapter: AdapterSpec) -> dict[str, Any]:
     heads = {path: sorted(names) for path, names in adapter.heads.items()}
     fields = {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
     optional = {"base": {key: list(known) for key, known in adapter.base.items()}, "ties": dict(adapter.ties)}
+    optional |= {"outside": {key: list(known) for key, known in adapter.outside.items()}}
     return fields | {key: value for key, value in optional.items() if value}
 
 
@@ -243,10 +245,11 @@ def parse(file: object, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         layers = {path: _parse_layer(fields) for path, fields in by_path.items()}
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
         base = parse_fingerprints(raw.get("base", {}))
+        outside = parse_fingerprints(raw.get("outside", {}))
         ties = {str(key): str(owner) for key, owner in cast("dict[str, Any]", raw.get("ties", {})).items()}
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
-    adapter = AdapterSpec(layers, heads, tensors, ties, base)
+    adapter = AdapterSpec(layers, heads, tensors, ties, base, outside)
     problems = list(mismatches(tensors, adapter.wanted()))
     if problems:
         raise AdapterFileError(f"The tensors of {file} are not those of its description: {format_problems(problems)}.")

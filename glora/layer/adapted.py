@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys, refuse_kept_apart
 from glora.layer.parametrization import Bias, live_parametrizations
+from glora.layer.recurrent import flat_weights, follow_tensors
 from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
+from glora.precision import DTYPES
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property for each tensor. Two things
@@ -108,6 +111,20 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                 _refuse_split(self, tensor, name)
             super().register_parameter(name, param)
             freeze_prompts(self, name, param)
+            follow_tensors(self)
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            def checked(tensor: Tensor) -> Tensor:
+                moved = fn(tensor)
+                if moved.is_floating_point() and moved.dtype not in DTYPES:
+                    raise RuntimeError(
+                        f"Adapted modules hold numbers in float64, float32, bfloat16 or float16, and this "
+                        f"{type(self).__name__} was to be cast to {moved.dtype} with its adapters (layerwise casting "
+                        f"does that). Cast what has no adapter, or after glora.merge(model)."
+                    )
+                return moved
+
+            return cast("Any", super())._apply(checked, recurse)
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
             refuse_kept_apart(named["local_metadata"] if "local_metadata" in named else rest[0])
@@ -126,6 +143,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             return replica
 
         Parametrized.__deepcopy__ = deepcopy  # pyright: ignore[reportAttributeAccessIssue]
+
+    if issubclass(base, nn.RNNBase):  # Note [Flat weights]
+        type.__setattr__(Parametrized, "_flat_weights", property(flat_weights, _ignore))
+        Parametrized._init_flat_weights = follow_tensors  # pyright: ignore[reportAttributeAccessIssue]
 
     if has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
@@ -161,6 +182,10 @@ def _refuse_split(module: nn.Module, tensor: str, name: str) -> None:
         f"place (as pruning and the older weight_norm do). Call that before glora.apply where it leaves a parameter, "
         f"or after glora.merge(model); torch.nn.utils.parametrizations go on top of adapters."
     )
+
+
+def _ignore(*_: object) -> None:
+    """What torch would set is computed."""
 
 
 def _assign(module: nn.Module, name: str, value: object) -> None:

@@ -38,10 +38,11 @@ def read_attribute(module: nn.Module, parametrizations: Parametrizations, name: 
     def compute() -> Tensor | None:
         return tensor_of(module, parametrizations, name, adapter_weights_of(module, parametrizations))
 
-    if isinstance(parametrizations[name]._modules["0"], Head):
+    is_head = isinstance(parametrizations[name]._modules["0"], Head)
+    if is_head and name in module._buffers:  # which the module may bind anew
         return compute()
     value = cached_in_call(module, name, compute)
-    if value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not is_head and value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _attach_frozen_weight(module, name, value)
     return value
 
@@ -70,7 +71,10 @@ def tensor_of(
     dropout: bool = False,
 ) -> Tensor | None:
     """A tensor of an adapted module: the plain one where one is in its place, else the computed one."""
-    plain = module._parameters[name] if name in module._parameters else module._buffers.get(name)
+    if name in module._parameters:
+        plain = module._parameters[name]
+    else:  # a buffer; or an attribute that a hook sets, as pruning and the older weight_norm do
+        plain = module._buffers.get(name, vars(module).get(name))
     if plain is not None or name not in parametrizations:
         return plain
     parametrization = parametrizations[name]

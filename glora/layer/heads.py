@@ -8,10 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer.parametrization import AdapterWeights, Store
+from glora.precision import as_dtype, is_half
+
+# Note [Heads in half precision]
+# A step of a usual learning rate is smaller than the spacing of bfloat16's numbers, and rounds to nothing; float16 has
+# gradients that `GradScaler` refuses. So an adapter's copy of a half-precision parameter is float32, as its factors
+# are, and so are its gradients, its optimizer's state and its file. The module reads it rounded to the base's dtype
+# (autograd takes the gradient back), and computes what it always did. Buffers are copied as they are: modules write
+# into them.
 
 
 class HeadCopy(nn.Module):
-    """One adapter's own copy of a parameter or buffer."""
+    """One adapter's own copy of a parameter (Note [Heads in half precision]) or buffer."""
 
     value: Tensor
 
@@ -19,9 +27,14 @@ class HeadCopy(nn.Module):
         super().__init__()
         copy = original.detach().clone()
         if isinstance(original, nn.Parameter):
+            copy = copy.float() if is_half(copy.dtype) else copy
             self.value = nn.Parameter(copy, requires_grad=copy.is_floating_point() or copy.is_complex())
         else:
             self.register_buffer("value", copy)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """What the module reads: a parameter in the base's dtype, the copy itself where it has it."""
+        return as_dtype(self.value, dtype) if "value" in self._parameters else self.value
 
     @torch.no_grad()
     def reset_parameters(self, original: Tensor) -> None:
@@ -43,6 +56,10 @@ class SharedCopy(nn.Module):
         """The head's copy itself."""
         return self.source.value
 
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """What the module reads."""
+        return self.source.read(dtype)
+
 
 # Note [Tied heads]
 # A head may be tied to other modules: one Parameter is in several places, as in an embedding and the output layer. The
@@ -53,9 +70,9 @@ class Head(Store):
     """On each tensor of a trainable module: the copy of the adapter that acts, or the base model's tensor."""
 
     def forward(self, original: Tensor, adapter_weights: AdapterWeights | None = None) -> Tensor:
-        """The copy itself, not a clone of it: what the module writes into a buffer is written into the copy."""
+        """What acts, in the original's dtype. No clone: what the module writes into a buffer is in the copy."""
         acting = self.acting_copy(adapter_weights)
-        return original if acting is None else acting.value
+        return original if acting is None else acting.read(original.dtype)
 
     def acting_copy(self, adapter_weights: AdapterWeights | None = None) -> HeadCopy | SharedCopy | None:
         """The copy of the adapter that acts; None where no acting adapter has one."""
@@ -63,6 +80,11 @@ class Head(Store):
             if name in self._modules:
                 return cast("HeadCopy | SharedCopy", self._modules[name])
         return None
+
+    def is_rounded(self, original: Tensor) -> bool:
+        """Whether the copy that acts is read in another dtype than it is held in."""
+        acting = self.acting_copy()
+        return acting is not None and isinstance(original, nn.Parameter) and acting.value.dtype != original.dtype
 
     def may_train(self, name: str) -> bool:
         """Where it acts alone: heads that act together are equal, and do not train, so that they stay equal."""

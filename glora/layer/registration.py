@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from glora.layer.adapted import adapted_class
 from glora.layer.computed import read
 from glora.layer.parametrization import Bias, Store, has_adapted_class, live_parametrizations
+from glora.layer.recurrent import follow_tensors
 from glora.tensors import is_quantised, is_sharded
 
 
@@ -28,6 +29,7 @@ def register(module: nn.Module, name: str, store: Store) -> None:
     module._modules["parametrizations"] = parametrizations
     module.__class__ = adapted
     place[name] = None
+    follow_tensors(module)
 
 
 def _parametrization(store: Store, original: Tensor) -> parametrize.ParametrizationList:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from glora.layer.computed import read
 from glora.layer.parametrization import Bias, Parametrizations, Stash, live_parametrizations, stashed, stores_of
+from glora.layer.recurrent import follow_tensors
 
 # Note [Never torn]
 # A forward pass may be running in another thread while a module is swapped. It looks the parametrizations up once, or
@@ -39,6 +40,7 @@ def swap_in(module: nn.Module, values: dict[str, Tensor | None]) -> None:
     stashed[module] = Stash(modules, type(module))  # first: from here on `restore` undoes it
     for name, value in values.items():
         _place(module, name, parametrizations)[name] = value
+    follow_tensors(module)
     module.__class__ = type(module).__bases__[0]
     del module._modules["parametrizations"]
 
@@ -60,12 +62,14 @@ def restore(module: nn.Module) -> None:
             like = floating if like is None else like
             original = parametrization.original
             if like is not None and (like.device, like.dtype) != (original.device, original.dtype):
-                parametrization.to(like.device, like.dtype)
+                # Where the dtype has not changed, float32 factors on a half-precision base keep theirs.
+                parametrization.to(like.device, None if like.dtype == original.dtype else like.dtype)
         stash.parametrizations.train(module.training)
         module._modules["parametrizations"] = stash.parametrizations
     module.__class__ = stash.adapted_class
     for name in parametrizations:
         _place(module, name, parametrizations)[name] = None
+    follow_tensors(module)
     del stashed[module]
 
 

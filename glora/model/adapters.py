@@ -14,7 +14,9 @@ from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
-from glora.model.walk import Model, Owner, adapted_owners
+from glora.model.replaced import warn_of_replaced
+from glora.model.walk import Model, Owner, adapted_owners, owners
+from glora.precision import wide
 from glora.spec import join
 from glora.text import UnknownName, quote_names
 from glora.undo import undone
@@ -109,7 +111,7 @@ def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
                 )
             copies = [cast("HeadCopy | SharedCopy | None", parts.get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
-            if not all(torch.equal(first, other) for other in others):
+            if not all(torch.equal(wide(first), wide(other)) for other in others):
                 raise ValueError(
                     f"Heads do not add up: adapters that act together must have equal ones, and {key!r} differs "
                     f"between {quote_names(active)}. Activate one of them, or combine adapters without a trainable= "
@@ -159,7 +161,9 @@ def disabled(model: Model) -> Generator[Model]:
         True
     """
     refuse_while_merged(model)
-    walk = adapted_owners(model)
+    everything = owners(model)
+    warn_of_replaced(everything)
+    walk = [owner for owner in everything if owner.stores]
     before = {owner.acting: owner.acting.adapter_weights for owner in walk}
 
     def act_again() -> None:

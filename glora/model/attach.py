@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
-from glora.fingerprint import Fingerprint, agrees
+from glora.fingerprint import Fingerprint, agrees, end_of
 from glora.layer.adapted import adapted_class
 from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Acting, Bias, Paths, Store, Weight, stores_of
@@ -19,9 +19,11 @@ from glora.layer.registration import register
 from glora.model import flags
 from glora.model.adapters import set_adapter_weights
 from glora.model.change import change
-from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads
+from glora.model.guards import guard, refuse_bypassed
+from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads, warn_of_new_modules
 from glora.model.plan import plan_spec, plan_targets
 from glora.model.records import Plan, PlannedLayer
+from glora.model.replaced import remember
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.walk import Model, Owner
 from glora.spec import AdapterSpec, join, report_other_base
@@ -81,7 +83,8 @@ def apply(
         UserWarning: once for all layers that were swept in by a regex, predicate or "all-linear" and cannot be adapted,
             once for all whose C, D and E are left out because they have no bias, and once for swept layers that
             are guessed to be a new head (Note [Task heads]); "all-linear" without `exclude` that reaches less than half
-            of the model's matrices, with what it leaves out.
+            of the model's matrices, with what it leaves out; modules that were in no checkpoint and stay frozen
+            (Note [New modules]).
 
     Source: GLoRA, arXiv 2306.07967; the names of the arguments are those of the field.
 
@@ -96,6 +99,7 @@ def apply(
         planned = plan_targets(walk, targets, config, exclude=exclude, trainable=trainable, name=name)
         warn_of(planned, everything=targets == ALL_LINEAR and not exclude)
         warn_of_adapted_heads(walk, planned, targets)
+        warn_of_new_modules(walk, planned)
         attach(walk, planned, freeze=freeze)
     return model
 
@@ -125,6 +129,7 @@ def attach_spec(
     with change(model) as walk:
         planned = plan_spec(walk, spec, source, name)
         others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
+        others += _others_outside(walk, spec.outside)
         report_other_base(others, source, strict=strict, stacklevel=3)
         attach(walk, planned, values=spec.tensors, trainable=trainable)
     return model
@@ -135,6 +140,12 @@ def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list
     path = layer.site.matrix.module_path(layer.path)
     tensors = {join(path, name): tensor for name, tensor in layer.site.owner.tensors.items()}
     return [key for key, tensor in tensors.items() if key in base and not agrees(tensor, base[key])]
+
+
+def _others_outside(walk: list[Owner], outside: Mapping[str, Fingerprint]) -> list[str]:
+    """The keys of the other frozen parameters that are not what they were, as far as the model has them."""
+    held = {join(a, name): tensor for o in walk if outside for a in o.aliases for name, tensor in o.tensors.items()}
+    return [key for key, known in outside.items() if key in held and not agrees(end_of(held[key]), known)]
 
 
 def _build_paths(layer: PlannedLayer, names: tuple[str, ...], weight: Tensor) -> Paths:
@@ -160,6 +171,7 @@ def attach(
         trainable: whether its tensors ask for gradients.
         build: makes a layer's paths on one of its tensors, from their names and the layer's frozen weight.
     """
+    refuse_bypassed(walk, planned)
     parts = _build(planned, values, build)
     # The registry of classes is weak: this list holds them until a module uses them.
     classes = [adapted_class(part.owner.module) for part in parts]
@@ -172,6 +184,8 @@ def attach(
         _register(part, planned.name)
     set_adapter_weights(walk, {planned.name: 1.0})
     guard_save_pretrained(walk)
+    guard(walk)
+    remember(walk, [part.owner for part in parts])
     del classes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -11,6 +12,7 @@ from torch import nn
 
 from glora.layer import routed
 from glora.layer.parametrization import Store, parametrizations_of, stashed
+from glora.model.replaced import warn_of_replaced
 from glora.model.walk import Owner, owners
 
 # Note [One door]
@@ -68,7 +70,9 @@ def walk_to_read(model: nn.Module) -> list[Owner]:
     """The walk of a model whose tensors are read: the engines have put them where they belong."""
     for engine in engines:
         engine.enter(model)
-    return owners(model)
+    walk = owners(model)
+    warn_of_replaced(walk)
+    return walk
 
 
 def walk_to_take_off(model: nn.Module, *, for_good: bool) -> list[Owner]:
@@ -161,8 +165,12 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     return iter([parameter for parameter in module._parameters.values() if parameter is not None])
 
 
+# torch's own, which a change writes into. A user's may be of a kind that forbids it (diffusers' FrozenDict).
+_DICTIONARIES = (dict, OrderedDict)
+
+
 def _copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.copy() if isinstance(value, dict) else value for key, value in attributes.items()}
+    return {key: value.copy() if type(value) in _DICTIONARIES else value for key, value in attributes.items()}
 
 
 def _write_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
@@ -170,7 +178,7 @@ def _write_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
         del attributes[key]
     for key, value in before.items():
         now = attributes.get(key)
-        if isinstance(value, dict) and isinstance(now, dict):  # the same dictionary: others may hold it
+        if type(value) in _DICTIONARIES and isinstance(now, dict):  # the same dictionary: others may hold it
             cast("dict[Any, Any]", now).clear()
             cast("dict[Any, Any]", now).update(cast("dict[Any, Any]", value))
         else:

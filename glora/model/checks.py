@@ -16,16 +16,16 @@ from glora.matrices import has_linear_forward
 from glora.model.huggingface import is_offloaded
 from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site
+from glora.precision import DTYPES
 from glora.spec import join
 from glora.tensors import is_quantised, is_sharded, is_tensor_parallel, rows, storage_of
-from glora.torch_internals import is_traceable_wrapper_subclass, memory_of
+from glora.torch_internals import is_traceable_wrapper_subclass, memory_of, tree_leaves
 
 # (module id, tensor name) to the other tensor's path
 Ties: TypeAlias = dict[tuple[int, str], str]
 
 # What torchao's tensors call what they do to their inputs.
 _ON_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | None:
@@ -61,7 +61,7 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             return f"its {name} is lazy; run one batch through the model first."
         if tensor.is_inference():
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
-        if name in (matrix.weight, matrix.bias) and tensor.dtype not in _DTYPES:
+        if name in (matrix.weight, matrix.bias) and tensor.dtype not in DTYPES:
             return (
                 f"its {name} is {tensor.dtype}, which says nothing of scales (or is complex); quantise with torchao, "
                 f"whose tensors know theirs, or adapt a float copy of the layer."
@@ -72,6 +72,9 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
                 return f"its {name} is quantised (a {type(tensor).__name__}), and {reason}"
         elif is_traceable_wrapper_subclass(tensor) and not is_tensor_parallel(layer, tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
+    reason = _kept_elsewhere(owner)
+    if reason is not None:
+        return reason
     shape = tuple(tensors[matrix.weight].shape)
     if tensors[matrix.weight].numel() == 0:
         return f"its {matrix.weight} is empty, {shape}; exclude it."
@@ -143,8 +146,9 @@ def unsupported_head(head: PlannedHead, ties: Ties) -> str | None:
 
 def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
     module = owner.module
-    if isinstance(module, nn.RNNBase):
-        return "it keeps its own list of weights, and would go on using the base model's; leave it frozen."
+    reason = _kept_elsewhere(owner)
+    if reason is not None:
+        return reason
     if _is_foreign(owner, type(None)) or any(not isinstance(s, Head) for s in owner.stores.values()):
         return "it is parametrized already (by another adapter's paths, or by something else); exclude it there first."
     for name, tensor in owner.tensors.items():
@@ -154,8 +158,25 @@ def _unsupported_copy(owner: Owner, ties: Ties) -> str | None:
             return f"its {name} was made in inference mode, and can never train again; make the model outside of it."
         if is_traceable_wrapper_subclass(tensor):
             return f"its {name} is a {type(tensor).__name__}; {_before(tensor)}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"its {name} is {tensor.dtype}, in which nothing trains; train a float copy of it (`.float()`)."
         if (id(module), name) in ties:
             return f"its {name} is tied to {ties[id(module), name]}, and a copy would not be; untie them first."
+    return None
+
+
+def _kept_elsewhere(owner: Owner) -> str | None:
+    """Why a module's own tensors cannot be computed: it has them in a plain attribute too, and would read that."""
+    own = {id(tensor): name for name, tensor in owner.tensors.items()}
+    known = ("_parameters", "_buffers", "_flat_weights")  # the last: Note [Flat weights]
+    for attribute, value in vars(owner.module).items():
+        if isinstance(value, Tensor) or (attribute not in known and isinstance(value, (list, tuple, dict)) and value):
+            kept = next((own[id(leaf)] for leaf in tree_leaves(value) if id(leaf) in own), None)
+            if kept is not None:
+                return (
+                    f"it has its {kept} in its attribute `{attribute}` too, which would go on as the base model's; let "
+                    f"it read {kept} by its name, or leave it as it is."
+                )
     return None
 
 

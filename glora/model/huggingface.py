@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from glora.layer.parametrization import Bias, stashed
+from glora.layer.parametrization import Bias, own_tensors, stashed
 from glora.model.records import Plan
 from glora.model.targets import Targets
 from glora.model.walk import Owner, adapted_owners, owners
@@ -86,6 +86,56 @@ def warn_of_adapted_heads(walk: list[Owner], planned: Plan, targets: Targets) ->
         )
 
 
+# Note [New modules]
+# What `from_pretrained` did not find in a checkpoint is random: a new classifier, an output layer of another size.
+# transformers marks every Parameter that it read, so that what has no mark is known, a user's own head around such a
+# model too; where nothing is marked (an older version, a deep copy) nothing is said. New words are the last rows of an
+# embedding that is marked: it has more rows than the config of its checkpoint says. That file is looked for on this
+# machine alone. PEFT's `save_embedding_layers="auto"` saves such embeddings by itself; here `trainable=` trains them.
+_READ = "_is_hf_initialized"
+
+
+def warn_of_new_modules(walk: list[Owner], planned: Plan) -> None:
+    """Warn of random modules that the adapter leaves as they are, so that no file has them (Note [New modules])."""
+    ours = {id(row.module) for row in (*planned.heads, *planned.layers)}
+    ours |= {id(owner.module) for head in planned.heads for owner, _ in head.places}
+    held = [(owner, tensor) for owner in walk for tensor in owner.tensors.values() if isinstance(tensor, nn.Parameter)]
+    marked = any(getattr(tensor, _READ, False) for _, tensor in held)
+    new = [owner for owner, tensor in held if marked and not owner.stores and not getattr(tensor, _READ, False)]
+    grown = _with_new_words(walk)
+    new += [owner for owner in walk if id(owner.module) in grown]
+    paths = dict.fromkeys(owner.path for owner in new if id(owner.module) not in ours)
+    if paths:
+        warnings.warn(
+            f"What is in no checkpoint and in no adapter's file is lost with this process; {format_names(paths)} was "
+            f"not in the model's checkpoint, in whole (a new head) or in part (new words), is random, and stays "
+            f"frozen: the adapter would be trained beside numbers that no other process has. trainable={list(paths)!r} "
+            f"trains it and keeps it in the adapter's file; or save the base as it is, and load it from there.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _with_new_words(walk: list[Owner]) -> set[int]:
+    """Ids of embeddings that have more rows than their checkpoint's config says."""
+    grown: set[int] = set()
+    for owner in walk:
+        config: Any = getattr(owner.module, "config", None)
+        source = getattr(config, "_name_or_path", None)
+        if not source or not hasattr(type(owner.module), "resize_token_embeddings"):
+            continue
+        try:
+            saved: Any = cast("Any", type(config)).from_pretrained(source, local_files_only=True)
+            size: int = saved.get_text_config().vocab_size
+        except Exception:  # not on this machine, or not such a config
+            continue
+        for embedding in embeddings(owner.module):
+            weight = own_tensors(embedding).get("weight")
+            if weight is not None and weight.shape[0] > size:
+                grown.add(id(embedding))
+    return grown
+
+
 def _is_named(path: str) -> bool:
     return not _NAMES.isdisjoint(path.split("."))
 
@@ -115,6 +165,21 @@ def output_embeddings(walk: Iterable[Owner]) -> set[int]:
             except (AttributeError, NotImplementedError):  # a base class's stub: this model has none
                 continue
     return outputs
+
+
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """What the models in the tree call their input and output embeddings."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            getter = getattr(module, name, None)
+            if callable(getter):
+                try:
+                    embedding = getter()
+                except (AttributeError, NotImplementedError):  # a base class's stub: this model has none
+                    continue
+                found += [embedding] if isinstance(embedding, nn.Module) else []
+    return found
 
 
 # Note [Exports]

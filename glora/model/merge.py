@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,9 @@ from glora.model import flags
 from glora.model.adapters import adapter_weights_of, resolve_name, set_acting
 from glora.model.change import change, refuse_while_routed, walk_to_take_off
 from glora.model.checks import find_ties
+from glora.model.guards import unguard
 from glora.model.huggingface import unguard_save_pretrained, warn_of_created_biases
+from glora.model.replaced import forget
 from glora.model.walk import Model, Owner
 from glora.tensors import gathered, is_quantised, is_sharded
 from glora.text import quote_names
@@ -93,10 +95,12 @@ def _bake_in(module: nn.Module, name: str, store: Store) -> None:
             value.data = value.data.clone()
 
 
-def _leave_plain(walk: Iterable[Owner]) -> None:
+def _leave_plain(walk: list[Owner]) -> None:
     """Give back what the model had beside its adapters."""
     flags.thaw(walk)
     unguard_save_pretrained(walk)
+    unguard(walk)
+    forget(walk)
 
 
 @contextmanager
@@ -207,7 +211,7 @@ def remove(model: Model) -> Model:
     return model
 
 
-def _remove(walk: Iterable[Owner]) -> None:
+def _remove(walk: list[Owner]) -> None:
     for owner in walk:
         for name in sorted(owner.stores):
             unregister(owner.module, name, keep_value=False)
@@ -226,15 +230,16 @@ def _check_mergeable(walk: list[Owner], *, if_quantised: str | None) -> None:
         if owner.module in stashed:
             continue
         for name, store in owner.stores.items():
-            if isinstance(store, Head) or not store.is_active():
+            is_head = isinstance(store, Head)
+            if not store.is_active() or (is_head and not store.is_rounded(owner.tensors[name])):
                 continue
-            if if_quantised is not None and is_quantised(owner.tensors[name]):
+            if not is_head and if_quantised is not None and is_quantised(owner.tensors[name]):
                 raise ValueError(
                     f"W' of a quantised W0 has no quantised form; `{name}` of {owner.place!r} is quantised "
                     f"({type(owner.tensors[name]).__name__}), and an adapter acts on it. Nothing was merged. "
                     f"{if_quantised}"
                 )
-            if (id(owner.module), name) in ties:
+            if not is_head and (id(owner.module), name) in ties:
                 raise ValueError(
                     f"A merge must change adapted layers alone; `{name}` of {owner.place!r} is tied to "
                     f"{ties[id(owner.module), name]}, which would change with it. Nothing was merged. Untie them "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
+from torch import nn
+
 from glora.layer import routed
 from glora.model.change import refuse_while_swapped
 from glora.model.walk import Model, adapted_owners
@@ -72,6 +74,11 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
             raise RuntimeError(
                 f"A batch cannot be routed through layers that parallelize_module has divided, as {owner.path!r}. "
                 f"Activate one adapter at a time, or route in a model that is whole on each rank."
+            )
+        if isinstance(owner.module, nn.RNNBase) and len(set(names)) > 1:
+            raise RuntimeError(
+                f"A batch cannot be routed through recurrent modules, whose states have the batch in another dimension "
+                f"than their inputs, as {owner.path!r}. Run each adapter's samples with glora.activate."
             )
     paths = {id(owner.module): owner.place for owner in walk}
     routing = routed.Routing(names, {id(owner.module): owner.adapter_names for owner in walk}, dim, flattened)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from glora.config import FORMS, GLoRAConfig
-from glora.fingerprint import Fingerprint, fingerprint
-from glora.layer.heads import HeadCopy, SharedCopy
-from glora.layer.parametrization import Bias, Paths, Weight, other_description, own_tensors, stashed, stores_of
+from glora.fingerprint import Fingerprint, end_of, fingerprint
+from glora.layer.heads import Head, HeadCopy, SharedCopy
+from glora.layer.parametrization import Bias, Paths, Weight, other_description, own_tensors, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.change import change, walk_to_read
 from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
 from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
-from glora.tensors import write_into
+from glora.tensors import is_quantised, write_into
 from glora.text import format_problems
 
 
@@ -154,7 +154,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
             created = isinstance(stores[parts[1]], Bias) and cast("Bias", stores[parts[1]]).created
             if parts[2:] == ["original"] and not created:
                 base[join(path, parts[1])] = value
-        elif owner in stashed and rest in stores:
+        elif rest in stores:  # inside glora.merged: a live adapter's tensor has no plain key
             if not isinstance(stores[rest], Bias) or not cast("Bias", stores[rest]).created:
                 base[join(path, rest)] = own_tensors(owner)[rest].detach()
         elif not isinstance(owner, AveragedModel):  # skip its `n_averaged`
@@ -216,7 +216,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             )
     ties = {key: key_of_copy[source] for key, source in source_of_key.items()}
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(walk, name).items()}
-    return AdapterSpec(layers, heads, tensors, ties, base)
+    return AdapterSpec(layers, heads, tensors, ties, base, _outside(walk, name, base))
 
 
 def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:
@@ -232,6 +232,23 @@ def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec
     config = replace(config, **forms, create_bias=created)  # pyright: ignore
     *batch, out_features, in_features = site.weight.shape
     return LayerSpec(config, out_features, in_features, site.has_own_bias, site.matrix, tuple(batch))
+
+
+def _outside(walk: list[Owner], name: str, base: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
+    """Key to fingerprint of the end of each parameter that the adapter neither changes nor holds."""
+    known: dict[str, Fingerprint] = {}
+    seen: set[int] = set()
+    for owner in walk:
+        for tensor_name, tensor in owner.tensors.items():
+            key, store = join(owner.path, tensor_name), owner.stores.get(tensor_name)
+            held = isinstance(store, Head) and name in store.parts()
+            created = isinstance(store, Bias) and store.created
+            if key in base or held or created or not isinstance(tensor, nn.Parameter) or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            numbers = None if is_quantised(tensor) else fingerprint(end_of(tensor))
+            known |= {} if numbers is None else {key: numbers}
+    return known
 
 
 def _fingerprints(site: Site) -> dict[str, Fingerprint]:

@@ -178,3 +178,20 @@ def test_adapters_under_somebody_elses_parametrization_stay(change: Change, tens
     nn.utils.parametrize.register_parametrization(model.first, tensor, Double())
     with unchanged(model), pytest.raises(RuntimeError, match=rf"`{tensor}` of 'first' is parametrized by Double too"):
         run(change, model, folder)
+
+
+class Frozen(dict[str, int]):
+    """As diffusers' configs are."""
+
+    def update(self, *_: object, **__: object) -> None:
+        raise TypeError("frozen")
+
+    clear = copy = update  # pyright: ignore
+
+
+def test_a_change_that_fails_writes_into_no_dictionary_of_the_users() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = vars(model)["config"] = Frozen(size=4)
+    with pytest.raises(ValueError, match="matches none"), unchanged(model):
+        glora.apply(model, ["nowhere"])
+    assert vars(model)["config"] is config

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_leaves
 
 import glora
 from glora import GLoRAConfig
@@ -141,11 +142,30 @@ def test_a_parametrized_or_lazy_head_is_refused() -> None:
 DROPOUT = GLoRAConfig(rank_dropout=0.5)
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_a_recurrent_layer_is_no_head(kind: Any) -> None:
-    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "rnn": kind(4, 4)})
-    for trainable in (["rnn"], [model["rnn"]], "rnn"):
-        refused(model, "'rnn' is not: it keeps its own list of weights", ["linear"], trainable=trainable)
+def test_a_head_in_a_dtype_in_which_nothing_trains_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).to(torch.float8_e4m3fn))
+    refused(model, "'1' is not: its weight is torch.float8_e4m3fn, .*float copy", ["0"], trainable=["1"])
+
+
+class Keeps(nn.Linear):
+    """Has its weight in a plain attribute too, and computes with that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(4, 4)
+        kept = {"list": [self.weight], "dict": {"w": [self.weight, 1]}, "itself": self.weight}[how]
+        vars(self)["kept"] = kept
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        leaves = [*tree_leaves(vars(self)["kept"])]
+        return nn.functional.linear(input, leaves[0], self.bias)
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "itself"])
+def test_what_keeps_its_tensors_in_an_attribute_of_its_own_is_refused(how: str) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "keeps": Keeps(how)})
+    why = "'keeps' is not: it has its weight in its attribute `kept` too"
+    refused(model, why, ["linear"], trainable=["keeps"])
+    refused(model, why, ["keeps"])
 
 
 class Own(nn.Linear):
