@@ -252,7 +252,8 @@ class Bias(Store):
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C that multiplies W0."""
-        return any(isinstance(paths._modules.get("C"), (LowRank, Vector)) for paths in self.parts().values())
+        # A list, at once: another thread may attach an adapter meanwhile (Note [Never torn]).
+        return any(isinstance(paths._modules.get("C"), (LowRank, Vector)) for paths in list(self.parts().values()))
 
     def has_frozen_prompt(self) -> bool:
         """Whether torch's removal has baked the weight in, and frozen each C (Note [Removal order])."""
