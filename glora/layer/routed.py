@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from glora.layer.parametrization import ONE, AdapterWeights, adapter_names_of
+from glora.layer.parametrization import DISABLED, ONE, AdapterWeights, stores_of
 from glora.torch_internals import not_compiled, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from glora.undo import undone
 
@@ -22,6 +22,9 @@ from glora.undo import undone
 # the model. A routed module splits its arguments along the batch's dimension into a group for each adapter, runs its
 # forward on each group with that adapter alone active, and joins the results in the batch's order. Modules inside it (a
 # head's children) run within one adapter's group, and do not split again.
+#
+# `glora.disabled` wins over a route, whichever is entered first and by whichever thread: a module that is disabled runs
+# as the base's, and does not split.
 #
 # Outside of such a call an adapted tensor has no single value, and reading it raises (MultiheadAttention reads
 # `out_proj.weight`, and so does a fused TransformerEncoderLayer).
@@ -78,13 +81,13 @@ def enter(route: Route) -> Generator[None]:
 
 
 def adapter_weights_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
-    """The adapters that act on the module in this thread or task; `active`, where no route is over it.
+    """The adapters that act on the module in this thread or task: `active`, where no route is over it.
 
     Raises:
         RuntimeError: a tensor is read outside of a call, where it has no single value.
     """
     route = route_of(module)
-    if route is None:
+    if route is None or active is DISABLED:
         return active
     if route.adapter_weights is None:
         raise RuntimeError(
@@ -152,9 +155,12 @@ class Routing:
         kwargs: Any,
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
-        path = route.paths[id(module)]
+        path, stores = route.paths[id(module)], list(stores_of(module).values())
+        if stores and stores[0].acting.adapter_weights is DISABLED:
+            with enter(Route(route.paths, None, DISABLED)):
+                return forward(module, *args, **kwargs)
         rows = self._rows(path, (args, kwargs))
-        attached = adapter_names_of(module)
+        attached = {name for store in stores for name in store.parts()}
         deleted = [name for name in self.groups if name in self.known[id(module)] and name not in attached]
         if deleted:
             raise RuntimeError(

@@ -15,9 +15,9 @@ from glora.layer.parametrization import Bias, Parametrizations, Stash, live_para
 # parametrizations are back before the plain tensors go: in between both give the same values.
 #
 # Each call of one module keeps to the adapters that acted when it began to read: `glora.layer.forward` takes them once,
-# and other forwards by `_Call` (Note [Reading once]). Two limits stay. A call of nn.Linear's own forward, which began
-# inside `glora.merged`, may look the plain tensor up at the very moment when the block ends, and finds None: torch's own
-# `__getattr__` runs there. And a plain nn.MultiheadAttention reads two tensors of another module, its `out_proj`.
+# and other forwards by `_Call` (Note [Reading once]). Two limits stay. A call that began inside `glora.merged` may look
+# a plain tensor up at the very moment when the block ends, and finds None: torch's own `__getattr__` runs there. And
+# nn.MultiheadAttention reads two tensors of another module, its `out_proj`.
 
 
 def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
