@@ -27,11 +27,11 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
+    "all": 5831,
+    "ground": 762,
     "kernels": 528,
-    "layer": 877,
-    "model": 1640,
+    "layer": 1003,
+    "model": 1649,
     "engines": 211,
     "files": 504,
     "interop": 510,
@@ -39,10 +39,10 @@ CODE_LINES = {  # no docstrings, comments or blank lines
     "search": 563,
 }
 FILES = {
-    "all": 77,
+    "all": 78,
     "ground": 13,
     "kernels": 8,
-    "layer": 11,
+    "layer": 12,
     "model": 15,
     "engines": 4,
     "files": 4,
@@ -56,8 +56,8 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x) of a LoRA": (13, 24, 30),
     "apply": (22, 212, 481),
     "load": (25, 252, 813),
-    "route": (19, 327, 564),
-    "merge": (19, 341, 619),
+    "route": (20, 343, 590),
+    "merge": (19, 325, 605),
 }
 
 ROOT = Path(glora.__file__).parent
