@@ -29,9 +29,8 @@ def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
         if isinstance(store, Bias) and store.created and not store.is_active():
             tensors[name] = None
             continue
-        value = read(module, name).detach()
         # An alias: where the value is a head's copy or W0 itself, its flags and `.data` must not change inside.
-        value = value.view_as(value)
+        value = read(module, name).detach()
         is_parameter = isinstance(parametrization.original, nn.Parameter)
         tensors[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     return tensors
