@@ -50,6 +50,11 @@ class Matrix:
         return list(self.axes) == self.pattern.partition("->")[2].split()
 
     @cached_property
+    def is_batched(self) -> bool:
+        """Whether the tensor is a batch of matrices."""
+        return len(re.findall(r"\w+|\([\w ]+\)", self.pattern.partition("->")[2])) == 3
+
+    @cached_property
     def is_linear(self) -> bool:
         """Whether it is held as nn.Linear holds its own."""
         return (self.weight, self.bias, self.pattern) == ("weight", "bias", "o i -> o i")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from glora.layer import routed
-from glora.layer.computed import adapter_weights_of, caching_reads, freeze_prompts, read_attribute
+from glora.layer.computed import adapter_weights_in_call, caching_reads, freeze_prompts, read_attribute
 from glora.layer.forward import linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys, refuse_kept_apart
@@ -73,7 +73,10 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
             parametrizations = live_parametrizations(self)
             if name in parametrizations:
                 return read_attribute(self, parametrizations, name)
-            return super().__getattr__(name)
+            value: Any = base.__getattr__(self, name)  # no super(): the class may change meanwhile (Note [Never torn])
+            if value is None and name in (parametrizations := live_parametrizations(self)):
+                return read_attribute(self, parametrizations, name)
+            return value
 
         def __setattr__(self, name: str, value: object) -> None:
             if name in live_parametrizations(self):
@@ -85,7 +88,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                     f"quantise inside glora.merged(model)."
                 )
             else:
-                super().__setattr__(name, cast("Any", value))
+                base.__setattr__(self, name, cast("Any", value))
 
         def __getstate__(self) -> dict[str, Any]:
             raise RuntimeError(
@@ -194,7 +197,7 @@ def _assign(module: nn.Module, name: str, value: object) -> None:
     parametrization = parametrizations[name]
     head, is_buffer = parametrization._modules["0"], not isinstance(parametrization.original, nn.Parameter)
     if isinstance(head, Head) and is_buffer and isinstance(value, Tensor):
-        acting = head.acting_copy(adapter_weights_of(module, parametrizations))
+        acting = head.acting_copy(adapter_weights_in_call(module, parametrizations))
         if acting is None:
             parametrization.original = value
         else:

@@ -6,7 +6,8 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ from glora.layer.parametrization import (
 )
 from glora.torch_internals import memory_of, running_backward, saved_tensors_hooks
 
-Value = TypeVar("Value")
-
 
 def read(module: nn.Module, name: str) -> Tensor:
     """The tensor `name` of an adapted module, as its attribute gives it."""
@@ -34,22 +33,28 @@ def read(module: nn.Module, name: str) -> Tensor:
 
 def read_attribute(module: nn.Module, parametrizations: Parametrizations, name: str) -> Tensor | None:
     """Value of the attribute `name`, which glora or somebody else parametrizes."""
-
-    def compute() -> Tensor | None:
-        return tensor_of(module, parametrizations, name, adapter_weights_of(module, parametrizations))
-
-    is_head = isinstance(parametrizations[name]._modules["0"], Head)
-    if is_head and name in module._buffers:  # which the module may bind anew
-        return compute()
-    value = cached_in_call(module, name, compute)
+    parametrization, call, key = parametrizations[name], _call_of(module), (name, torch.is_grad_enabled())
+    if call is not None and key in call.values:
+        return call.values[key]
+    adapter_weights = (adapter_weights_of if call is None else call.adapter_weights_of)(module, parametrizations)
+    value = tensor_of(module, parametrizations, name, adapter_weights)
+    is_head = isinstance(parametrization._modules["0"], Head)
+    if call is not None and not (is_head and name in module._buffers):  # which the module may bind anew
+        call.values[key] = value
     if not is_head and value is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _attach_frozen_weight(module, name, value)
+        _attach_frozen_weight(parametrizations, name, parametrization.original, value)
     return value
+
+
+def adapter_weights_in_call(module: nn.Module, parametrizations: Parametrizations) -> AdapterWeights:
+    """The adapters that act on the module; in a call of it, those that acted when it first read a tensor."""
+    call = _call_of(module)
+    return (adapter_weights_of if call is None else call.adapter_weights_of)(module, parametrizations)
 
 
 def adapter_weights_of(module: nn.Module, parametrizations: Parametrizations) -> AdapterWeights:
     """The adapters that act on the module: looked up once for all of its tensors (Note [Never torn])."""
-    for parametrization in parametrizations.values():
+    for parametrization in list(parametrizations.values()):
         store = parametrization._modules["0"]
         if isinstance(store, Store):
             active = store.acting.of_a_call()
@@ -106,35 +111,43 @@ def _frozen_weight(module: nn.Module, parametrizations: Parametrizations, name: 
 
 # Note [Reading once]
 # A forward of a module's own may read a tensor many times (experts do, once for each). During such a call each tensor
-# of the called module is computed once. Not under torch.compile, which merges equal computations.
-_calls: ContextVar[tuple[int, dict[tuple[str, bool], Any]] | None] = ContextVar("glora_calls", default=None)
+# of the called module is computed once, and all of them by the adapters that acted at the first read (Note [Never
+# torn]). Not under torch.compile, which merges equal computations.
+@dataclass
+class _Call:
+    module: int  # the id of the called module
+    values: dict[tuple[str, bool], Tensor | None] = field(default_factory=dict[tuple[str, bool], Tensor | None])
+    adapter_weights: AdapterWeights | None = None  # None before the first read
+
+    def adapter_weights_of(self, module: nn.Module, parametrizations: Parametrizations) -> AdapterWeights:
+        if self.adapter_weights is None:
+            self.adapter_weights = adapter_weights_of(module, parametrizations)
+        return self.adapter_weights
+
+
+_calls: ContextVar[_Call | None] = ContextVar("glora_calls", default=None)
+
+
+def _call_of(module: nn.Module) -> _Call | None:
+    """The call of this very module that is under way in this thread or task, if there is one that keeps its reads."""
+    call = None if torch.compiler.is_compiling() else _calls.get()
+    return call if call is not None and call.module == id(module) else None
 
 
 def caching_reads(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward, with a cache for `cached_in_call` that lives until it returns."""
+    """The forward, with a `_Call` that lives until it returns."""
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        token = _calls.set((id(self), {}))
+        token = _calls.set(_Call(id(self)))
         try:
             return forward(self, *args, **kwargs)
         finally:
             _calls.reset(token)
 
     return call
-
-
-def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -> Value:
-    """The tensor `name` of a module, computed unless this call of the module has read it already."""
-    call = None if torch.compiler.is_compiling() else _calls.get()
-    if call is None or call[0] != id(module):
-        return compute()
-    key = name, torch.is_grad_enabled()
-    if key not in call[1]:
-        call[1][key] = compute()
-    return call[1][key]
 
 
 # Note [Removal order]
@@ -145,9 +158,8 @@ def cached_in_call(module: nn.Module, name: str, compute: Callable[[], Value]) -
 #
 # With `leave_parametrized=False`, or where no adapter acts, the original is W0 still: C multiplies the plain parameter,
 # and trains on. If the bias goes first there is nothing to do.
-def _attach_frozen_weight(module: nn.Module, name: str, value: Tensor) -> None:
-    for bias in _prompted_biases(module, name):
-        original = live_parametrizations(module)[name].original
+def _attach_frozen_weight(parametrizations: Parametrizations, name: str, original: Tensor, value: Tensor) -> None:
+    for bias in _prompted_biases(parametrizations, name):
         if value is not original:
             vars(value)["glora_frozen"] = original.detach()
             bias.last_read = weakref.ref(value)
@@ -155,13 +167,13 @@ def _attach_frozen_weight(module: nn.Module, name: str, value: Tensor) -> None:
 
 def freeze_prompts(module: nn.Module, name: str, restored: Tensor | None) -> None:
     """Where torch's removal has just baked the weight `name` in: freeze what multiplies it."""
-    for bias in _prompted_biases(module, name) if restored is not None else ():
+    for bias in _prompted_biases(live_parametrizations(module), name) if restored is not None else ():
         value = bias.last_read() if bias.last_read is not None else None
         if value is not None and memory_of(value) == memory_of(cast("Tensor", restored)):
             bias.freeze_prompts(vars(value)["glora_frozen"])
 
 
-def _prompted_biases(module: nn.Module, weight: str) -> list[Bias]:
-    """The biases of the module that multiply this weight."""
-    stores = [parametrization._modules["0"] for parametrization in live_parametrizations(module).values()]
+def _prompted_biases(parametrizations: Parametrizations, weight: str) -> list[Bias]:
+    """The biases of a module that multiply this weight."""
+    stores = [parametrization._modules["0"] for parametrization in list(parametrizations.values())]
     return [b for b in stores if isinstance(b, Bias) and b.matrix.weight == weight and b.has_prompt()]

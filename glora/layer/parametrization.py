@@ -33,6 +33,9 @@ AdapterWeights: TypeAlias = Mapping[str, Tensor]
 ONE = torch.ones((), dtype=torch.float64, device="cpu")
 """The weight of an adapter that acts alone."""
 
+DISABLED: AdapterWeights = {}
+"""No adapter acts, inside of a route neither: told from another empty mapping by identity."""
+
 # Note [Adapter weights are tensors]
 # An adapter's weight is a 0-dimensional float64 tensor on the CPU, and no buffer. A Python float would be a constant of
 # a compiled graph, and each value would recompile it. A buffer would be cast by `.half()` and lost by `.to_empty()`.
@@ -286,7 +289,8 @@ class Bias(Store):
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C that multiplies W0."""
-        return any(isinstance(paths._modules.get("C"), (LowRank, Vector)) for paths in self.parts().values())
+        # A list, at once: another thread may attach an adapter meanwhile (Note [Never torn]).
+        return any(isinstance(paths._modules.get("C"), (LowRank, Vector)) for paths in list(self.parts().values()))
 
     def has_frozen_prompt(self) -> bool:
         """Whether torch's removal has baked the weight in, and frozen each C (Note [Removal order])."""

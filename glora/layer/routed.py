@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from glora.layer.parametrization import ONE, AdapterWeights, adapter_names_of
+from glora.layer.batched import Layout, gathers
+from glora.layer.parametrization import DISABLED, ONE, AdapterWeights, Store, Weight, stores_of
 from glora.torch_internals import not_compiled, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from glora.undo import undone
 
@@ -22,6 +23,15 @@ from glora.undo import undone
 # the model. A routed module splits its arguments along the batch's dimension into a group for each adapter, runs its
 # forward on each group with that adapter alone active, and joins the results in the batch's order. Modules inside it (a
 # head's children) run within one adapter's group, and do not split again.
+#
+# `glora.disabled` wins over a route, whichever is entered first and by whichever thread: a module that is disabled runs
+# as the base's, and does not split.
+#
+# Note [Flattened]
+# With `flattened=True` a layer may be given `(batch * tokens, features)` in place of `(batch, tokens, features)`. How
+# many samples there are in a row does not show, so that the tokens are counted: a layer that has the whole batch in its
+# dimension tells how many each sample has, and one that has it flattened must have as many; where none came before, the
+# first one counts. A forward of the model begins where its first routed layer is called again.
 #
 # Outside of such a call an adapted tensor has no single value, and reading it raises (MultiheadAttention reads
 # `out_proj.weight`, and so does a fused TransformerEncoderLayer).
@@ -41,6 +51,8 @@ class Route:
     routing: Routing | None
     adapter_weights: AdapterWeights | None
 
+
+_REMEDY = "Leave it out of the adapters (exclude=), or run each adapter's samples with glora.activate."
 
 # One entry for each route that any thread has entered. A plain call only checks whether the list is empty, and a
 # compiled one guards on that. List operations are atomic.
@@ -78,13 +90,13 @@ def enter(route: Route) -> Generator[None]:
 
 
 def adapter_weights_of(module: nn.Module, active: AdapterWeights) -> AdapterWeights:
-    """The adapters that act on the module in this thread or task; `active`, where no route is over it.
+    """The adapters that act on the module in this thread or task: `active`, where no route is over it.
 
     Raises:
         RuntimeError: a tensor is read outside of a call, where it has no single value.
     """
     route = route_of(module)
-    if route is None:
+    if route is None or active is DISABLED:
         return active
     if route.adapter_weights is None:
         raise RuntimeError(
@@ -120,15 +132,19 @@ class Routing:
     Args:
         names: for each sample an adapter's name, or None for the base model.
         known: id of each routed module to the adapters that it has.
-        dim: the batch's dimension of tensors.
+        layouts: id of each routed module to where it has the batch.
         flattened: whether a sample may have several rows in that dimension, one sample's after the other's.
     """
 
     def __init__(
-        self, names: Sequence[str | None], known: Mapping[int, Collection[str]], dim: int = 0, flattened: bool = False
+        self,
+        names: Sequence[str | None],
+        known: Mapping[int, Collection[str]],
+        layouts: Mapping[int, Layout],
+        flattened: bool = False,
     ) -> None:
         self.names, self.known = list(names), known
-        self.dim, self.flattened = dim, flattened
+        self.layouts, self.flattened = layouts, flattened
         self.groups: dict[str | None, list[int]] = {}
         for index, name in enumerate(self.names):
             self.groups.setdefault(name, []).append(index)
@@ -141,6 +157,8 @@ class Routing:
         self.acting: list[AdapterWeights] = [{} if name is None else {name: ONE} for name in self.groups]
         self.checkpoints = _checkpoint_frames()
         self.grad = torch.is_grad_enabled()
+        self.began: int | None = None  # the first module of this forward of the model
+        self.tokens: set[int] = set()  # how many tokens a sample has had in it
 
     def call(
         self,
@@ -152,39 +170,53 @@ class Routing:
         kwargs: Any,
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
-        path = route.paths[id(module)]
-        rows = self._rows(path, (args, kwargs))
-        attached = adapter_names_of(module)
+        path, stores = route.paths[id(module)], list(stores_of(module).values())
+        if stores and stores[0].acting.adapter_weights is DISABLED:
+            with enter(Route(route.paths, None, DISABLED)):
+                return forward(module, *args, **kwargs)
+        layout = self.layouts[id(module)]
+        rows = self._rows(path, module, layout, tree_leaves((args, kwargs)), any(map(_is_batched, stores)))
+        attached = {name for store in stores for name in store.parts()}
         deleted = [name for name in self.groups if name in self.known[id(module)] and name not in attached]
         if deleted:
             raise RuntimeError(
                 f"{deleted[0]!r} was deleted from {path!r} while a glora.route sends samples through it."
             )
-        if per_sample is not None and self.dim == 0 and len(self.groups) > 1:
+        if per_sample is not None and layout.dim == 0 and len(self.groups) > 1:
             result = per_sample(module, *args, **kwargs, acting=self.acting, owner=self.owner)
             if result is not None:
                 return result
         if len(self.groups) == 1:
             with enter(Route(route.paths, None, self.acting[0])):
                 return forward(module, *args, **kwargs)
+        arguments = {**dict(zip(layout.names, args, strict=False)), **kwargs}
+        args = args[len(layout.names) :]
         results: list[Any] = []
         for group, adapter_weights in zip(self.groups.values(), self.acting, strict=True):
-            group_args, group_kwargs = self._select((args, kwargs), group, rows)
+            group_args = self._select(args, group, rows, layout.dim)
+            group_kwargs = {
+                name: self._select(value, group, *_place_of(name, value, module, layout, rows))
+                for name, value in arguments.items()
+            }
             with enter(Route(route.paths, None, adapter_weights)):
                 results.append(forward(module, *group_args, **group_kwargs))
-        return self._join(path, results, rows)
+        return self._join(path, results, rows, layout)
 
-    def _rows(self, path: str, arguments: object) -> int:
+    def _rows(self, path: str, module: nn.Module, layout: Layout, leaves: list[Any], experts: bool) -> int:
         """How many rows each sample has in the module's arguments; raise where they cannot be split."""
-        first = next((leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), None)
-        size = None if first is None or first.ndim <= max(self.dim, 1) else first.shape[self.dim]
-        if not size or size % len(self.names) or (size != len(self.names) and not self.flattened):
+        dim, samples = layout.dim, len(self.names)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        first = tensors[0] if tensors else None
+        unfit = first is None or first.ndim <= max(dim, 1) or layout.ndim not in (None, first.ndim)
+        size = None if first is None or unfit else first.shape[dim]
+        if first is None or not size or size % samples or (size != samples and not self.flattened):
             shape = None if first is None else tuple(first.shape)
+            batched = "" if layout.ndim is None else f" (of {layout.ndim} dimensions, as {type(module).__name__} has)"
             raise ValueError(
-                f"glora.route was given {len(self.names)} names, and {path!r} was called with an input of shape {shape}"
-                f", whose dimension {self.dim} is not that many samples. Give one name a sample. Where the model has "
-                f"the batch in another dimension, pass dim=; where it flattens samples and tokens into rows, or cuts "
-                f"samples into windows, one sample after the other, pass flattened=True."
+                f"glora.route was given {samples} names, and {path!r} was called with an input of shape {shape}"
+                f", whose dimension {dim} is not that many samples{batched}. Give one name a sample. Where the model "
+                f"has the batch in another dimension, pass dim=; where it flattens samples and tokens into rows, or "
+                f"cuts samples into windows, one sample after the other, pass flattened=True."
             )
         if (self.grad or torch.is_grad_enabled()) and _checkpoint_frames() > self.checkpoints:
             raise RuntimeError(
@@ -192,42 +224,71 @@ class Routing:
                 f"sample has its adapter any more. Enter glora.route inside the checkpointed function, or turn "
                 f"checkpointing off."
             )
-        return size // len(self.names)
+        if len(self.groups) > 1 and gathers(path, experts, tensors):
+            raise ValueError(
+                f"glora.route must know whose rows a layer is given; {path!r} may be given tokens that a router has "
+                f"picked, or repeated for each expert, here {tuple(first.shape)}. {_REMEDY}"
+            )
+        if self.flattened:
+            self._check_tokens(path, module, layout, first)
+        return size // samples
 
-    def _select(self, arguments: Any, group: list[int], rows: int) -> Any:
+    def _check_tokens(self, path: str, module: nn.Module, layout: Layout, first: Tensor) -> None:
+        """Raise ValueError unless the samples have as many tokens here as before (Note [Flattened])."""
+        samples, shape = len(self.names), tuple(first.shape)
+        if self.began in (None, id(module)):
+            self.began, self.tokens = id(module), set()
+        tokens = first.numel() // max(shape[layout.channels], 1) // samples
+        if shape[layout.dim] == samples or not self.tokens:
+            self.tokens.add(tokens)
+        elif len(self.groups) > 1 and tokens not in self.tokens:
+            raise ValueError(
+                f"glora.route(flattened=True) takes rows that are each sample's tokens; {path!r} is given {tokens} for "
+                f"a sample, of shape {shape}, where layers before it were given {sorted(self.tokens)}: they may be "
+                f"repeated, padded or picked. {_REMEDY}"
+            )
+        between = [size for at, size in enumerate(shape[:-1]) if at != layout.dim]
+        if len(self.groups) > 1 and shape[layout.dim] != samples and samples in between:
+            raise ValueError(
+                f"glora.route(flattened=True) must know which dimension has the batch; {path!r} is given {shape}, "
+                f"which may have the {samples} samples in another one than {layout.dim}. Pass dim= then. {_REMEDY}"
+            )
+
+    def _select(self, arguments: Any, group: list[int], rows: int, dim: int | None) -> Any:
         """The arguments for some samples: of tensors with a row for each sample, or with all rows, their rows."""
 
         def of(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.ndim <= self.dim:
+            if not isinstance(leaf, Tensor) or dim is None or leaf.ndim <= dim:
                 return leaf
-            each, rest = divmod(leaf.shape[self.dim], len(self.names))
+            each, rest = divmod(leaf.shape[dim], len(self.names))
             if rest or each not in (1, rows):
                 return leaf
             first, last = group[0], group[-1]
             if last - first + 1 == len(group):
-                return leaf.narrow(self.dim, first * each, len(group) * each)
-            return leaf.index_select(self.dim, _rows_of(torch.tensor(group), each).to(leaf.device))
+                return leaf.narrow(dim, first * each, len(group) * each)
+            return leaf.index_select(dim, _rows_of(torch.tensor(group), each).to(leaf.device))
 
         return tree_map(of, arguments)
 
-    def _join(self, path: str, results: list[Any], rows: int) -> Any:
+    def _join(self, path: str, results: list[Any], rows: int, layout: Layout) -> Any:
         """The results of the groups as the result of one call, in the batch's order."""
 
-        def join(*parts: Any) -> Any:
+        def join(at: int, *parts: Any) -> Any:
+            dim = layout.results.get(at, layout.dim)
             if all(isinstance(part, Tensor) for part in parts):
-                sizes = [part.shape[self.dim] if part.ndim > self.dim else 0 for part in parts]
+                sizes = [part.shape[dim] if part.ndim > dim else 0 for part in parts]
                 for each in (1, rows):
                     if sizes == [size * each for size in self.sizes]:
-                        joined = torch.cat(parts, self.dim)
+                        joined = torch.cat(parts, dim)
                         if self.in_order:
                             return joined
-                        return joined.index_select(self.dim, _rows_of(self.back, each).to(joined.device))
+                        return joined.index_select(dim, _rows_of(self.back, each).to(joined.device))
                 same = all(torch.equal(part, parts[0]) for part in parts[1:])
             else:
                 same = all(type(part) is type(parts[0]) and part == parts[0] for part in parts[1:])
             if not same:
                 raise RuntimeError(
-                    f"Inside glora.route a module's results must be one for each sample, in dimension {self.dim}; "
+                    f"Inside glora.route a module's results must be one for each sample, in dimension {dim}; "
                     f"{path!r} gives something else that differs between the adapters (an auxiliary loss?). Run each "
                     f"adapter's samples with glora.activate."
                 )
@@ -236,7 +297,19 @@ class Routing:
         leaves, structures = zip(*map(tree_flatten, results), strict=True)
         if any(structure != structures[0] for structure in structures):
             raise RuntimeError(f"Inside glora.route {path!r} gives results of different structure for each adapter.")
-        return tree_unflatten([join(*parts) for parts in zip(*leaves, strict=True)], structures[0])
+        joined = [join(at, *parts) for at, parts in enumerate(zip(*leaves, strict=True))]
+        return tree_unflatten(joined, structures[0])
+
+
+def _place_of(name: str, value: Any, module: nn.Module, layout: Layout, rows: int) -> tuple[int, int | None]:
+    """How many rows each sample has in a named argument, and in which dimension the batch is; None: in none."""
+    if name == "attn_mask" and isinstance(module, nn.MultiheadAttention) and isinstance(value, Tensor):
+        return cast("Any", module).num_heads, 0 if value.ndim == 3 else None
+    return rows, layout.arguments.get(name, layout.dim)
+
+
+def _is_batched(store: Store) -> bool:
+    return isinstance(store, Weight) and store.matrix.is_batched
 
 
 def _rows_of(samples: Tensor, each: int) -> Tensor:

@@ -14,6 +14,11 @@ from glora.layer.recurrent import follow_tensors
 # A forward pass may be running in another thread while a module is swapped. It looks the parametrizations up once, or
 # reads the plain tensors one by one. So the plain tensors are set before the parametrizations go, and the
 # parametrizations are back before the plain tensors go: in between both give the same values.
+#
+# Each call of one module keeps to the adapters that acted when it began to read: `glora.layer.forward` takes them once,
+# and other forwards by `_Call` (Note [Reading once]). Two limits stay. A call that began inside `glora.merged` may look
+# a plain tensor up at the very moment when the block ends, and finds None: torch's own `__getattr__` runs there. And
+# nn.MultiheadAttention reads two tensors of another module, its `out_proj`.
 
 
 def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
@@ -25,9 +30,8 @@ def merged_tensors(module: nn.Module) -> dict[str, Tensor | None]:
         if isinstance(store, Bias) and store.created and not store.is_active():
             tensors[name] = None
             continue
-        value = read(module, name).detach()
         # An alias: where the value is a head's copy or W0 itself, its flags and `.data` must not change inside.
-        value = value.view_as(value)
+        value = read(module, name).detach()
         is_parameter = isinstance(parametrization.original, nn.Parameter)
         tensors[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     return tensors

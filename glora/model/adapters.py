@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from glora.layer import routed
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
+from glora.layer.parametrization import DISABLED, AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.replaced import warn_of_replaced
@@ -141,7 +140,7 @@ def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
 
 @contextmanager
 def disabled(model: Model) -> Generator[Model]:
-    """Run the model as the base model, to the bit, inside the `with` block.
+    """Run the model as the base model, to the bit, inside the `with` block; inside of a route too, and around one.
 
     Factors keep their `requires_grad` flags, so that a pending backward still reaches them. What was active acts again
     afterwards, whatever happened inside. This changes the model for every thread.
@@ -172,14 +171,13 @@ def disabled(model: Model) -> Generator[Model]:
         # The model is walked again: adapters may have come and gone inside.
         for owner in adapted_owners(model):
             set_acting(owner, before.get(owner.acting, {}))
+            if before.get(owner.acting) is DISABLED:
+                owner.acting.adapter_weights = DISABLED
 
-    # Inside of a route, too, each sample goes through the base.
-    base = routed.Route({id(owner.module): owner.path for owner in walk}, None, {})
     with undone(act_again):
         for acting in before:
-            acting.adapter_weights = {}
-        with routed.enter(base) if routed.active_routes else nullcontext():
-            yield model
+            acting.adapter_weights = DISABLED
+        yield model
 
 
 def resolve_name(walk: Iterable[Owner], name: str | None) -> str:

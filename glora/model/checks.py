@@ -96,6 +96,13 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             "torch's removal has baked its weight in, and its bias still has adapters, which were trained beside the "
             "weight before; remove those of the bias too."
         )
+    creates = config.create_bias and not site.has_own_bias and (config.C, config.E) != ("none", "none")
+    if creates and isinstance(layer, nn.MultiheadAttention) and matrix.bias is not None:
+        return (
+            f"torch's fast paths take a MultiheadAttention with `{matrix.bias}` and its output projection, and the "
+            f"layers around it, to have biases all together, so that one cannot be created here; leave out C and E, or "
+            f"make it with bias=True."
+        )
     own_forward = not has_linear_forward(kind) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
     never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from glora.layer import routed
+from glora.layer.batched import layout_of, tokens_first
 from glora.model.change import refuse_while_swapped
-from glora.model.walk import Model, adapted_owners
+from glora.model.walk import Model, adapted_owners, owners
 from glora.tensors import is_tensor_parallel
 from glora.text import UnknownName, quote_names
 
@@ -23,11 +24,13 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
             `(batch, in)` or `(batch, tokens, in)`.
         names: for each sample the name of its adapter, which acts with weight 1; None for the base model. What is
             active outside of the block does not matter inside.
-        dim: the batch's dimension; 1 for modules with `batch_first=False`. It is never guessed: a batch of as many
-            tokens as samples looks the same.
-        flattened: allow layers that are called with several rows for each sample, one sample's after the other's:
-            `(batch * tokens, in)` (OPT, MoE), or windows of an image (Swin, SAM). Wrong where rows are in another
-            order, or are picked from among the samples.
+        dim: the batch's dimension. It is never guessed: a batch of as many tokens as samples looks the same. Modules
+            that say it themselves need none: nn.MultiheadAttention and nn.RNNBase by `batch_first`, convolutions, and
+            those layers of FSMT, LED, Longformer, MLCD and XLNet that get `(tokens, batch, in)`.
+        flattened: allow layers that are called with several rows for each sample: `(batch * tokens, in)` (OPT, MoE).
+            The model must keep the batch's order: all rows of a sample one after the other, and the samples as in
+            `names`. It must not repeat the batch (`torch.cat([x, x])`; give a name for each row then), and not have
+            samples of unequal shares (images of which one sample has two).
 
     Yields:
         The model. The outputs are those of each sample alone with its adapter active, heads included. Factors keep
@@ -38,7 +41,9 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
 
     Raises:
         KeyError: a name that is not an adapter of the model.
-        ValueError: no names, a dim that is no dimension; inside, a layer called with another number of samples.
+        ValueError: no names, a dim that is no dimension; inside, a layer called with another number of samples or
+            without a batch, with tokens that a router has picked or repeated (experts that are not given each token's
+            choice), or flattened, with another number of tokens for each sample than in the layers before.
         RuntimeError: inside `glora.merged` or another `route`; inside, an adapted weight that is read rather than its
             layer called (nn.MultiheadAttention reads `out_proj.weight`), a result that is not one for each sample and
             differs between the adapters, activation checkpointing around a routed layer, or a call that changes
@@ -81,6 +86,8 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
                 f"than their inputs, as {owner.path!r}. Run each adapter's samples with glora.activate."
             )
     paths = {id(owner.module): owner.place for owner in walk}
-    routing = routed.Routing(names, {id(owner.module): owner.adapter_names for owner in walk}, dim, flattened)
+    seconds = tokens_first([(owner.path, owner.module) for owner in owners(model)])
+    layouts = {id(o.module): layout_of(o.module, 1 if id(o.module) in seconds else dim) for o in walk}
+    routing = routed.Routing(names, {id(owner.module): owner.adapter_names for owner in walk}, layouts, flattened)
     with routed.enter(routed.Route(paths, routing, None)):
         yield model

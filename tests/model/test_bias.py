@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,24 @@ def test_a_second_adapter_that_creates_no_bias_gets_no_paths_on_a_created_one() 
     (message,) = warned(lambda: glora.apply(model, config=GLoRAConfig(), name="second"))
     assert message.startswith("2 layers have no bias")
     assert {key for key in glora.state_dict(model, "second") if key[:3] in ("0.C", "0.D", "0.E")} == set()
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_bias_of_attention_is_not_created(around: bool) -> None:
+    """torch's fast paths would take it for a whole set of biases, attached and merged."""
+    options: Any = {"bias": False, "batch_first": True}
+    model: Any = nn.TransformerEncoderLayer(4, 2, 8, **options) if around else nn.MultiheadAttention(4, 2, **options)
+    with pytest.raises(ValueError, match="in_proj_weight' is not: .*one cannot be created"):
+        glora.plan(model, ["in_proj_weight"], CREATE)
+    with pytest.warns(UserWarning, match="cannot be created"):
+        glora.apply(model, config=CREATE)
+    call = (lambda x: model(x)) if around else lambda x: model(x, x, x)[0]
+    x = torch.randn(2, 3, 4)
+    wanted = call(x).detach()
+    model.eval()
+    with torch.no_grad():
+        if not around:
+            torch.testing.assert_close(call(x), wanted)
+        assert call(x).isfinite().all()
+        glora.merge(model)
+        assert call(x).isfinite().all()

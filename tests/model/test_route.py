@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -213,3 +217,59 @@ def test_attention_that_is_adapted_itself_is_routed_with_its_output_projection()
         expected.append(attention(x[i : i + 1], x[i : i + 1], x[i : i + 1])[0])
     with glora.route(attention, ["a", None, "b"]):
         assert torch.allclose(attention(x, x, x)[0], torch.cat(expected), atol=1e-6)
+
+
+class Over(nn.Linear):
+    """A layer that has another inside."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.inner(super().forward(input))
+
+
+def from_a_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+NESTINGS = ["route, disabled", "disabled, route", "disabled, disabled and back, route", "route, disabled by a thread"]
+
+
+@pytest.mark.parametrize("part", ["", "0.inner", "1"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_disabling_wins_over_a_route_in_any_nesting(nesting: str, part: str) -> None:
+    """Also of a part of the model alone: the rest is routed."""
+    model: Any = with_two(nn.Sequential(Over(), nn.Linear(4, 3)))
+    names, x = ["a", None, "b"], torch.randn(3, 4)
+    wanted = []
+    for i, name in enumerate(names):
+        glora.activate(model, {} if name is None else name)
+        with glora.disabled(model.get_submodule(part)):
+            wanted.append(model(x[i : i + 1]))
+    with glora.route(model, names):
+        routed = model(x)
+
+    def enter(stack: ExitStack) -> None:
+        for step in nesting.split(", "):
+            if step == "route":
+                stack.enter_context(glora.route(model, names))
+            elif step == "disabled and back":
+                with glora.disabled(model):
+                    pass
+            elif step == "disabled":
+                stack.enter_context(glora.disabled(model.get_submodule(part)))
+            else:
+                disabled = glora.disabled(model.get_submodule(part))
+                from_a_thread(disabled.__enter__)
+                stack.callback(from_a_thread, partial(disabled.__exit__, None, None, None))
+
+    with ExitStack() as stack:
+        enter(stack)
+        torch.testing.assert_close(model(x), torch.cat(wanted))
+        if part == "":
+            assert torch.equal(model[1].weight, model[1].parametrizations.weight.original)
+    with glora.route(model, names):
+        torch.testing.assert_close(model(x), routed)
