@@ -27,23 +27,23 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5813,
-    "ground": 790,
+    "all": 6866,
+    "ground": 916,
     "kernels": 528,
-    "layer": 962,
-    "model": 1644,
-    "engines": 211,
-    "files": 616,
+    "layer": 1185,
+    "model": 1930,
+    "engines": 194,
+    "files": 618,
     "interop": 510,
     "integrations": 346,
-    "search": 563,
+    "search": 639,
 }
 FILES = {
-    "all": 79,
+    "all": 86,
     "ground": 13,
     "kernels": 8,
-    "layer": 13,
-    "model": 15,
+    "layer": 15,
+    "model": 17,
     "engines": 4,
     "files": 5,
     "interop": 8,
@@ -54,10 +54,10 @@ IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (23, 214, 483),
-    "load": (26, 255, 816),
-    "route": (19, 327, 564),
-    "merge": (20, 357, 635),
+    "apply": (26, 236, 531),
+    "load": (29, 289, 907),
+    "route": (20, 343, 590),
+    "merge": (24, 351, 638),
 }
 
 ROOT = Path(glora.__file__).parent

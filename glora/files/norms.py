@@ -73,7 +73,7 @@ def path_norms(adapter: AdapterSpec, path: str, layer: LayerSpec) -> dict[str, f
             times = i if config.forms[name] == "constant" else 1
         else:
             times = i if config.forms[name] == "vector" else None if o is None or i is None else o * i
-        norms[name] = math.nan if times is None else float(torch.linalg.vector_norm(tensors)) * math.sqrt(times)
+        norms[name] = math.nan if times is None else float(tensors.square().sum().sqrt()) * math.sqrt(times)
     return norms
 
 
@@ -104,7 +104,7 @@ def update_norms(adapter: AdapterSpec, path: str, layer: LayerSpec, W0: Tensor, 
     frozen = torch.zeros(W0.shape[:-1], dtype=torch.float64) if b0 is None else b0.double()
     prompt = torch.cat(prompts, -1) if prompts else None
     shift = functional.bias_update(frozen, prompt, cast("Tensor | None", D), cast("Tensor | None", E))
-    of_bias = 0.0 if shift is None else float(torch.linalg.vector_norm(shift.expand_as(frozen)))
+    of_bias = 0.0 if shift is None else float(shift.expand_as(frozen).square().sum().sqrt())
     return Norms(math.sqrt(square), of_bias, math.sqrt(square_of_base))
 
 
