@@ -100,7 +100,9 @@ class AdapterSpec:
     Attributes:
         ties: key of a tensor to the key of the head's tensor that it is tied to, and reads (Note [Tied heads]).
         base: key to fingerprint of the frozen tensors that it changes; none where the source does not say.
-        outside: key to fingerprint of the end of each other frozen parameter, a new head's above all; likewise.
+        outside: key to fingerprint of the end of each other frozen tensor, a new head's above all; likewise.
+        statistics: module path to the buffers that training has changed, and that belong to the adapter (Note [Running
+            statistics]).
     """
 
     layers: Mapping[str, LayerSpec]
@@ -109,6 +111,7 @@ class AdapterSpec:
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
     base: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
     outside: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], repr=False)
+    statistics: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def wanted(self) -> dict[str, TensorSpec]:
         """Key to what the tensor must be, for every tensor that the layers and heads have."""
@@ -116,7 +119,7 @@ class AdapterSpec:
         for path, layer in self.layers.items():
             prefix = join(path, "")
             wanted |= {prefix + key: spec for key, spec in layer.tensors().items()}
-        for path, names in self.heads.items():
+        for path, names in (*self.heads.items(), *self.statistics.items()):
             wanted |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
         return wanted
 
@@ -128,6 +131,7 @@ class AdapterSpec:
             {rename(key): tensor for key, tensor in self.tensors.items()},
             {rename(key): rename(owner) for key, owner in self.ties.items()},
             {rename(key): known for key, known in self.base.items()},
+            statistics={rename(path): names for path, names in self.statistics.items()},
         )
 
 

@@ -32,7 +32,8 @@ from glora.files.container import (
 from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
 from glora.model.state import describe
-from glora.model.walk import Model
+from glora.model.statistics import warn_of_changed_buffers
+from glora.model.walk import Model, owners
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
 from glora.text import format_problems
 from glora.version import __version__
@@ -88,6 +89,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
     """
     _check_arguments("save", model, directory)
     adapter = describe(model, name)
+    warn_of_changed_buffers(owners(model), stacklevel=2)
     save_together(adapter.tensors, lambda gathered: write(Path(directory), replace(adapter, tensors=gathered)))
 
 
@@ -225,6 +227,7 @@ def to_json(adapter: AdapterSpec) -> dict[str, Any]:
     fields = {"format_version": FORMAT_VERSION, "glora_version": __version__, "layers": layers, "heads": heads}
     optional = {"base": {key: list(known) for key, known in adapter.base.items()}, "ties": dict(adapter.ties)}
     optional |= {"outside": {key: list(known) for key, known in adapter.outside.items()}}
+    optional |= {"statistics": {path: sorted(names) for path, names in adapter.statistics.items()}}
     return fields | {key: value for key, value in optional.items() if value}
 
 
@@ -246,10 +249,13 @@ def parse(file: object, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
         base = parse_fingerprints(raw.get("base", {}))
         outside = parse_fingerprints(raw.get("outside", {}))
+        statistics = {
+            p: tuple(map(str, names)) for p, names in cast("dict[str, Any]", raw.get("statistics", {})).items()
+        }
         ties = {str(key): str(owner) for key, owner in cast("dict[str, Any]", raw.get("ties", {})).items()}
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
-    adapter = AdapterSpec(layers, heads, tensors, ties, base, outside)
+    adapter = AdapterSpec(layers, heads, tensors, ties, base, outside, statistics)
     problems = list(mismatches(tensors, adapter.wanted()))
     if problems:
         raise AdapterFileError(f"The tensors of {file} are not those of its description: {format_problems(problems)}.")

@@ -182,6 +182,11 @@ class Routing:
             raise RuntimeError(
                 f"{deleted[0]!r} was deleted from {path!r} while a glora.route sends samples through it."
             )
+        if module.training and len(self.groups) > 1 and any(name in module._buffers for name in stores_of(module)):
+            raise RuntimeError(
+                f"Running statistics of several adapters cannot be trained in one batch; {path!r} keeps some, and is "
+                f"in training mode. Call .eval() on it, or run each adapter's samples with glora.activate."
+            )
         if per_sample is not None and layout.dim == 0 and len(self.groups) > 1:
             result = per_sample(module, *args, **kwargs, acting=self.acting, owner=self.owner)
             if result is not None:

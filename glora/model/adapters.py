@@ -62,7 +62,7 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
 
     Raises:
         KeyError: a name that is not an adapter of the model.
-        ValueError: a weight that is no finite number; several adapters with heads that differ, or have buffers.
+        ValueError: a weight that is no finite number; several adapters with heads or running statistics that differ.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
@@ -102,19 +102,13 @@ def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
                 continue
             original, parts = owner.tensors[tensor_name], store.parts()
             key = join(owner.path, tensor_name)
-            if not isinstance(original, nn.Parameter) and sum(name in parts for name in active) > 1:
-                raise ValueError(
-                    f"Heads that act together must stay equal, and {key!r} is a buffer, which only one of "
-                    f"{quote_names(active)} would keep up. Activate one of them, or combine adapters without such a "
-                    f"head."
-                )
             copies = [cast("HeadCopy | SharedCopy | None", parts.get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
             if not all(torch.equal(wide(first), wide(other)) for other in others):
                 raise ValueError(
-                    f"Heads do not add up: adapters that act together must have equal ones, and {key!r} differs "
-                    f"between {quote_names(active)}. Activate one of them, or combine adapters without a trainable= "
-                    f"head."
+                    f"Heads and running statistics do not add up: adapters that act together must have equal ones, and "
+                    f"{key!r} differs between {quote_names(active)}. Activate one of them, or let such adapters act "
+                    f"together as have no trainable= head and were trained in eval mode of such modules."
                 )
 
 

@@ -24,6 +24,7 @@ from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads
 from glora.model.plan import plan_spec, plan_targets
 from glora.model.records import Plan, PlannedLayer
 from glora.model.replaced import remember
+from glora.model.statistics import note_buffers
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.walk import Model, Owner
 from glora.spec import AdapterSpec, join, report_other_base
@@ -184,6 +185,7 @@ def attach(
         _register(part, planned.name)
     set_adapter_weights(walk, {planned.name: 1.0})
     guard_save_pretrained(walk)
+    note_buffers(walk)
     guard(walk)
     remember(walk, [part.owner for part in parts])
     del classes
@@ -230,11 +232,11 @@ def _build(
             created = _created_bias(weight, device) if layer.creates_bias else None
             make_store = partial(Bias, matrix=matrix, created=layer.creates_bias)
             parts.append(_Part(site.owner, name, content, make_store, created))
-    for head in planned.heads:
+    for head in (*planned.heads, *planned.statistics):
         for name in head.names:
-            copy = HeadCopy(head.owner.tensors[name])
-            if values is not None:
-                _fill(copy, {"value": values[join(head.path, name)]})
+            copy, key = HeadCopy(head.owner.tensors[name]), join(head.path, name)
+            if values is not None and (key in values or head in planned.heads):
+                _fill(copy, {"value": values[key]})
             parts.append(_Part(head.owner, name, copy, Head))
             parts += [_Part(owner, shared, SharedCopy(copy), Head) for owner, shared in head.shared.get(name, ())]
     return parts

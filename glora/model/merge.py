@@ -21,6 +21,7 @@ from glora.model.checks import find_ties
 from glora.model.guards import unguard
 from glora.model.huggingface import unguard_save_pretrained, warn_of_created_biases
 from glora.model.replaced import forget
+from glora.model.statistics import forget_buffers
 from glora.model.walk import Model, Owner
 from glora.tensors import gathered, is_quantised, is_sharded
 from glora.text import quote_names
@@ -98,6 +99,7 @@ def _bake_in(module: nn.Module, name: str, store: Store) -> None:
 def _leave_plain(walk: list[Owner]) -> None:
     """Give back what the model had beside its adapters."""
     flags.thaw(walk)
+    forget_buffers(walk)
     unguard_save_pretrained(walk)
     unguard(walk)
     forget(walk)

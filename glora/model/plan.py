@@ -14,6 +14,7 @@ from glora.model.change import refuse_while_swapped, walk_to_read
 from glora.model.checks import Ties, find_ties, unsupported_head, unsupported_matrix
 from glora.model.huggingface import AUTO, output_embeddings, task_heads
 from glora.model.records import Plan, PlannedHead, PlannedLayer, Skipped, coverage, plan_heads
+from glora.model.statistics import plan_statistics
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable, choose, select
 from glora.model.walk import Owner, Site, owners, site_of, sites
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, TensorSpec, join, like, mismatches, tied_names
@@ -111,7 +112,8 @@ def plan_targets(
     covered = {layer.site.key for layer in layers}
     covered |= {(id(head.module), tensor) for head in heads for tensor in head.owner.tensors}
     share = coverage(walk, all_sites, covered, outputs)
-    return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias), share)
+    kept = plan_statistics(walk, heads)
+    return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias), share, kept)
 
 
 def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str) -> Plan:
@@ -153,6 +155,12 @@ def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str) -
         reason = _why_not_head(owner_of.get(path), (*names, *tied_names(spec.ties, path)))
         if reason is not None:
             problems.append(f"{path!r}: {reason}")
+    for path, names in spec.statistics.items():
+        owner = owner_of.get(path)
+        if owner is None or not set(names) <= owner.tensors.keys() & owner.module._buffers.keys():
+            problems.append(f"{path!r}: there is no such module, with the buffers {format_names(names)}")
+        else:
+            wanted |= {join(path, name): like(owner.tensors[name]) for name in names}
     problems += _broken_ties(spec.ties, owner_of)
     if not problems:
         heads = plan_heads(walk, [replace(owner_of[path], path=path) for path in spec.heads])
@@ -175,7 +183,7 @@ def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str) -
             f"An adapter must fit the model that it is loaded into; {source} does not, and nothing was changed. "
             f"Found: {format_problems(problems)}. Load it into the architecture that it was trained on."
         )
-    return Plan(name, tuple(layers), tuple(heads))
+    return Plan(name, tuple(layers), tuple(heads), statistics=plan_statistics(walk, heads))
 
 
 def _described(path: str, spec: LayerSpec, known: Mapping[str, Site], owner_of: Mapping[str, Owner]) -> Site | str:

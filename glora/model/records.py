@@ -205,6 +205,7 @@ class Plan:
         skipped: layers that the targets reach and that are left as they are.
         without_bias: paths of the layers that lose C, D and E because they have no bias.
         coverage: the share of the model's matrices that is adapted or trains as a whole; None where a file says it all.
+        statistics: the modules of whose running statistics the adapter has copies (Note [Running statistics]).
     """
 
     name: str
@@ -213,6 +214,7 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
     without_bias: tuple[str, ...] = ()
     coverage: Coverage | None = None
+    statistics: tuple[PlannedHead, ...] = ()
 
     @property
     def parameters(self) -> int:

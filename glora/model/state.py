@@ -17,6 +17,7 @@ from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import Bias, Paths, Weight, other_description, own_tensors, stores_of
 from glora.model.adapters import adapter_tensors, resolve_name
 from glora.model.change import change, walk_to_read
+from glora.model.statistics import kept_statistics
 from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
 from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
 from glora.tensors import is_quantised, write_into
@@ -87,7 +88,8 @@ def load_state_dict(
         state_dict: key to tensor; floating dtypes are cast to the adapter's. Into a model under `fully_shard` every
             rank writes the same whole tensors, together.
         name: the adapter; None for the only one.
-        strict: whether every key must be there, and no other; if False, the keys that both have are written.
+        strict: whether every key must be there (those of running statistics may be missing), and no other; if False,
+            the keys that both have are written.
 
     Returns:
         The model.
@@ -113,7 +115,9 @@ def load_state_dict(
                 f"An adapter must have memory to be written into; {name!r} is on the meta device. "
                 f"Call model.to_empty(device=...) first, load, and glora.reset_parameters what is not loaded."
             )
-        problems = list(mismatches(state_dict, {key: like(t) for key, t in tensors.items()}, strict=strict))
+        optional = {join(owner.path, each) for owner, names in kept_statistics(walk, name) for each in names}
+        wanted = {key: like(t) for key, t in tensors.items() if key in state_dict or key not in optional}
+        problems = list(mismatches(state_dict, wanted, strict=strict))
         problems += _other_descriptions(state_dict, walk, name)
         if problems:
             raise ValueError(
@@ -184,6 +188,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     name = resolve_name(walk, name)
     layers: dict[str, LayerSpec] = {}
     heads: dict[str, tuple[str, ...]] = {}
+    statistics = {owner.path: names for owner, names in kept_statistics(walk, name)}
     base: dict[str, Fingerprint] = {}
     key_of_copy: dict[int, str] = {}
     source_of_key: dict[str, int] = {}
@@ -201,6 +206,8 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
         shared = {tensor: part.source for tensor, part in parts.items() if isinstance(part, SharedCopy)}
         key_of_copy |= {id(parts[tensor]): join(owner.path, tensor) for tensor in copies}
         source_of_key |= {join(owner.path, tensor): id(source) for tensor, source in shared.items()}
+        if owner.path in statistics:
+            continue
         if copies and {*copies, *shared} != set(owner.tensors):
             raise RuntimeError(
                 f"torch's removal has taken the adapters off a part of the head {owner.place!r}, which a file holds "
@@ -216,7 +223,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             )
     ties = {key: key_of_copy[source] for key, source in source_of_key.items()}
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(walk, name).items()}
-    return AdapterSpec(layers, heads, tensors, ties, base, _outside(walk, name, base))
+    return AdapterSpec(layers, heads, tensors, ties, base, _outside(walk, name, base), statistics)
 
 
 def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:
@@ -235,7 +242,7 @@ def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec
 
 
 def _outside(walk: list[Owner], name: str, base: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
-    """Key to fingerprint of the end of each parameter that the adapter neither changes nor holds."""
+    """Key to fingerprint of the end of each tensor that the adapter neither changes nor holds."""
     known: dict[str, Fingerprint] = {}
     seen: set[int] = set()
     for owner in walk:
@@ -243,7 +250,7 @@ def _outside(walk: list[Owner], name: str, base: Mapping[str, Fingerprint]) -> d
             key, store = join(owner.path, tensor_name), owner.stores.get(tensor_name)
             held = isinstance(store, Head) and name in store.parts()
             created = isinstance(store, Bias) and store.created
-            if key in base or held or created or not isinstance(tensor, nn.Parameter) or id(tensor) in seen:
+            if key in base or held or created or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             numbers = None if is_quantised(tensor) else fingerprint(end_of(tensor))
