@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 
 from glora.layer import routed
 from glora.layer.computed import adapter_weights_of, caching_reads, freeze_prompts, read_attribute
-from glora.layer.forward import linear_forward, per_sample_forward
+from glora.layer.forward import embedding_forward, linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys
 from glora.layer.parametrization import live_parametrizations
-from glora.matrices import LINEAR, TRANSPOSED, has_linear_forward, is_transposed_linear
+from glora.matrices import LINEAR, TRANSPOSED, has_embedding_forward, has_linear_forward, is_transposed_linear
 
 # Note [One class per base class]
 # torch's `register_parametrization` gives every module a class of its own, with a property for each tensor. Two things
@@ -120,6 +120,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     if has_linear_forward(base):
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
         run, run_per_sample = linear_forward(matrix), per_sample_forward(matrix)
+    elif has_embedding_forward(base):
+        run, run_per_sample = embedding_forward, None
     else:
         run, run_per_sample = caching_reads(base.forward), None
 

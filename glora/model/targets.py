@@ -152,14 +152,11 @@ def _remedy(found: list[Owner], below: str | None) -> str:
     if below is not None:
         pattern = re.escape(below) + r"\..*"
         return f"Name the layers below it, with a regex such as {pattern!r}."
-    if any(isinstance(m.module, (nn.Embedding, nn.EmbeddingBag)) for m in found):
-        return (
-            "An embedding looks rows up and multiplies nothing: it has no input for C, and no bias. Train it as a "
-            "whole with trainable=."
-        )
+    if any(isinstance(m.module, nn.EmbeddingBag) for m in found):
+        return "An EmbeddingBag looks rows up and sums them, and no path is there for that. Train it with trainable=."
     return (
-        "Linear layers, Conv1D, convolutions, attention's in_proj and fused experts can be; train another module as a "
-        "whole with trainable=, or say how it holds its matrix with glora.register_matrix."
+        "Linear layers, Conv1D, embeddings, convolutions, attention's in_proj and fused experts can be; train another "
+        "module as a whole with trainable=, or say how it holds its matrix with glora.register_matrix."
     )
 
 
