@@ -95,12 +95,12 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
             return [p for p in places if _is_swept(p)]
-        return _match(places, walk, selection, role, _regex(selection, role))
+        return _without_embeddings(_match(places, walk, selection, role, _regex(selection, role)))
     if callable(selection):
         matched = [p for p in places if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
             raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(places)}.")
-        return matched
+        return _without_embeddings(matched)
     if isinstance(selection, Mapping) or not isinstance(selection, Iterable):  # pyright: ignore
         raise ValueError(
             f"{role}= must be a regex, a list of path suffixes, a predicate (path, module) -> bool or {ALL_LINEAR!r}; "
@@ -119,6 +119,12 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
         else:
             raise ValueError(f"{role}= as a list must hold path suffixes; found {entry!r}.")
     return [p for p in places if id(p) in reached]
+
+
+def _without_embeddings(matched: list[Place]) -> list[Place]:
+    """What a pattern for many layers reaches: embeddings only where it matches nothing else."""
+    others = [p for p in matched if not (isinstance(p, Site) and isinstance(p.module, nn.Embedding))]
+    return others or matched
 
 
 def _is_swept(place: Owner | Site) -> bool:

@@ -136,3 +136,22 @@ def test_a_forward_of_its_own_reads_the_weight() -> None:
     model = nn.Sequential(Scaled(5, 3))
     glora.apply(model, ["0"], BOTH)
     torch.testing.assert_close(model(torch.arange(5)), model[0].weight * 2)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reached"),
+    [
+        (["0"], ["0"]),
+        (["0", "1"], ["0", "1"]),
+        ("0", ["0"]),
+        (".*", ["1"]),
+        (lambda path, _: path == "0", ["0"]),
+        (lambda *_: True, ["1"]),
+        ("all-linear", ["1"]),
+        ({"0": BOTH, "1": BOTH}, ["0", "1"]),
+    ],
+)
+def test_an_embedding_is_reached_where_it_is_named(targets: Any, reached: list[str]) -> None:
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3))
+    found = glora.plan(model, targets, None if isinstance(targets, dict) else BOTH)
+    assert [layer.path for layer in found.layers] == reached
