@@ -97,10 +97,11 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
             return [p for p in places if _is_swept(p)]
         return _without_embeddings(_match(places, walk, selection, role, _regex(selection, role)))
     if callable(selection):
-        matched = [p for p in places if any(selection(path, p.module) for path in p.aliases)]
+        seen = _without_embeddings(places)
+        matched = [p for p in seen if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
-            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(places)}.")
-        return _without_embeddings(matched)
+            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(seen)}.")
+        return matched
     if isinstance(selection, Mapping) or not isinstance(selection, Iterable):  # pyright: ignore
         raise ValueError(
             f"{role}= must be a regex, a list of path suffixes, a predicate (path, module) -> bool or {ALL_LINEAR!r}; "
@@ -122,7 +123,7 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
 
 
 def _without_embeddings(matched: list[Place]) -> list[Place]:
-    """What a pattern for many layers reaches: embeddings only where it matches nothing else."""
+    """What a regex or predicate reaches of these: embeddings only where there is nothing else."""
     others = [p for p in matched if not (isinstance(p, Site) and isinstance(p.module, nn.Embedding))]
     return others or matched
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-
 from transformers.pytorch_utils import Conv1D
 
 import glora

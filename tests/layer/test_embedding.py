@@ -145,7 +145,6 @@ def test_a_forward_of_its_own_reads_the_weight() -> None:
         (["0", "1"], ["0", "1"]),
         ("0", ["0"]),
         (".*", ["1"]),
-        (lambda path, _: path == "0", ["0"]),
         (lambda *_: True, ["1"]),
         ("all-linear", ["1"]),
         ({"0": BOTH, "1": BOTH}, ["0", "1"]),
