@@ -69,17 +69,22 @@ def _decomposed(a: Tensor, b: Tensor, core: Tensor | None) -> Pair:
 
 def read_lokr(given: Given, theirs: dict[str, Tensor]) -> Read:
     r"""LoKr (arXiv 2212.10650): $\Delta = s \; w_1 \otimes w_2$, each whole or decomposed."""
-    pairs: list[Pair] = []
-    for which in ("w1", "w2"):
-        matrix = theirs.pop(f"lokr_{which}", None)
-        if matrix is not None:
-            pairs.append(whole(wide(matrix).flatten(1)))
-        else:
-            core = theirs.pop("lokr_t2", None) if which == "w2" else None
-            pairs.append(_decomposed(theirs.pop(f"lokr_{which}_a"), theirs.pop(f"lokr_{which}_b"), core))
-    (a, b), (c, d) = pairs
-    _sizes(given, len(a) * len(c), b.shape[1] * d.shape[1])
-    return _as_shift(*kronecker(*pairs), _scale(given, "alpha"))
+    scale, kernel = _scale(given, "alpha"), theirs.get("lokr_w2")
+    one, other = (_factor(theirs, which) for which in ("w1", "w2"))
+    _sizes(given, len(one[0]) * len(other[0]), one[1].shape[1] * other[1].shape[1])
+    if kernel is not None and kernel.ndim == 3:
+        # A Conv1d's: PEFT multiplies the axes of w1 into the last two of w2, and not into its first two.
+        product = torch.kron(one[0] @ one[1], wide(kernel))
+        return _as_shift(*whole(product.reshape(len(one[0]) * len(other[0]), -1)), scale)
+    return _as_shift(*kronecker(one, other), scale)
+
+
+def _factor(theirs: dict[str, Tensor], which: str) -> Pair:
+    matrix = theirs.pop(f"lokr_{which}", None)
+    if matrix is not None:
+        return whole(wide(matrix).flatten(1))
+    core = theirs.pop("lokr_t2", None) if which == "w2" else None
+    return _decomposed(theirs.pop(f"lokr_{which}_a"), theirs.pop(f"lokr_{which}_b"), core)
 
 
 def read_miss(given: Given, theirs: dict[str, Tensor]) -> Read:
@@ -147,7 +152,7 @@ def read_randlora(given: Given, theirs: dict[str, Tensor]) -> Read:
     scales, gamma = wide(theirs.pop("randlora_lambda")), wide(theirs.pop("randlora_gamma"))
     shape = _sizes(given)
     small, large = min(shape), max(shape)
-    one, other = (given.shared.get(f"randlora_{name}") for name in "AB")
+    one, other = (theirs.pop(f"randlora_{name}", given.shared.get(f"randlora_{name}")) for name in "AB")
     if one is None or other is None:
         one, other = _random_bases(given, len(scales))
     bases, ends = scales.shape[1], (one.shape[2], len(other))
