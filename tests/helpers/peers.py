@@ -103,5 +103,5 @@ def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> float:
     """Equal to 1e-5 of what the adapter changes, beside the rounding of float32; the error as a share of that."""
     effect = float((theirs - base).abs().max())
     error = float((ours - theirs).abs().max())
-    assert error <= 1e-5 * effect + 2e-6 * float(base.abs().max()), (error, effect)
+    assert error <= 1e-5 * effect + 4e-6 * float(base.abs().max()), (error, effect)
     return error / effect if effect else 0.0

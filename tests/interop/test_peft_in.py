@@ -169,7 +169,7 @@ def trained(config: Any, seed: int, transposed: bool = False) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 

@@ -223,6 +223,9 @@ class _File:
                 self.rows.add(module)
         if not parts:
             return
+        for key, tensor in parts.items():
+            if not tensor.is_floating_point() and not key.endswith("_indices"):
+                raise ValueError(f"{join(path, key)!r} is {tensor.dtype} where a floating dtype should be")
         if self.config.get("use_dora") and not any(key.startswith("lora_magnitude_vector") for key in parts):
             raise ValueError(f"{path!r} has no magnitudes, and the config says use_dora")
         read = METHODS[self.config["peft_type"]](Given(self.config, path, self.base, self.shared, paths), parts)

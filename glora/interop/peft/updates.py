@@ -33,6 +33,13 @@ def _sizes(given: Given, out_features: int | None = None, in_features: int | Non
     return shape
 
 
+def _check_rank(given: Given, rank: int, most: int | None = None) -> None:
+    """Raise where a rank is beyond all that a layer of its size can have use for, before tensors of it are made."""
+    most = 1024 + 4 * max(_sizes(given)) if most is None else most
+    if not 1 <= rank <= most:
+        raise ValueError(f"{given.path!r} has rank {rank} on a weight of {_sizes(given)}")
+
+
 def _scale(given: Given, alpha: str) -> float:
     """alpha / r, each by the layer's pattern."""
     rank = of_pattern(given.config.get("rank_pattern"), given.path, given.config["r"])
@@ -51,26 +58,27 @@ def read_adalora(given: Given, theirs: dict[str, Tensor]) -> Read | None:
 
 def read_loha(given: Given, theirs: dict[str, Tensor]) -> Read:
     r"""LoHa (arXiv 2108.06098): $\Delta = s (a_1 b_1) \odot (a_2 b_2)$, of rank r^2."""
-    pairs = [
-        _decomposed(theirs.pop(f"hada_{which}_a"), theirs.pop(f"hada_{which}_b"), theirs.pop(f"hada_t{which[1]}", None))
-        for which in ("w1", "w2")
-    ]
-    _sizes(given, len(pairs[0][0]), pairs[0][1].shape[1])
+    pairs = [_decomposed(given, theirs, f"hada_{which}", f"hada_t{which[1]}") for which in ("w1", "w2")]
+    for left, right in pairs:
+        _sizes(given, len(left), right.shape[1])
     return _as_shift(*elementwise(*pairs), _scale(given, "alpha"))
 
 
-def _decomposed(a: Tensor, b: Tensor, core: Tensor | None) -> Pair:
+def _decomposed(given: Given, theirs: dict[str, Tensor], name: str, core_name: str) -> Pair:
     """`a @ b`, or the decomposition of a kernel `a^T (core b)`, with the kernel's axes behind those of the inputs."""
-    a, b = wide(a), wide(b)
+    a, b, core = wide(theirs.pop(f"{name}_a")), wide(theirs.pop(f"{name}_b")), theirs.pop(core_name, None)
+    _check_rank(given, a.shape[1 if core is None else 0])
     if core is None:
         return a, b
+    if b.shape[1] * math.prod(core.shape[2:]) > _sizes(given)[1]:
+        raise ValueError(f"{given.path!r} has {b.shape[1]} inputs with a kernel of {tuple(core.shape[2:])}")
     return a.mT, torch.einsum("i j k l, j r -> i r k l", wide(core), b).flatten(1)
 
 
 def read_lokr(given: Given, theirs: dict[str, Tensor]) -> Read:
     r"""LoKr (arXiv 2212.10650): $\Delta = s \; w_1 \otimes w_2$, each whole or decomposed."""
     scale, kernel = _scale(given, "alpha"), theirs.get("lokr_w2")
-    one, other = (_factor(theirs, which) for which in ("w1", "w2"))
+    one, other = (_factor(given, theirs, which) for which in ("w1", "w2"))
     _sizes(given, len(one[0]) * len(other[0]), one[1].shape[1] * other[1].shape[1])
     if kernel is not None and kernel.ndim == 3:
         # A Conv1d's: PEFT multiplies the axes of w1 into the last two of w2, and not into its first two.
@@ -79,12 +87,11 @@ def read_lokr(given: Given, theirs: dict[str, Tensor]) -> Read:
     return _as_shift(*kronecker(one, other), scale)
 
 
-def _factor(theirs: dict[str, Tensor], which: str) -> Pair:
+def _factor(given: Given, theirs: dict[str, Tensor], which: str) -> Pair:
     matrix = theirs.pop(f"lokr_{which}", None)
     if matrix is not None:
         return whole(wide(matrix).flatten(1))
-    core = theirs.pop("lokr_t2", None) if which == "w2" else None
-    return _decomposed(theirs.pop(f"lokr_{which}_a"), theirs.pop(f"lokr_{which}_b"), core)
+    return within(*_decomposed(given, theirs, f"lokr_{which}", f"lokr_t{which[1]}"))
 
 
 def read_miss(given: Given, theirs: dict[str, Tensor]) -> Read:
@@ -93,6 +100,7 @@ def read_miss(given: Given, theirs: dict[str, Tensor]) -> Read:
     if given.config.get("init_weights") == "bat":
         raise ValueError(f"{given.path!r} multiplies blocks of W0 by matrices of their own, which no path does")
     out_features, in_features = _sizes(given)
+    _check_rank(given, len(block), in_features)
     if given.config.get("init_weights") == "mini":
         block = block.repeat(1, out_features // block.shape[1])
     rank = len(block)
@@ -104,6 +112,7 @@ def read_vera(given: Given, theirs: dict[str, Tensor]) -> Read:
     r"""VeRA (arXiv 2310.11454): $\Delta = \Lambda_b B \Lambda_d A$, with A and B shared by all layers."""
     b, d = wide(theirs.pop("vera_lambda_b")), wide(theirs.pop("vera_lambda_d"))
     out_features, in_features = _sizes(given, len(b))
+    _check_rank(given, len(d))
     right, left = (given.shared.get(f"vera_{name}") for name in "AB")
     if left is None or right is None:
         rows, columns = _largest(given)
@@ -130,14 +139,18 @@ def _kaiming(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> Te
 def read_vblora(given: Given, theirs: dict[str, Tensor]) -> Read:
     """VB-LoRA (arXiv 2405.15179): both factors are mixtures of vectors from a bank that all layers share."""
     bank = wide(given.shared["vblora_vector_bank"])
-    # (r, in / length, length) and (out / length, r, length)
-    A, B = (_mixed(given, theirs, f"vblora_logits_{factor}", bank) for factor in "AB")
-    _sizes(given, B.shape[0] * B.shape[2], A.shape[1] * A.shape[2])
-    return _as_shift(B.transpose(1, 2).flatten(0, 1), A.flatten(1))
+    right = _mixed(given, theirs, "vblora_logits_A", bank, 1)  # (r, in / length, length)
+    left = _mixed(given, theirs, "vblora_logits_B", bank, 0)  # (out / length, r, length)
+    return _as_shift(left.transpose(1, 2).flatten(0, 1), right.flatten(1))
 
 
-def _mixed(given: Given, theirs: dict[str, Tensor], key: str, bank: Tensor) -> Tensor:
+def _mixed(given: Given, theirs: dict[str, Tensor], key: str, bank: Tensor, axis: int) -> Tensor:
+    """The mixtures of a factor, whose axis `axis` is that of the weight's, in pieces of the vectors' length."""
     indices = theirs.pop(f"{key}_topk_indices", None)
+    shape = (theirs[key] if indices is None else indices).shape
+    _check_rank(given, shape[1 - axis])
+    if shape[axis] * bank.shape[1] != _sizes(given)[axis]:
+        raise ValueError(f"{given.path!r} has {shape[axis]} vectors of {bank.shape[1]} for a weight of {_sizes(given)}")
     if indices is None:
         logits, indices = wide(theirs.pop(key)).topk(given.config["topk"], dim=-1)
         weights = logits.softmax(-1)
@@ -152,6 +165,7 @@ def read_randlora(given: Given, theirs: dict[str, Tensor]) -> Read:
     scales, gamma = wide(theirs.pop("randlora_lambda")), wide(theirs.pop("randlora_gamma"))
     shape = _sizes(given)
     small, large = min(shape), max(shape)
+    _check_rank(given, len(scales))
     one, other = (theirs.pop(f"randlora_{name}", given.shared.get(f"randlora_{name}")) for name in "AB")
     if one is None or other is None:
         one, other = _random_bases(given, len(scales))
@@ -171,8 +185,11 @@ def _random_bases(given: Given, rank: int) -> Pair:
     bases = math.ceil(small / rank)
     generator = torch.Generator().manual_seed(given.config["projection_prng_key"])
     if not (given.config.get("sparse") or given.config.get("very_sparse")):
-        one = _kaiming((rank, 1, small), small, generator)
-        other = torch.cat([_kaiming((large, 1, rank), rank, generator) for _ in range(bases)], 1)
+        one, *others = (
+            torch.nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), math.sqrt(5), generator=generator)
+            for shape in ((rank, 1, small), *[(large, 1, rank)] * bases)
+        )  # in bfloat16, as PEFT does where a machine has it
+        other = torch.cat(others, 1)
     else:
         share = 1 / (2 * (math.sqrt(small) if given.config.get("very_sparse") else 3))
         one = _signs(torch.rand((rank, 1, small), generator=generator), share)
