@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import glora
 from glora import interop
@@ -270,6 +271,66 @@ def test_tied_embeddings_stay_tied(options: dict[str, Any], tmp_path: Path) -> N
     ours = interop.load_peft(llama(tie_word_embeddings=True), tmp_path)
     assert_same(ours(IDS).logits, model(IDS).logits, llama(tie_word_embeddings=True)(IDS).logits)
     assert torch.equal(ours.model.embed_tokens.weight, ours.lm_head.weight)
+    # And back.
+    interop.save_peft(ours, tmp_path / "back")
+    again = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), str(tmp_path / "back")).eval()
+    assert_same(again(IDS).logits, ours(IDS).logits, llama(tie_word_embeddings=True)(IDS).logits)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.attn = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.emb(ids)
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    return Attention().eval()
+
+
+def test_multihead_attention(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)
+    model = peft.get_peft_model(attention(), config).eval()
+    model.save_pretrained(tmp_path)
+    ours = interop.load_peft(attention(), tmp_path)
+    assert {key.rpartition(".B.")[0] for key in glora.state_dict(ours)} == {"attn.in_proj_weight", "attn.out_proj"}
+    assert_same(ours(IDS), model(IDS), attention()(IDS))
+    with pytest.raises(ValueError, match="'attn.out_proj' is read by MultiheadAttention and never called"):
+        interop.save_peft(ours, tmp_path / "out")
+    alone = glora.apply(attention(), ["in_proj_weight"], glora.GLoRAConfig.lora(rank=2, init="random"))
+    interop.save_peft(alone, tmp_path / "alone")
+    again = peft.PeftModel.from_pretrained(attention(), str(tmp_path / "alone")).eval()
+    assert_same(again(IDS), alone(IDS), attention()(IDS))
+
+
+def test_one_batch_through_five_files_of_peft(tmp_path: Path) -> None:
+    """Each sample as its own method has it in PEFT."""
+    places = {"target_modules": ["q", "k"]}
+    configs = {
+        "lora": peft.LoraConfig(r=2, init_lora_weights=False, **places),
+        "dora": peft.LoraConfig(r=2, init_lora_weights=False, use_dora=True, **places),
+        "ia3": peft.IA3Config(feedforward_modules=["k"], init_ia3_weights=False, **places),
+        "hira": peft.HiraConfig(r=2, init_weights=False, **places),
+        "glora": peft.GloraConfig(r=2, init_weights=False, **places),
+    }
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(emb=nn.Embedding(9, 6), q=nn.Linear(6, 8), act=nn.Tanh(), k=nn.Linear(8, 4)))
+
+    ours, ids, wanted = build(), torch.arange(30).view(6, 5) % 9, list[Tensor]()
+    for row, (name, config) in zip(ids, configs.items(), strict=False):
+        theirs = peft.get_peft_model(build(), config).eval()
+        theirs.save_pretrained(tmp_path / name)
+        wanted.append(theirs(row))
+        interop.load_peft(ours, tmp_path / name, name)
+    with glora.route(ours, [*configs, None]):
+        found = ours(ids)
+    assert_same(found, torch.stack([*wanted, build()(ids[5])]), build()(ids))
 
 
 def test_an_embedding_that_peft_trained_apart_from_its_tie_is_named(tmp_path: Path) -> None:

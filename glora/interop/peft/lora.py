@@ -46,10 +46,6 @@ class Written(NamedTuple):
     errors: Mapping[str, float] = MappingProxyType({})
 
 
-class UnwritableError(ValueError):
-    """A method of PEFT cannot hold an adapter; the message says why, layer by layer."""
-
-
 @dataclass(frozen=True)
 class Update:
     """A layer's update of a low rank: `alpha / rank * left @ right`, and what is added to its output.
@@ -184,7 +180,7 @@ def write_lora(adapter: AdapterSpec, base: Base, rank: int | None = None) -> Wri
     """An adapter as PEFT's LoRA: exactly, or with `rank` the nearest of that rank where it is none.
 
     Raises:
-        UnwritableError: it is none.
+        ValueError: it is none.
     """
     problems: list[str] = []
     updates: dict[str, Update] = {}
@@ -197,7 +193,7 @@ def write_lora(adapter: AdapterSpec, base: Base, rank: int | None = None) -> Wri
         except ValueError as error:  # noqa: PERF203 - all are named
             problems.append(str(error))
     if problems:
-        raise UnwritableError(format_problems(problems))
+        raise ValueError(format_problems(problems))
     return lora_of(adapter, base, updates)
 
 
@@ -213,7 +209,7 @@ def lora_of(adapter: AdapterSpec, base: Base, updates: Mapping[str, Update]) -> 
     if named.transposed and named.parameters:
         problems.append("it has Conv1D layers beside parameters of their own, which PEFT's config cannot say together")
     if problems:
-        raise UnwritableError(format_problems(problems))
+        raise ValueError(format_problems(problems))
     r, patterns = _pattern({path: update.rank for path, update in updates.items()})
     alpha, alphas = _pattern({path: _number(update.alpha) for path, update in updates.items()})
     config = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glora.interop.base import Base, bias_at, site_at, weight_at
-from glora.interop.peft.lora import UnwritableError, Update, Written, exact_update, lora_of, target_modules
+from glora.interop.peft.lora import Update, Written, exact_update, lora_of, target_modules
 from glora.interop.peft.methods import FIELDS
 from glora.matrices import EMBEDDING, Matrix
 from glora.precision import multiply, wide
@@ -24,7 +24,7 @@ def write_hira(adapter: AdapterSpec, base: Base) -> Written:
     rank = max((layer.config.rank for layer in adapter.layers.values()), default=0)
     for path, layer in adapter.layers.items():
         if layer.config.paths != ("A",) or layer.config.A != "lora" or layer.config.product != "hadamard":
-            raise UnwritableError(f"{path!r} has {layer.forms}, where A=lora, elementwise, is all that can be")
+            raise ValueError(f"{path!r} has {layer.forms}, where A=lora, elementwise, is all that can be")
         matrix = _matrix_inside(path, layer, "HiRA")
         left, right = adapter.tensors[join(path, "A.left")], adapter.tensors[join(path, "A.right")]
         left = left if layer.config.scaling == 1 else wide(left) * layer.config.scaling
@@ -39,7 +39,7 @@ def write_hira(adapter: AdapterSpec, base: Base) -> Written:
         if kernel:
             site = site_at(base, path)
             if getattr(site.module, "groups", 1) != 1:
-                raise UnwritableError(f"{path!r} is a convolution with groups, which PEFT's HiRA does not take")
+                raise ValueError(f"{path!r} is a convolution with groups, which PEFT's HiRA does not take")
             left = left.reshape(*left.shape, *[1] * kernel)
             right = right.reshape(rank, *site.owner.tensors["weight"].shape[1:])
         tensors |= {f"{path}.hira_A": right, f"{path}.hira_B": left}
@@ -62,9 +62,9 @@ def _matrix_inside(path: str, layer: LayerSpec, method: str) -> Matrix:
     """How a layer inside of the model holds its `weight`."""
     matrix = layer.matrix or Matrix()
     if not path:
-        raise UnwritableError("it is on the model itself, and PEFT adapts layers inside of a model")
+        raise ValueError("it is on the model itself, and PEFT adapts layers inside of a model")
     if matrix.weight != "weight" or layer.batch:
-        raise UnwritableError(f"{path!r} is a parameter of its module, which PEFT's {method} does not reach")
+        raise ValueError(f"{path!r} is a parameter of its module, which PEFT's {method} does not reach")
     return matrix
 
 
@@ -76,17 +76,17 @@ def write_ia3(adapter: AdapterSpec, base: Base) -> Written:
         config, matrix = layer.config, _matrix_inside(path, layer, "IA3")
         kernel = len(matrix.axes) - 2
         if matrix == EMBEDDING or kernel == 1:
-            raise UnwritableError(f"{path!r} is a layer of a kind that PEFT's IA3 does not take")
+            raise ValueError(f"{path!r} is a layer of a kind that PEFT's IA3 does not take")
         scale, D = adapter.tensors.get(join(path, "A.value")), adapter.tensors.get(join(path, "D.value"))
         if scale is None or config.A != "vector" or not set(config.paths) <= {"A", "D"}:
-            raise UnwritableError(f"{path!r} has {layer.forms}, where vectors A and D, or an A of inputs, can be")
+            raise ValueError(f"{path!r} has {layer.forms}, where vectors A and D, or an A of inputs, can be")
         if config.product == "matmul" and D is None:
             inputs.append(path)
             scale = _by_channel(path, scale, base, kernel)
         elif config.product == "hadamard" and (layer.bias is False if D is None else torch.equal(D, scale[:, 0])):
             scale = scale.reshape(1, -1, *[1] * kernel) if kernel else scale
         else:
-            raise UnwritableError(f"{path!r} scales its bias otherwise than its weight (D is not A)")
+            raise ValueError(f"{path!r} scales its bias otherwise than its weight (D is not A)")
         tensors[f"{path}.ia3_l"] = wide(scale) + 1
     fields = {
         "peft_type": "IA3",
@@ -106,7 +106,7 @@ def _by_channel(path: str, scale: Tensor, base: Base, kernel: int) -> Tensor:
     shape = site.owner.tensors["weight"].shape
     each = scale.reshape(shape[1], -1)
     if getattr(site.module, "groups", 1) != 1 or not bool((each == each[:, :1]).all()):
-        raise UnwritableError(f"{path!r} is a convolution whose kernel is scaled within a channel, or that has groups")
+        raise ValueError(f"{path!r} is a convolution whose kernel is scaled within a channel, or that has groups")
     return each[:, 0].reshape(1, -1, *[1] * kernel)
 
 
@@ -123,13 +123,13 @@ def write_dora(adapter: AdapterSpec, base: Base) -> Written:
         by_rows = config.product == "hadamard" and matrix != EMBEDDING
         by_columns = config.product == "matmul" and matrix == EMBEDDING
         if config.A not in ("none", "constant") and not (config.A == "vector" and (by_rows or by_columns)):
-            raise UnwritableError(f"{path!r} has A={config.A}, which is no scale of outputs")
+            raise ValueError(f"{path!r} has A={config.A}, which is no scale of outputs")
         update = exact_update(path, replace(layer, config=replace(config, A="none")), adapter.tensors, base)
         W0 = weight_at(base, path)
         g = 1 + (wide(adapter.tensors[join(path, "A.value")]).cpu() if config.A != "none" else torch.zeros(1))
         g = g.reshape(1, -1) if matrix == EMBEDDING else g.reshape(-1, 1)
         if not bool((g != 0).all()):
-            raise UnwritableError(f"{path!r} scales an output by zero, which DoRA's magnitudes cannot undo")
+            raise ValueError(f"{path!r} scales an output by zero, which DoRA's magnitudes cannot undo")
         left, right = wide(update.left).cpu(), wide(update.right).cpu()
         left, right = (left, right / g) if matrix == EMBEDDING else (left / g, right)
         moved = W0 + multiply(left, right) * (update.alpha / update.rank)
@@ -140,7 +140,7 @@ def write_dora(adapter: AdapterSpec, base: Base) -> Written:
         if update.shift is not None:
             bias = bias_at(base, path)
             if bias is None:
-                raise UnwritableError(f"{path!r} has no bias of its own that DoRA could be written beside")
+                raise ValueError(f"{path!r} has no bias of its own that DoRA could be written beside")
             tensors[f"{path}.base_layer.bias"] = bias + update.shift
         updates[path] = Update(left, right, update.alpha)
     written = lora_of(adapter, base, updates)
@@ -204,7 +204,7 @@ def _glora_config(adapter: AdapterSpec) -> dict[str, Any]:
     if len(ranks) > 1:
         problems.append(f"its layers have ranks {sorted(ranks)}, which must be one for all")
     if problems:
-        raise UnwritableError(format_problems(problems))
+        raise ValueError(format_problems(problems))
     return {
         "peft_type": "GLORA",
         "r": max(ranks, default=8),

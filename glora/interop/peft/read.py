@@ -200,6 +200,11 @@ class _File:
             named = [
                 name for name in (owner.module._parameters if owner else ()) if _is_target(join(module, name), targets)
             ]
+            if f"{module}.in_proj_weight" in self.base.sites and module not in self.base.sites:
+                found[f"{module}.in_proj_weight"] = parts  # MultiheadAttention's; `out_proj` is a layer of its own
+                continue
+            if path.endswith(".base_layer.out_proj"):  # whose update PEFT's MultiheadAttention adds twice
+                parts = {key: 2 * part if key == "lora_B.weight" else part for key, part in parts.items()}
             if not named:
                 if targets and owner is None:
                     raise ValueError(f"which parameters of {module!r} are adapted is told by the base model: give it")

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, replace_files
 from glora.interop.base import Base
-from glora.interop.peft.lora import UnwritableError, Written, write_lora
+from glora.interop.peft.lora import Written, write_lora
 from glora.interop.peft.methods import PREFIX
 from glora.interop.peft.others import write_dora, write_glora, write_hira, write_ia3
 from glora.interop.tensors import tensor_file
@@ -47,7 +49,11 @@ def write_peft(
     tensors = {PREFIX + key: tensor for key, tensor in written.tensors.items()}
     for path, names in adapter.heads.items():
         tensors |= {f"{PREFIX}{join(path, name)}": adapter.tensors[join(path, name)] for name in names}
-    config = {**_common(adapter, base), **written.config}
+    saved = sorted({_saved_path(path, adapter, base) for path in adapter.heads}) or None
+    config = {**_common(base), **written.config, "modules_to_save": saved}
+    if adapter.ties:  # of which PEFT has the tensor under both keys
+        tensors |= {PREFIX + key: adapter.tensors[owner] for key, owner in adapter.ties.items()}
+        config["ensure_weight_tying"] = True
     contents = {
         directory / ADAPTER_FILE: tensor_file(tensors, adapter.base),
         directory / PEFT_CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
@@ -61,16 +67,25 @@ def _written(adapter: AdapterSpec, base: Base, as_: str, rank: int | None) -> Wr
         raise ValueError(f"as_ must be 'auto' or one of {', '.join(map(repr, WRITERS))}; found {as_!r}.")
     if rank is not None and (as_ != "lora" or type(rank) is not int or rank < 1):
         raise ValueError(f"rank= is the most that as_='lora' may take, an int of at least 1; found {rank!r}, {as_!r}.")
-    problems = [f"{key!r} is tied to {owner!r}, and PEFT's copy of that is not" for key, owner in adapter.ties.items()]
+    problems: list[str] = []
+    if adapter.ties and not _ties_embeddings(adapter, base):
+        problems += [f"{key!r} is tied to {owner!r}, and PEFT's copy is not" for key, owner in adapter.ties.items()]
     if "" in adapter.layers or "" in adapter.heads:
         problems.append("it is on the model itself, and PEFT adapts layers inside of a model")
     if not adapter.layers:
         problems.append("it adapts no layer")
+    problems += [
+        f"{path!r} is read by MultiheadAttention and never called, and PEFT's layer in its place would do nothing"
+        for path in adapter.layers
+        if path in base.owners and isinstance(base.owners[path].module, NonDynamicallyQuantizableLinear)
+    ]
     names = [as_] if as_ != "auto" else _order(adapter)
+    if adapter.ties and not problems:  # which PEFT's other methods would lose
+        names = [name for name in names if name in ("lora", "dora")]
     for name in names if not problems else ():
         try:
             return write_lora(adapter, base, rank) if name == "lora" else WRITERS[name](adapter, base)
-        except UnwritableError as error:  # noqa: PERF203 - a handful
+        except ValueError as error:  # noqa: PERF203 - a handful
             problems.append(f"as {name}, {error}")
     raise ValueError(
         f"A method of PEFT must compute what the adapter does; none does (as_={as_!r}), and nothing was written. "
@@ -99,10 +114,31 @@ def _check(errors: dict[str, float], tolerance: float | None) -> None:
             )
 
 
-def _common(adapter: AdapterSpec, base: Base) -> dict[str, Any]:
+def _embeddings(base: Base) -> tuple[str | None, str | None]:
+    """The paths of the model's input and output embeddings."""
+    found = [getattr(base.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    paths = [[path for path, owner in base.owners.items() if owner.module is module] for module in found]
+    first, second = (next(iter(aliases), None) for aliases in paths)
+    return first, second
+
+
+def _ties_embeddings(adapter: AdapterSpec, base: Base) -> bool:
+    """Whether all that is tied is the weight of the input embeddings to that of the output's: PEFT can keep that."""
+    pair = {join(path, "weight") for path in _embeddings(base) if path is not None}
+    heads = {key.rpartition(".")[0] for key in adapter.ties.values()}
+    alone = all(adapter.heads[path] == ("weight",) for path in heads)
+    return len(pair) == 2 and alone and {*adapter.ties, *adapter.ties.values()} == pair
+
+
+def _saved_path(path: str, adapter: AdapterSpec, base: Base) -> str:
+    """The module that PEFT's config has for a head: of tied embeddings the input's."""
+    inputs, _ = _embeddings(base) if adapter.ties else (None, None)
+    return inputs if inputs is not None and join(path, "weight") in adapter.ties.values() else path
+
+
+def _common(base: Base) -> dict[str, Any]:
     """The fields that all of PEFT's methods have."""
     return {
-        "modules_to_save": sorted(adapter.heads) or None,
         "bias": "none",
         "inference_mode": True,
         "base_model_name_or_path": getattr(base.model, "name_or_path", None) or None,
