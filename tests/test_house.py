@@ -27,30 +27,30 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
+    "all": 6702,
+    "ground": 764,
     "kernels": 528,
-    "layer": 877,
-    "model": 1640,
+    "layer": 908,
+    "model": 1646,
     "engines": 211,
     "files": 504,
-    "interop": 510,
+    "interop": 1477,
     "integrations": 101,
     "search": 563,
 }
 FILES = {
-    "all": 77,
+    "all": 83,
     "ground": 13,
     "kernels": 8,
     "layer": 11,
     "model": 15,
     "engines": 4,
     "files": 4,
-    "interop": 8,
+    "interop": 14,
     "integrations": 4,
     "search": 10,
 }
-IMPORT_CHAIN = 12  # rooms of which each imports the next
+IMPORT_CHAIN = 13  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
