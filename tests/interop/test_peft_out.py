@@ -53,7 +53,7 @@ def exact(place: str) -> st.SearchStrategy[GLoRAConfig]:
     """Forms of this layer that are a LoRA."""
     no_bias = place == "emb" or place.startswith("experts")
     forms = {
-        "A": st.sampled_from(["none", "lora"]),
+        "A": st.sampled_from(["none", "none", "lora"]),
         "B": st.sampled_from(["lora", "lora", "vector", "constant"]),
         "C": st.just("none") if no_bias else st.sampled_from(FORMS["C"]),
         "D": st.just("none") if no_bias else st.sampled_from(FORMS["D"]),
@@ -71,7 +71,8 @@ def exact(place: str) -> st.SearchStrategy[GLoRAConfig]:
 
 @st.composite
 def loras(draw: st.DrawFn) -> dict[str, GLoRAConfig]:
-    places = draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=4, unique=True))
+    kinds = draw(st.sampled_from([PLACES, PLACES[1:6]]))
+    places = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4, unique=True))
     if any(place.startswith("experts") for place in places):  # PEFT takes no Conv1D beside them
         places = [place for place in places if place != "c"]
     beside = [place for place in places if place == "emb" or place.startswith("experts")]
