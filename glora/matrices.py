@@ -85,6 +85,7 @@ class Matrix:
 CONV1D = "transformers.pytorch_utils", "Conv1D"
 LINEAR = Matrix()
 TRANSPOSED = Matrix(pattern="i o -> o i")
+EMBEDDING = Matrix(bias=None, swept=False)  # `(tokens, features)`: a row is an output, and looked up
 
 Kind: TypeAlias = type[nn.Module] | Callable[[nn.Module], bool]
 _registered: list[tuple[Kind, list[Matrix]]] = []
@@ -186,6 +187,8 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         axes = " ".join("xyz"[: len(module.kernel_size)])
         return [Matrix(pattern=f"o i {axes} -> o (i {axes})", swept=False)]
+    if isinstance(module, nn.Embedding):
+        return [EMBEDDING]
     if isinstance(module, nn.MultiheadAttention):
         names = [f"{name}_proj_weight" for name in "qkv"]  # which have no bias of their own: they share one
         held = [Matrix("in_proj_weight", "in_proj_bias"), *[Matrix(name, None) for name in names]]
@@ -209,6 +212,11 @@ def has_linear_forward(base: type[nn.Module]) -> bool:
     owner = next(c for c in base.__mro__ if "forward" in vars(c))
     same = vars(owner)["forward"] is vars(nn.Linear)["forward"]
     return same or (owner.__module__, owner.__name__) in _LINEAR_ELSEWHERE
+
+
+def has_embedding_forward(base: type[nn.Module]) -> bool:
+    """Whether calling a module of this class looks rows up by nn.Embedding's own forward."""
+    return issubclass(base, nn.Embedding) and base.forward is nn.Embedding.forward
 
 
 # Note [Fused experts]

@@ -1,17 +1,20 @@
-"""nn.Linear's forward for an adapted layer, by the cheapest kernel; the same for samples of several adapters."""
+"""nn.Linear's and nn.Embedding's forward for an adapted layer; nn.Linear's for samples of several adapters too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glora import functional
+from glora.functional import Factors, WeightFactors
 from glora.kernels import select
 from glora.layer.computed import adapter_weights_of, tensor_of
 from glora.layer.parametrization import AdapterWeights, Parametrizations, Weight, live_parametrizations
-from glora.matrices import Matrix
+from glora.matrices import EMBEDDING, Matrix
 
 
 def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -32,6 +35,45 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
         return select.linear(input, W0, bias, store.factors(adapter_weights, dropout))
 
     return forward
+
+
+# Note [Rows looked up]
+# An embedding's W is `(tokens, features)`. A call needs the rows of its tokens alone, and every path of W' is known row
+# by row: the row i of `left @ right` is `left[i] @ right`, that of a vector its own number, and a path A of a matrix
+# product multiplies the row from the right. So rows of W0 and of the left factors are looked up and the formula acts on
+# them; no W' is made. A token at `padding_idx` has its row as any other, and takes no gradient, as in nn.Embedding.
+def embedding_forward(self: nn.Module, input: Tensor) -> Tensor:
+    """The forward of a class that looks rows up, on the rows of its input (Note [Rows looked up])."""
+    module, parametrizations = cast("nn.Embedding", self), live_parametrizations(self)
+    adapter_weights = adapter_weights_of(self, parametrizations)
+    if parametrizations["weight"].original.is_meta and not input.is_meta:
+        raise _meta_error(self, input)
+    store, padding = _kernel_weight(self, parametrizations, EMBEDDING), module.padding_idx
+    if store is None:
+        weight = cast("Tensor", tensor_of(self, parametrizations, "weight", adapter_weights, self.training))
+        return F.embedding(input, weight, padding)
+    tokens = input.flatten()
+    rows = F.embedding(tokens, parametrizations["weight"].original, padding)
+    adapters = [_rows_of(adapter, tokens) for adapter in store.factors(adapter_weights, self.training)]
+    adapted = functional.adapted_weight(rows, adapters)
+    if padding is not None and adapters and torch.is_grad_enabled():
+        adapted = torch.where((tokens == padding).unsqueeze(1), adapted.detach(), adapted)
+    return adapted.view(*input.shape, rows.shape[1])
+
+
+def _rows_of(adapter: WeightFactors, tokens: Tensor) -> WeightFactors:
+    """An adapter's paths on the rows of these tokens."""
+
+    def looked_up(path: Factors | None) -> Factors | None:
+        if path is None:
+            return None
+        if isinstance(path.tensors, tuple):
+            left, right = path.tensors
+            return Factors((F.embedding(tokens, left), right), path.scale)
+        return Factors(F.embedding(tokens, path.tensors), path.scale) if path.tensors.ndim > 1 else path
+
+    A = adapter.A if adapter.product == "matmul" else looked_up(adapter.A)
+    return WeightFactors(A, looked_up(adapter.B), adapter.product)
 
 
 def per_sample_forward(matrix: Matrix) -> Callable[..., Tensor | None]:

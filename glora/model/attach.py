@@ -56,11 +56,13 @@ def apply(
     Args:
         model: any module. nn.Linear and its subclasses in it are adapted, transformers' Conv1D, `in_proj_weight` of
             nn.MultiheadAttention, fused experts (three-dimensional parameters such as `gate_up_proj`: factors for each
-            expert), convolutions, and what `glora.register_matrix` has taught.
+            expert), convolutions, embeddings (rows are looked up; no C, D, E), and what `glora.register_matrix` has
+            taught.
         targets: which layers. A regex (it must match a layer's whole path), a list of path suffixes (whole dotted
             components, as `["q_proj", "v_proj"]`), a predicate `(path, module) -> bool`, `"all-linear"` (all but a
-            model's output embeddings, convolutions and what was registered), or a mapping from regex to the config of
-            the layers that it is first to match. A matrix that is not called `weight` has its own path,
+            model's embeddings, convolutions and what was registered), or a mapping from regex to the config of
+            the layers that it is first to match. A list reaches embeddings, and a regex that matches nothing else; a
+            predicate does not see them. A matrix that is not called `weight` has its own path,
             `experts.gate_up_proj`.
         config: the forms of the paths; `GLoRAConfig()` if None.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.

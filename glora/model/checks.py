@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import Head
 from glora.layer.parametrization import Bias, Weight, parametrizations_of
-from glora.matrices import has_linear_forward
+from glora.matrices import has_embedding_forward, has_linear_forward
 from glora.model.huggingface import is_offloaded
 from glora.model.records import PlannedHead
 from glora.model.walk import Owner, Site
@@ -103,7 +103,12 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             f"layers around it, to have biases all together, so that one cannot be created here; leave out C and E, or "
             f"make it with bias=True."
         )
-    own_forward = not has_linear_forward(kind) or "forward" in vars(layer)
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq):
+        return (
+            "its max_norm writes into the weight at every call, or its scale_grad_by_freq rescales the gradient of the "
+            "weight, which is frozen; make the embedding without them."
+        )
+    own_forward = not (has_linear_forward(kind) or has_embedding_forward(kind)) or "forward" in vars(layer)
     # MultiheadAttention's output projection: its weight is read, and its forward never called.
     never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if config.rank_dropout and is_sharded(tensors[matrix.weight]):

@@ -96,11 +96,12 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
             return [p for p in places if _is_swept(p)]
-        return _match(places, walk, selection, role, _regex(selection, role))
+        return _without_embeddings(_match(places, walk, selection, role, _regex(selection, role)))
     if callable(selection):
-        matched = [p for p in places if any(selection(path, p.module) for path in p.aliases)]
+        seen = _without_embeddings(places)
+        matched = [p for p in seen if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
-            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(places)}.")
+            raise ValueError(f"{role}= must reach at least one module; the predicate was False for all {len(seen)}.")
         return matched
     if isinstance(selection, Mapping) or not isinstance(selection, Iterable):  # pyright: ignore
         raise ValueError(
@@ -120,6 +121,12 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
         else:
             raise ValueError(f"{role}= as a list must hold path suffixes; found {entry!r}.")
     return [p for p in places if id(p) in reached]
+
+
+def _without_embeddings(matched: list[Place]) -> list[Place]:
+    """What a regex or predicate reaches of these: embeddings only where there is nothing else."""
+    others = [p for p in matched if not (isinstance(p, Site) and isinstance(p.module, nn.Embedding))]
+    return others or matched
 
 
 def _is_swept(place: Owner | Site) -> bool:
@@ -162,14 +169,11 @@ def _remedy(found: list[Owner], below: str | None) -> str:
     if below is not None:
         pattern = re.escape(below) + r"\..*"
         return f"Name the layers below it, with a regex such as {pattern!r}."
-    if any(isinstance(m.module, (nn.Embedding, nn.EmbeddingBag)) for m in found):
-        return (
-            "An embedding looks rows up and multiplies nothing: it has no input for C, and no bias. Train it as a "
-            "whole with trainable=."
-        )
+    if any(isinstance(m.module, nn.EmbeddingBag) for m in found):
+        return "An EmbeddingBag looks rows up and sums them, and no path is there for that. Train it with trainable=."
     return (
-        "Linear layers, Conv1D, convolutions, attention's in_proj and fused experts can be; train another module as a "
-        "whole with trainable=, or say how it holds its matrix with glora.register_matrix."
+        "Linear layers, Conv1D, embeddings, convolutions, attention's in_proj and fused experts can be; train another "
+        "module as a whole with trainable=, or say how it holds its matrix with glora.register_matrix."
     )
 
 

@@ -78,7 +78,7 @@ class Kind:
             module = model[0]
             others = x[..., : module.kdim], x[..., : module.vdim]
             return module(x, *others, need_weights=False)[0]
-        return model(x)
+        return model(x.long() if isinstance(model[0], nn.Embedding) else x)
 
     def batch(self, W0: Tensor) -> Iterator[At]:
         yield from ((index,) for index in range(len(W0))) if self.batched else [()]
@@ -129,6 +129,10 @@ def normal(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
+def tokens(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(5, shape, generator=torch.Generator().manual_seed(3))
+
+
 def of(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(layer())
 
@@ -151,5 +155,7 @@ KINDS = [
     Kind("experts down", experts(False, False), normal(7, 4), "down_proj", None, batched=True),
     Kind("transposed experts up", experts(True, False), normal(7, 4), _UP, None, batched=True, **_TRANSPOSED),
     Kind("experts with bias", experts(True, True), normal(7, 4), _UP, _UP_BIAS, batched=True, **_TRANSPOSED),
+    Kind("Embedding", of(lambda: nn.Embedding(5, 3)), tokens(2, 4), bias=None, swept=False),
+    Kind("square Embedding", of(lambda: nn.Embedding(5, 5)), tokens(4, 2), bias=None, swept=False),
     Kind("square experts", experts(True, True), normal(7, 4), "down_proj", None, batched=True, **_TRANSPOSED),
 ]

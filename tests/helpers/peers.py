@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import glora
 from tests.helpers.calls import attach
+from tests.helpers.kinds import Experts
 
 
 class Net(nn.Module):
@@ -67,3 +69,39 @@ class Layers:
 def layers() -> st.SearchStrategy[Layers]:
     size = st.integers(1, 6)
     return st.builds(Layers, st.tuples(size, size, size), st.tuples(st.booleans(), st.booleans()), st.integers(0, 99))
+
+
+class Every(nn.Module):
+    """Layers of every kind that an adapter can be on, each with its own bias or none."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(9, 6)
+        self.q, self.k = nn.Linear(6, 8), nn.Linear(8, 4, bias=False)
+        self.c = Conv1D(6, 4)
+        self.conv1, self.conv2 = nn.Conv1d(6, 4, 3, padding=1), nn.Conv2d(4, 2, (1, 3), padding=(0, 1), bias=False)
+        self.experts = Experts(3, 5, 4, transposed, bias=transposed)
+        self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 3)
+        nn.init.normal_(self.c.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.c(self.k(torch.tanh(self.q(self.emb(ids))))))
+        x = torch.relu(self.conv2(torch.tanh(self.conv1(x.mT)).unsqueeze(2))).squeeze(2)
+        x = x.mT.flatten(1)[:, :5]
+        return self.head(self.norm(x + self.experts(x)))
+
+
+def every(seed: int = 0, transposed: bool = False) -> Every:
+    torch.manual_seed(seed)
+    return Every(transposed).eval()
+
+
+IDS = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(5))
+
+
+def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> float:
+    """Equal to 1e-5 of what the adapter changes, beside the rounding of float32; the error as a share of that."""
+    effect = float((theirs - base).abs().max())
+    error = float((ours - theirs).abs().max())
+    assert error <= 1e-5 * effect + 4e-6 * float(base.abs().max()), (error, effect)
+    return error / effect if effect else 0.0

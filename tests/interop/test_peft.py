@@ -94,19 +94,24 @@ def test_peft_computes_what_was_saved_for_it(options: dict[str, Any], tmp_path: 
         ({"create_bias": True}, "bias that was created"),
     ],
 )
-def test_what_peft_cannot_say_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_what_pefts_glora_cannot_say_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=named):
-        interop.save_peft(adapted(**options), tmp_path / "out")
+        interop.save_peft(adapted(**options), tmp_path / "out", as_="glora")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (peft.LoraConfig(r=2, target_modules=["q"], use_dora=True), "use_dora"),
-        (peft.LoraConfig(r=2, target_modules=["q"], bias="lora_only"), "bias='lora_only'"),
         (peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa"), "pissa"),
-        (peft.LoHaConfig(r=2, target_modules=["q"]), "LOHA"),
+        (peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights="olora"), "olora"),
+        (
+            peft.OFTConfig(oft_block_size=2, target_modules=["q"]),
+            "'OFT', and the formula has no place for a rotation of W0",
+        ),
+        (peft.BOFTConfig(boft_block_size=2, target_modules=["q"]), "'BOFT', and .* a rotation of W0"),
+        (peft.RoadConfig(group_size=2, target_modules=["q"]), "'ROAD', and .* a rotation of W0"),
+        (peft.FourierFTConfig(n_frequency=2, target_modules=["q"]), "'FOURIERFT', and .* neither of a low rank"),
     ],
 )
 def test_what_glora_does_not_do_is_refused_by_name(config: Any, named: str, tmp_path: Path) -> None:
