@@ -53,14 +53,20 @@ def kept_statistics(walk: Iterable[Owner], name: str) -> Iterator[tuple[Owner, t
             yield owner, copies
 
 
-def changed_statistics(walk: Iterable[Owner], name: str) -> list[str]:
-    """The keys of the adapter's running statistics that are not the base's any more."""
+def warn_of_changed_statistics(walk: Iterable[Owner], name: str, *, stacklevel: int) -> None:
+    """Warn of the adapter's running statistics that are not the base's any more, which another library's file lacks."""
     changed: list[str] = []
     for owner, copies in kept_statistics(walk, name):
         for key in copies:
             copy = cast("HeadCopy", owner.stores[key].parts()[name])
             changed += [] if torch.equal(copy.value, owner.tensors[key]) else [join(owner.path, key)]
-    return changed
+    if changed:
+        warnings.warn(
+            f"Running statistics that training has changed are in no file of this kind, and are left out: "
+            f"{format_names(changed)}. glora.save keeps them.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def note_buffers(walk: Iterable[Owner]) -> None:
