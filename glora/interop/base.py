@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from glora.model.change import walk_to_read
 from glora.model.walk import Owner, Site, sites
 from glora.precision import wide
+from glora.spec import AdapterSpec, join
 from glora.tensors import dense, gathered
 
 
@@ -57,6 +59,23 @@ def weight_at(base: Base, path: str) -> Tensor:
         raise ValueError(f"{path!r} must be computed beside its base weight, which is on the meta device")
     with torch.no_grad():
         return wide(dense(gathered(site.weight.detach()))).cpu()
+
+
+def with_statistics(adapter: AdapterSpec, base: Base) -> AdapterSpec:
+    """The adapter with its running statistics as heads, where training has changed them: module, base weight and all.
+
+    Raises:
+        ValueError: it has some, and no model is there to look into.
+    """
+    heads, tensors = dict(adapter.heads), dict(adapter.tensors)
+    for path, names in adapter.statistics.items():
+        if path not in base.owners:
+            raise ValueError(f"{path!r} has running statistics, which are saved beside its weight: give the base model")
+        owner = base.owners[path]
+        if any(not torch.equal(adapter.tensors[join(path, name)], owner.tensors[name]) for name in names):
+            heads[path] = tuple(owner.tensors)
+            tensors = {join(path, key): tensor.detach() for key, tensor in owner.tensors.items()} | tensors
+    return replace(adapter, heads=heads, tensors=tensors, statistics={})
 
 
 def bias_at(base: Base, path: str) -> Tensor | None:

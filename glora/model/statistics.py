@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from glora.fingerprint import Fingerprint, agrees, end_of, fingerprint
@@ -51,22 +49,6 @@ def kept_statistics(walk: Iterable[Owner], name: str) -> Iterator[tuple[Owner, t
         copies = tuple(key for key, store in owner.stores.items() if isinstance(store.parts().get(name), HeadCopy))
         if copies and not any(isinstance(owner.tensors[key], nn.Parameter) for key in copies):
             yield owner, copies
-
-
-def warn_of_changed_statistics(walk: Iterable[Owner], name: str, *, stacklevel: int) -> None:
-    """Warn of the adapter's running statistics that are not the base's any more, which another library's file lacks."""
-    changed: list[str] = []
-    for owner, copies in kept_statistics(walk, name):
-        for key in copies:
-            copy = cast("HeadCopy", owner.stores[key].parts()[name])
-            changed += [] if torch.equal(copy.value, owner.tensors[key]) else [join(owner.path, key)]
-    if changed:
-        warnings.warn(
-            f"Running statistics that training has changed are in no file of this kind, and are left out: "
-            f"{format_names(changed)}. glora.save keeps them.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
 
 
 def note_buffers(walk: Iterable[Owner]) -> None:

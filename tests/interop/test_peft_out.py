@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,17 @@ def test_no_other_module_is_targeted(targets: list[str], tmp_path: Path) -> None
     theirs = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(2, 2), build()), str(tmp_path))
     reached = {name.partition("base_model.model.")[2] for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert reached == set(chosen)
+
+
+def test_running_statistics_that_training_changed_go_to_peft_with_their_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(20, 2))
+    x = torch.randn(6, 3, 5)
+    model = glora.apply(copy.deepcopy(base), ["3"], glora.GLoRAConfig.lora(rank=2))
+    glora.interop.save_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] is None
+    model.train()(x)
+    glora.interop.save_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(theirs(x), model.eval()(x))
+    torch.testing.assert_close(glora.interop.load_peft(copy.deepcopy(base), tmp_path).eval()(x), model(x))

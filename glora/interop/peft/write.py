@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, replace_files
-from glora.interop.base import Base
+from glora.interop.base import Base, with_statistics
 from glora.interop.peft.lora import Written, write_lora
 from glora.interop.peft.methods import PREFIX
 from glora.interop.peft.others import write_dora, write_glora, write_hira, write_ia3
@@ -43,6 +43,7 @@ def write_peft(
     Raises:
         ValueError: the method cannot hold it, or not nearly enough; nothing is written.
     """
+    adapter = with_statistics(adapter, base)
     written = _written(adapter, base, as_, rank)
     errors = {path: written.errors.get(path, 0.0) for path in adapter.layers}
     _check(errors, tolerance)
