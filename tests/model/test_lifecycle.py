@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import glora
 from glora import GLoRAConfig
@@ -46,6 +49,21 @@ REFUSED_INSIDE_MERGED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@dataclass
+class Pending:
+    """A graph whose backward has yet to come, and the gradients that it has to give.
+
+    Attributes:
+        checkpointed: its forward will run a second time, which is refused where adapters have come or gone.
+        overwritten: numbers that it needs may have been written over, which torch refuses where it sees it.
+    """
+
+    loss: Tensor
+    right: dict[nn.Parameter, Tensor]
+    checkpointed: bool
+    overwritten: bool = False
+
+
 def enter(context: AbstractContextManager[object]) -> None:
     context.__enter__()
 
@@ -57,6 +75,8 @@ class Lifecycle(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.saved: list[Saved] = []
+        self.states: list[tuple[dict[str, Tensor], Adapter]] = []
+        self.pending: list[Pending] = []
         self.subjects: list[Subject] = []
 
     @initialize(flags=st.lists(st.booleans(), min_size=5, max_size=5), more=st.booleans(), **ATTACHED)
@@ -124,7 +144,8 @@ class Lifecycle(RuleBasedStateMachine):
         assert {key[: key.rindex(".")] for key in forms} == {f"{layer}.{p}" for layer in paths for p in paths[layer]}
         assert all(tensor.dtype == subject.factor_dtype for tensor in forms.values())
         heads = {key: tensor for key, tensor in found.items() if key not in forms}
-        same(heads, {key: tensor for key, tensor in subject.base.items() if head and key.startswith("head.")})
+        dtype = subject.factor_dtype
+        same(heads, {key: t.to(dtype) for key, t in subject.base.items() if head and key.startswith("head.")})
         subject.attached(name, Adapter(configs, found))
 
     def fits(self, subject: Subject, targets: list[str], head: bool) -> bool:
@@ -154,10 +175,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def as_loaded(self, subject: Subject, adapter: Adapter, trainable: bool = True) -> Adapter:
         """The adapter as it is in a model of this dtype."""
-        tensors = {
-            key: tensor.to(subject.factor_dtype if key.count(".") == 2 else subject.dtype)
-            for key, tensor in adapter.tensors.items()
-        }
+        tensors = {key: tensor.to(subject.factor_dtype) for key, tensor in adapter.tensors.items()}
         return Adapter(dict(adapter.configs), tensors, trainable)
 
     @adapted
@@ -266,6 +284,7 @@ class Lifecycle(RuleBasedStateMachine):
     @adapted
     @rule(which=which, merge=st.booleans(), twice=st.booleans())
     def finish(self, which: int, merge: bool, twice: bool) -> None:
+        self.overwritten()
         subject, _ = self.named(which, 0)
         if merge and subject.is_large():
             return
@@ -287,6 +306,7 @@ class Lifecycle(RuleBasedStateMachine):
     @adapted
     @rule(which=which, number=st.integers(0, 5), bake=st.sampled_from([True, True, False]))
     def torchs_own_removal(self, which: int, number: int, bake: bool) -> None:
+        self.overwritten()
         subject, _ = self.named(which, 0)
         there = [(layer, tensor) for layer in SIZES for tensor in ("weight", "bias") if subject.has(layer, tensor)]
         layer, tensor = there[number % len(there)]
@@ -307,6 +327,7 @@ class Lifecycle(RuleBasedStateMachine):
     @adapted
     @rule(which=which, to=st.sampled_from(["half", "float", "double"]), inside=st.booleans())
     def convert(self, which: int, to: str, inside: bool) -> None:
+        self.overwritten()
         subject = self.named(which, 0)[0]
         if inside:
             with glora.merged(subject.model):
@@ -320,6 +341,7 @@ class Lifecycle(RuleBasedStateMachine):
     @adapted
     @rule(which=which, number=number, seed=st.integers(0, 99), strict=st.booleans())
     def load_state_dict(self, which: int, number: int, seed: int, strict: bool) -> None:
+        self.overwritten()
         subject, name = self.named(which, number)
         adapter = subject.adapters[name]
         torch.manual_seed(seed)
@@ -339,6 +361,7 @@ class Lifecycle(RuleBasedStateMachine):
     @adapted
     @rule(which=which, seed=st.integers(0, 99), assign=st.booleans())
     def load_a_plain_checkpoint(self, which: int, seed: int, assign: bool) -> None:
+        self.overwritten()
         subject = self.named(which, 0)[0]
         torch.manual_seed(seed)
         given = {key: 0.5 * torch.randn_like(tensor) for key, tensor in subject.base.items()}
@@ -367,6 +390,80 @@ class Lifecycle(RuleBasedStateMachine):
         for parameter in subject.model.parameters():
             assert parameter.requires_grad or parameter.grad is None
             parameter.grad = None
+
+    # Between a forward and its backward, anything above may come.
+
+    @adapted
+    @rule(which=which, layer=st.sampled_from(sorted(SIZES)), checkpointed=st.booleans())
+    def forward(self, which: int, layer: str, checkpointed: bool) -> None:
+        subject, _ = self.named(which, 0)
+        module, x = getattr(subject.model, layer), X[SIZES[layer][1]].to(subject.dtype)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if trained:
+            alone = module(x).float().square().sum()
+            gradients = torch.autograd.grad(alone, trained, allow_unused=True)
+            right = {p: g for p, g in zip(trained, gradients, strict=True) if g is not None and g.isfinite().all()}
+            y = checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+            self.pending.append(Pending(y.float().square().sum(), right, checkpointed))
+
+    @precondition(lambda self: bool(self.pending))
+    @rule(index=st.integers(0, 3))
+    def backward(self, index: int) -> None:
+        pending = self.pending.pop(index % len(self.pending))
+        flags = {parameter: parameter.requires_grad for parameter in pending.right}
+        try:
+            pending.loss.backward()
+        except RuntimeError:
+            if not (pending.checkpointed or pending.overwritten):
+                raise
+            return
+        found = {parameter: parameter.grad for parameter in pending.right}
+        for parameter in pending.right:
+            parameter.grad = None
+        assert flags == {parameter: parameter.requires_grad for parameter in pending.right}
+        if not pending.overwritten:
+            for parameter, right in pending.right.items():
+                torch.testing.assert_close(found[parameter], right, atol=1e-3, rtol=1e-3)
+
+    def overwritten(self) -> None:
+        for pending in self.pending:
+            pending.overwritten = True
+
+    @adapted
+    @rule(which=which, number=number)
+    def take_state(self, which: int, number: int) -> None:
+        subject, name = self.named(which, number)
+        torch.save(glora.state_dict(subject.model, name), file := io.BytesIO())
+        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        self.states.append((state, copy.deepcopy(subject.adapters[name])))
+
+    @adapted
+    @precondition(lambda self: bool(self.states))
+    @rule(which=which, number=number, index=st.integers(0, 3))
+    def restore_state(self, which: int, number: int, index: int) -> None:
+        self.overwritten()
+        subject, name = self.named(which, number)
+        adapter, (state, source) = subject.adapters[name], self.states[index % len(self.states)]
+        shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (adapter.tensors, state)]
+        if shapes[0] != shapes[1] or not same_function(adapter, source):
+            self.refused(subject, ValueError, lambda: glora.load_state_dict(subject.model, state, name))
+            return
+        if len(subject.acting) < 2 or not any(key in state for key in HEAD):  # heads that act together stay equal
+            glora.load_state_dict(subject.model, state, name)
+            adapter.tensors = {key: state[key].to(tensor.dtype) for key, tensor in adapter.tensors.items()}
+
+
+def same_function(one: Adapter, other: Adapter) -> bool:
+    """Whether equal tensors are equal updates: alpha / rank agrees where a path is low rank, the product where A is."""
+    paths = {tuple(key.split(".")[:2]) for key in one.tensors if key.count(".") == 2}
+    for layer, path in paths:
+        a, b = one.configs[layer], other.configs[layer]
+        low_rank = f"{layer}.{path}.left" in one.tensors
+        if low_rank and one.scaling(layer) != other.scaling(layer):
+            return False
+        if path == "A" and a.A != "constant" and a.product != b.product:
+            return False
+    return True
 
 
 PROFILES = {"long": (2000, 60), "mutation": (15, 20), "fresh": (50, 30)}
