@@ -92,7 +92,8 @@ class _Product(torch.autograd.Function):
                 parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]
             else:  # not every quantised kernel takes this
                 parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in blocks]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            # Not a quantised kernel's view of something: autograd lets no view that was made here be added to in place.
+            return parts[0].data if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
