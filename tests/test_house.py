@@ -27,9 +27,9 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 5693,
-    "ground": 759,
-    "kernels": 528,
+    "all": 5721,
+    "ground": 762,
+    "kernels": 553,
     "layer": 877,
     "model": 1640,
     "engines": 211,
