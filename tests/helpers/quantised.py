@@ -46,6 +46,8 @@ class Int8Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             x, W, bias = (*args, None)[:3]
+            if x.dtype != W.dtype:
+                raise NotImplementedError(f"x in {x.dtype}, W in {W.dtype}")
             y = x @ W.numbers.to(x.dtype).T * W.scale.to(x.dtype).flatten()
             y = y.view(*y.shape)  # as torchao's may be
             return y if bias is None else y + bias
