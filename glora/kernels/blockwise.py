@@ -79,13 +79,13 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
 def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
     """`x W'^T + bias` in `dtype`; the factors are left and right of the entries and of the shift."""
     with outside_autocast(x):
-        x = as_dtype(x, dtype)
-        x = torch.cat([x, x], 1) if is_half(dtype) else x
+        x, half = as_dtype(x, dtype), is_half(dtype)
+        x = torch.cat([x, x], 1) if half else x
         y = x.new_empty(x.shape[0], W0.shape[0])
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(y, block)
             bias_part = bias if bias is None or part is y else bias[block]
-            if is_half(dtype):
+            if half:
                 weight = torch.cat([as_dtype(W, dtype), as_dtype(_update(W, own), dtype)], 1)
             else:
                 weight = as_dtype(_weight(W, own), dtype)

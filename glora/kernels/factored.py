@@ -65,10 +65,10 @@ def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dty
     """
     outputs, inputs = terms.outputs, terms.inputs
     change: Tensor | None = None
-    product = row_blocks.linear
-    if is_half(dtype) and (outputs is not None or not is_quantised(W0)):
+    product, half = row_blocks.linear, is_half(dtype)
+    if half and (outputs is not None or not is_quantised(W0)):
         product = row_blocks.wide_product
-    if inputs is not None and outputs is None and not is_half(dtype):
+    if inputs is not None and outputs is None and not half:
         x = x * (1 + inputs)
     elif inputs is not None and dtype == torch.float16:  # x * inputs may overflow where W0 * inputs does not
         largest = inputs.detach().abs().amax().clamp(min=1)
@@ -77,12 +77,12 @@ def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dty
         change = product(as_dtype(x * inputs, dtype), W0)
     if outputs is not None:
         y = product(x, W0) * (1 + outputs)
-    elif bias is None or bias.ndim > 1 or is_half(dtype):
+    elif bias is None or bias.ndim > 1 or half:
         y = product(x, W0)
     else:
         y, bias = row_blocks.linear(x, W0, bias), None
     # Term by term in float32 at least, and rounded once (Note [Late terms]).
-    for term in (None if bias is None else _rounded(bias, dtype), change):
+    for term in (_rounded(bias, dtype) if half and bias is not None else bias, change):
         if term is not None:
             y = y + wide(term) if is_traced() or y.dtype != working_dtype(y, term) else y.add_(term)
     return y
