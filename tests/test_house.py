@@ -27,9 +27,9 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 6866,
-    "ground": 916,
-    "kernels": 528,
+    "all": 6894,
+    "ground": 919,
+    "kernels": 553,
     "layer": 1185,
     "model": 1930,
     "engines": 194,
@@ -52,11 +52,11 @@ FILES = {
 }
 IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 46, 69),
+    "layer(x)": (14, 45, 69),
     "layer(x) of a LoRA": (13, 24, 30),
     "apply": (26, 236, 531),
     "load": (29, 289, 907),
-    "route": (20, 343, 590),
+    "route": (20, 339, 590),
     "merge": (24, 351, 638),
 }
 
