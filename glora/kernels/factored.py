@@ -23,10 +23,6 @@ from glora.torch_internals import in_transform, is_traced, is_tracing
 # cannot be added to them in place. Under torch.compile it makes no difference.
 
 
-FEW = 16
-"""From so many tokens on a copy of W0, where there is a bias (Note [Late terms]), costs little beside the product."""
-
-
 def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> Tensor:
     """`x W'^T + bias` without W' (Note [Kernels]).
 
@@ -41,8 +37,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
         `(tokens, out)` in `dtype`.
     """
     x = as_dtype(x, dtype)
-    few = bias is not None and dtype == torch.bfloat16 and not torch.is_grad_enabled() and len(x) < FEW
-    if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype) and not few:
+    if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype):
         output_scale = None if terms.outputs is None else as_dtype(1 + terms.outputs, dtype)
         left, right = terms.shift
         if left.dtype != dtype:
@@ -152,12 +147,16 @@ def _compute(
     x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
-    W, thin = as_dtype(W0, x.dtype), F.linear(x, right)
-    if x.dtype == torch.bfloat16:  # Note [Late terms]
-        if bias is None:
-            return (y := F.linear(thin, left).addmm_(x, W.T)), y, thin
+    thin = F.linear(x, right)
+    if x.dtype == torch.bfloat16 and bias is not None:  # Note [Late terms]
         bias = as_dtype(bias, x.dtype)
-        return (y := F.linear(torch.cat([x, thin], 1), torch.cat([W, left], 1), bias)), y, thin
+        if len(x) <= row_blocks.FEW:
+            y = row_blocks.widened(x, W0).addmm_(wide(thin), wide(left).T).add_(bias)
+            return (y := y.to(x.dtype)), y, thin
+        return (y := F.linear(torch.cat([x, thin], 1), torch.cat([as_dtype(W0, x.dtype), left], 1), bias)), y, thin
+    W = as_dtype(W0, x.dtype)
+    if x.dtype == torch.bfloat16:
+        return (y := F.linear(thin, left).addmm_(x, W.T)), y, thin
     product = y = F.linear(x, W, None if output_scale is not None else bias)
     if output_scale is not None:
         y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from glora.precision import as_dtype, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
-from glora.torch_internals import CAN_WIDEN, in_transform, is_exporting, is_tracing
+from glora.torch_internals import CAN_WIDEN, in_transform, is_exporting, is_mapped, is_tracing
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
 
+FEW = 16
+"""Up to so many tokens a copy of W0 of half precision costs more than a wide product (Note [Late terms])."""
 
-def blocks_of(W0: Tensor) -> list[slice]:
-    """Blocks of rows that together are all of W0's."""
+
+def blocks_of(W0: Tensor, cuts: int = 1) -> list[slice]:
+    """Blocks of rows that together are all of W0's; on a CPU smaller by `cuts`."""
     out_features, in_features = W0.shape
-    most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // max(1, in_features))
+    most = max(1, (CPU_BLOCK // cuts if W0.device.type == "cpu" else CUDA_BLOCK) // max(1, in_features))
     if out_features <= most:
         return [slice(0, out_features)]
     step = -(-out_features // -(-out_features // most))  # of equal size: a small block costs more than its share
@@ -58,8 +61,9 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None = None) -> Tensor:
 #
 # - as one product: `[x, z] [W0, V]^T + bias` is `x W0^T + z V^T + bias`, summed where the product is. It copies W0 (a
 #   block of it) and x, and the outputs are written once.
-# - as a wide product, whose outputs are float32, where the sum is no product: a scale on x W0^T, or few tokens, for
-#   which a copy of W0 would be dear.
+# - as a wide product, whose outputs are float32, where the sum is no product (a scale on x W0^T), or for few tokens,
+#   for which a copy of W0 would be dear. CUDA has a kernel for it. Elsewhere x and a block of W0 are widened: where the
+#   processor has no half precision of its own, that is quicker too.
 #
 # W0 and the bias are rounded first, as autocast rounds nn.Linear's. A quantised W0 alone is multiplied by its own
 # kernel, whose outputs are rounded for the base layer too.
@@ -73,20 +77,25 @@ def wide_product(x: Tensor, W0: Tensor) -> Tensor:
         W0: `(out, in)`, rounded to x's dtype.
 
     Returns:
-        `(..., out)`. Gradients are computed in x's dtype.
+        `(..., out)`. Its gradients are computed in float32 too, or on CUDA in x's dtype.
     """
     if in_transform() or is_tracing() or is_exporting():
         with outside_autocast(x):
             return F.linear(wide(x), wide(as_dtype(dense(W0), x.dtype)))
-    y = _apply(x.reshape(-1, W0.shape[1]), W0, False, True)
+    tokens = x.reshape(-1, W0.shape[1])
+    y = _apply(tokens, W0, False, True) if torch.is_grad_enabled() else widened(tokens, W0)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W0.shape[0])
 
 
-def _rounded_late(x: Tensor, W: Tensor) -> Tensor:
-    """The wide product with some rows of W0, in x's dtype."""
-    if x.is_cuda and CAN_WIDEN:
-        return torch.mm(x, W.T, out_dtype=torch.float32)
-    return F.linear(wide(x), wide(W))
+def widened(x: Tensor, W0: Tensor) -> Tensor:
+    """`wide_product` without autograd, of an x of two dimensions."""
+    with outside_autocast(x):
+        if x.is_cuda and CAN_WIDEN:
+            return torch.mm(x, as_dtype(dense(W0), x.dtype).T, out_dtype=torch.float32)
+        dtype, x = x.dtype, wide(x)
+        # Smaller blocks: what has just been widened is still in the cache.
+        parts = [F.linear(x, wide(as_dtype(rows(W0, block), dtype))) for block in blocks_of(W0, 4)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
 # W0 is widened as a whole.
 def multiply(x: Tensor, W0: Tensor, *, transposed: bool = False) -> Tensor:
     """`x W0^T` in x's dtype, or `x W0` with `transposed`; x has two dimensions."""
-    if in_transform():
+    if in_transform() or (not torch.compiler.is_compiling() and is_mapped(x)):
         with outside_autocast(x):
             W = dense(W0).to(x.dtype)
             return x @ W if transposed else F.linear(x, W)
@@ -121,19 +130,20 @@ def _apply(*arguments: Any) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True  # for `is_grads_batched`
-
+    # Note [No setup_context].
     @staticmethod
-    def forward(x: Tensor, W0: Tensor, transposed: bool, is_wide: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W0: Tensor, transposed: bool, is_wide: bool) -> Tensor:
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W0)
+        if is_wide:
+            return widened(x, W0)
         blocks = blocks_of(W0)
         with outside_autocast(x):
             if transposed:
                 # In half precision the blocks' shares are added up in float32, however many there are.
                 shares = [columns(x, block) @ as_dtype(rows(W0, block), x.dtype) for block in blocks]
                 return shares[0] if len(shares) == 1 else reduce(add, map(wide, shares)).to(x.dtype)
-            if is_wide:
-                parts = [_rounded_late(x, as_dtype(rows(W0, block), x.dtype)) for block in blocks]
-            elif x.dtype == W0.dtype:
+            if x.dtype == W0.dtype:
                 parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]
             else:  # not every quantised kernel takes this
                 parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in blocks]
@@ -143,14 +153,10 @@ class _Product(torch.autograd.Function):
             return parts[0].data if is_quantised(W0) else parts[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
-        x, W0, ctx.transposed, _ = inputs
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W0)
-
-    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x, W0), g = ctx.saved_tensors, as_dtype(grads[0], ctx.dtype)
-        dx = multiply(g, W0, transposed=not ctx.transposed) if ctx.needs_input_grad[0] else None
+        (x, W0), (g,) = ctx.saved_tensors, grads
+        if g.is_cuda:  # a wide product's
+            g = as_dtype(g, ctx.dtype)
+        dx = as_dtype(multiply(g, W0, transposed=not ctx.transposed), ctx.dtype) if ctx.needs_input_grad[0] else None
         left, right = (x, g) if ctx.transposed else (g, x)
         return dx, None if x is None else (left.T @ right).to(W0.dtype), None, None
