@@ -27,10 +27,10 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 6894,
-    "ground": 919,
-    "kernels": 553,
-    "layer": 1185,
+    "all": 6953,
+    "ground": 922,
+    "kernels": 561,
+    "layer": 1233,
     "model": 1930,
     "engines": 194,
     "files": 618,
@@ -39,10 +39,10 @@ CODE_LINES = {  # no docstrings, comments or blank lines
     "search": 639,
 }
 FILES = {
-    "all": 86,
+    "all": 87,
     "ground": 13,
     "kernels": 8,
-    "layer": 15,
+    "layer": 16,
     "model": 17,
     "engines": 4,
     "files": 5,
@@ -52,11 +52,11 @@ FILES = {
 }
 IMPORT_CHAIN = 12  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 45, 69),
-    "layer(x) of a LoRA": (13, 24, 30),
+    "layer(x)": (14, 45, 72),
+    "layer(x) of a LoRA": (13, 23, 30),
     "apply": (26, 236, 531),
     "load": (29, 289, 907),
-    "route": (20, 339, 590),
+    "route": (20, 339, 602),
     "merge": (24, 351, 638),
 }
 
