@@ -219,6 +219,12 @@ def has_embedding_forward(base: type[nn.Module]) -> bool:
     return issubclass(base, nn.Embedding) and base.forward is nn.Embedding.forward
 
 
+def has_convolution_forward(base: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is `_conv_forward` with its weight and bias, as torch has it."""
+    names, kinds = ("forward", "_conv_forward"), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(issubclass(base, kind) and all(getattr(base, n) is getattr(kind, n) for n in names) for kind in kinds)
+
+
 # Note [Fused experts]
 # transformers and others hold the weights of all experts of a layer in one parameter, `(experts, out, in)` (Mixtral,
 # Qwen-MoE) or `(experts, in, out)` (GptOss, Llama4). They are told by the parameters' names and their three axes, and

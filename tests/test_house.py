@@ -27,22 +27,22 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 7972,
-    "ground": 923,
-    "kernels": 528,
-    "layer": 1221,
-    "model": 2020,
+    "all": 8064,
+    "ground": 929,
+    "kernels": 561,
+    "layer": 1276,
+    "model": 2005,
     "engines": 194,
     "files": 624,
-    "interop": 1477,
+    "interop": 1490,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 93,
+    "all": 94,
     "ground": 13,
     "kernels": 8,
-    "layer": 15,
+    "layer": 16,
     "model": 18,
     "engines": 4,
     "files": 5,
@@ -52,11 +52,11 @@ FILES = {
 }
 IMPORT_CHAIN = 13  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 46, 69),
-    "layer(x) of a LoRA": (13, 24, 30),
+    "layer(x)": (14, 45, 72),
+    "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 553),
     "load": (30, 291, 930),
-    "route": (20, 347, 602),
+    "route": (20, 343, 614),
     "merge": (25, 352, 639),
 }
 

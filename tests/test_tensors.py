@@ -16,7 +16,16 @@ from glora import GLoRAConfig
 from glora.fingerprint import fingerprint
 from glora.tensors import dense, gathered, is_sharded, replicated_like, rows, sharded_like, storage_of, write_into
 from tests.helpers.calls import LORA, RANDOM, attach, refused, warned
-from tests.helpers.quantised import FORMS, Int8Rows, block, differences, most_floats, quantise_rows
+from tests.helpers.quantised import (
+    FORMS,
+    Int8Rows,
+    block,
+    blocks_of,
+    differences,
+    most_floats,
+    of_layers,
+    quantise_rows,
+)
 from tests.helpers.state import unchanged
 
 
@@ -26,14 +35,31 @@ def quantised() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_every_form_equals_the_float_model_and_trains_as_it_does(config: GLoRAConfig) -> None:
-    assert max(differences(quantise_rows, config).values()) < 1e-4
+# In one block of rows the kernel's own result is passed on, and in several it is put together.
+blocks = pytest.mark.parametrize("rows", [10, 64])
 
 
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_in_half_precision_too(config: GLoRAConfig) -> None:
-    assert max(differences(quantise_rows, config, torch.bfloat16).values()) < 0.05
+@blocks
+@pytest.mark.parametrize(("bias", "config"), of_layers(FORMS))
+def test_every_form_equals_the_float_model_and_trains_as_it_does(bias: bool, config: GLoRAConfig, rows: int) -> None:
+    assert max(differences(quantise_rows, config, bias=bias, rows=rows).values()) < 1e-4
+
+
+@blocks
+@pytest.mark.parametrize(("bias", "config"), of_layers(FORMS))
+def test_in_half_precision_too(bias: bool, config: GLoRAConfig, rows: int) -> None:
+    assert max(differences(quantise_rows, config, torch.bfloat16, bias, rows).values()) < 0.05
+
+
+@blocks
+@pytest.mark.parametrize("config", [LORA, RANDOM, GLoRAConfig(A="vector", init="random")])
+def test_its_own_kernel_need_not_take_autocasts_dtype(config: GLoRAConfig, rows: int) -> None:
+    model, x = attach(quantised(), config), torch.randn(3, 64)
+    wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16), blocks_of(rows):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("form", FORMS)

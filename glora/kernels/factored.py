@@ -60,54 +60,50 @@ def scaled_product(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dty
     """
     outputs, inputs = terms.outputs, terms.inputs
     change: Tensor | None = None
-    if inputs is not None and outputs is None and not is_half(dtype):
+    product, half = row_blocks.linear, is_half(dtype)
+    if half and (outputs is not None or not is_quantised(W0)):
+        product = row_blocks.wide_product
+    if inputs is not None and outputs is None and not half:
         x = x * (1 + inputs)
+    elif inputs is not None and dtype == torch.float16:  # x * inputs may overflow where W0 * inputs does not
+        largest = inputs.detach().abs().amax().clamp(min=1)
+        change = product(as_dtype(x * (inputs / largest), dtype), W0) * largest
     elif inputs is not None:  # in half precision a small change of x would be rounded away
-        change = row_blocks.linear(as_dtype(x * inputs, dtype), W0)
+        change = product(as_dtype(x * inputs, dtype), W0)
     if outputs is not None:
-        y = _finer_product(x, W0, dtype) * (1 + outputs)
-    elif bias is None or bias.ndim > 1 or is_half(dtype):
-        y = row_blocks.linear(x, W0)
+        y = product(x, W0) * (1 + outputs)
+    elif bias is None or bias.ndim > 1 or half:
+        y = product(x, W0)
     else:
         y, bias = row_blocks.linear(x, W0, bias), None
-    # Term by term in float32 at least, and rounded once: a small update beside a large y.
-    for term in (bias, change):
+    # Term by term in float32 at least, and rounded once (Note [Late terms]).
+    for term in (_rounded(bias, dtype) if half and bias is not None else bias, change):
         if term is not None:
             y = y + wide(term) if is_traced() or y.dtype != working_dtype(y, term) else y.add_(term)
     return y
 
 
-def _finer_product(x: Tensor, W0: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x W0^T`, to be scaled; in half precision a wide sum of two halves of the product.
-
-    One product would be rounded to steps of up to 0.8%, and (1 + a) y with a small a would round back to y, or a whole
-    step away, for all tokens alike. The sum of two halves lies between the steps: the roundings cancel.
-    """
-    if not is_half(dtype):
-        return row_blocks.linear(x, W0)
-    middle = x.shape[-1] // 2
-    if is_quantised(W0):  # its columns cannot be cut anywhere
-        first = x * (torch.arange(x.shape[-1], device=x.device) < middle)
-        return wide(row_blocks.linear(first, W0)) + row_blocks.linear(x - first, W0)
-    return wide(F.linear(x[..., :middle], W0[:, :middle])) + F.linear(x[..., middle:], W0[:, middle:])
+def _rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias rounded to `dtype`, as autocast does; its gradient is not."""
+    return bias if bias.dtype == dtype else bias + (bias.to(dtype) - bias).detach()
 
 
 def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, entries: Pair) -> Tensor:
     """`x (W0 + W0 * (L R))^T + bias`, from x and a copy of it rescaled by each row of R."""
     left, right = entries
     copies = torch.cat([x.unsqueeze(1), x.unsqueeze(1) * as_dtype(right, x.dtype)], 1)
-    y = wide(row_blocks.linear(copies, W0))  # (tokens, 1 + r, out)
+    product = row_blocks.wide_product if is_half(x.dtype) and not is_quantised(W0) else row_blocks.linear
+    y = wide(product(copies, W0))  # (tokens, 1 + r, out)
     y = y[:, 0] + (y[:, 1:] * left.T).sum(1)
-    return y if bias is None else y.add_(bias)
+    return y if bias is None else y.add_(_rounded(bias, x.dtype))
 
 
 # Note [One Function]
 # As a chain of operations the shift costs autograd a step for each, and a pass over activations for each sum: the
 # gradient of x is the sum of two results. In one Function the second product adds to the first one in place, forward
 # and backward. Saved are x, the thin product x R^T, and x W0^T where the output scale asks for a gradient; under
-# autocast W0 itself and no narrow copy of it. In bfloat16 x W0^T is rounded, and so is the sum with the shift, which
-# `addmm_` makes in float32: the bias comes after both, since beside a large bias the first rounding would be coarse,
-# and lose the shift. The factors' gradients are then bfloat16's own.
+# autocast W0 itself and no narrow copy of it. In bfloat16 the shift is part of the product with W0, or without a bias
+# comes first: x W0^T is added to it in float32 (Note [Late terms]). The factors' gradients are then bfloat16's own.
 
 
 def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool:
@@ -121,7 +117,7 @@ def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool
     if torch.is_grad_enabled() and not shift[1].requires_grad:
         return False  # it would save x, which no gradient needs
     if dtype == torch.float16 or (dtype == torch.bfloat16 and terms.outputs is not None):
-        return False  # for what `linear` and `_finer_product` say
+        return False  # Note [Late terms]
     return not (is_quantised(W0) or torch.compiler.is_compiling() or in_transform() or is_tracing())
 
 
@@ -151,13 +147,20 @@ def _compute(
     x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
-    bias_last = x.dtype == torch.bfloat16  # Note [One Function]
-    product = y = F.linear(x, as_dtype(W0, x.dtype), None if bias_last or output_scale is not None else bias)
+    thin = F.linear(x, right)
+    if x.dtype == torch.bfloat16 and bias is not None:  # Note [Late terms]
+        bias = as_dtype(bias, x.dtype)
+        if len(x) <= row_blocks.FEW:
+            y = row_blocks.widened(x, W0).addmm_(wide(thin), wide(left).T).add_(bias)
+            return (y := y.to(x.dtype)), y, thin
+        return (y := F.linear(torch.cat([x, thin], 1), torch.cat([as_dtype(W0, x.dtype), left], 1), bias)), y, thin
+    W = as_dtype(W0, x.dtype)
+    if x.dtype == torch.bfloat16:
+        return (y := F.linear(thin, left).addmm_(x, W.T)), y, thin
+    product = y = F.linear(x, W, None if output_scale is not None else bias)
     if output_scale is not None:
         y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)
-    thin = F.linear(x, right)
-    y.addmm_(thin, left.T)
-    return y.add_(bias) if bias_last and bias is not None else y, product, thin
+    return y.addmm_(thin, left.T), product, thin
 
 
 def _chain(

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from glora.precision import as_dtype, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
-from glora.torch_internals import in_transform
+from glora.torch_internals import CAN_WIDEN, in_transform, is_exporting, is_mapped, is_tracing
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
 
+FEW = 16
+"""Up to so many tokens a copy of W0 of half precision costs more than a wide product (Note [Late terms])."""
 
-def blocks_of(W0: Tensor) -> list[slice]:
-    """Blocks of rows that together are all of W0's."""
+
+def blocks_of(W0: Tensor, cuts: int = 1) -> list[slice]:
+    """Blocks of rows that together are all of W0's; on a CPU smaller by `cuts`."""
     out_features, in_features = W0.shape
-    most = max(1, (CPU_BLOCK if W0.device.type == "cpu" else CUDA_BLOCK) // max(1, in_features))
+    most = max(1, (CPU_BLOCK // cuts if W0.device.type == "cpu" else CUDA_BLOCK) // max(1, in_features))
     if out_features <= most:
         return [slice(0, out_features)]
     step = -(-out_features // -(-out_features // most))  # of equal size: a small block costs more than its share
@@ -50,6 +53,51 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else (y + bias).to(y.dtype)
 
 
+# Note [Late terms]
+# A product of half precision is rounded to steps of up to 0.8% of itself. What is added after that comes too late: a
+# small update is lost beside a large bias, whichever of the two comes first; a bias that takes most of x W0^T away
+# leaves its roundings, many times those of nn.Linear; two products that are finite together overflow alone. So whatever
+# makes up the outputs is summed in float32, and rounded once, in one of two ways:
+#
+# - as one product: `[x, z] [W0, V]^T + bias` is `x W0^T + z V^T + bias`, summed where the product is. It copies W0 (a
+#   block of it) and x, and the outputs are written once.
+# - as a wide product, whose outputs are float32, where the sum is no product (a scale on x W0^T), or for few tokens,
+#   for which a copy of W0 would be dear. CUDA has a kernel for it. Elsewhere x and a block of W0 are widened: where the
+#   processor has no half precision of its own, that is quicker too.
+#
+# W0 and the bias are rounded first, as autocast rounds nn.Linear's. A quantised W0 alone is multiplied by its own
+# kernel, whose outputs are rounded for the base layer too.
+
+
+def wide_product(x: Tensor, W0: Tensor) -> Tensor:
+    """`x W0^T` of an x of half precision, in float32 (Note [Late terms]).
+
+    Args:
+        x: `(..., in)`.
+        W0: `(out, in)`, rounded to x's dtype.
+
+    Returns:
+        `(..., out)`. Its gradients are computed in float32 too, or on CUDA in x's dtype.
+    """
+    if in_transform() or is_tracing() or is_exporting():
+        with outside_autocast(x):
+            return F.linear(wide(x), wide(as_dtype(dense(W0), x.dtype)))
+    tokens = x.reshape(-1, W0.shape[1])
+    y = _apply(tokens, W0, False, True) if torch.is_grad_enabled() else widened(tokens, W0)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W0.shape[0])
+
+
+def widened(x: Tensor, W0: Tensor) -> Tensor:
+    """`wide_product` without autograd, of an x of two dimensions."""
+    with outside_autocast(x):
+        if x.is_cuda and CAN_WIDEN:
+            return torch.mm(x, as_dtype(dense(W0), x.dtype).T, out_dtype=torch.float32)
+        dtype, x = x.dtype, wide(x)
+        # Smaller blocks: what has just been widened is still in the cache.
+        parts = [F.linear(x, wide(as_dtype(rows(W0, block), dtype))) for block in blocks_of(W0, 4)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
     """`W0 t`, `(out, r)`, of a matrix t `(in, r)` of few columns, computed in t's dtype."""
     if W0.dtype == thin.dtype and not is_quantised(W0):
@@ -69,19 +117,26 @@ def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
 # W0 is widened as a whole.
 def multiply(x: Tensor, W0: Tensor, *, transposed: bool = False) -> Tensor:
     """`x W0^T` in x's dtype, or `x W0` with `transposed`; x has two dimensions."""
-    if in_transform():
+    if in_transform() or (not torch.compiler.is_compiling() and is_mapped(x)):
         with outside_autocast(x):
             W = dense(W0).to(x.dtype)
             return x @ W if transposed else F.linear(x, W)
+    return _apply(x, W0, transposed, False)
+
+
+def _apply(*arguments: Any) -> Tensor:
     apply: Any = _Product.apply  # pyright: ignore - torch leaves it untyped
-    return cast("Tensor", apply(x, W0, transposed))
+    return cast("Tensor", apply(*arguments))
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True  # for `is_grads_batched`
-
+    # Note [No setup_context].
     @staticmethod
-    def forward(x: Tensor, W0: Tensor, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W0: Tensor, transposed: bool, is_wide: bool) -> Tensor:
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W0)
+        if is_wide:
+            return widened(x, W0)
         blocks = blocks_of(W0)
         with outside_autocast(x):
             if transposed:
@@ -92,16 +147,16 @@ class _Product(torch.autograd.Function):
                 parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]
             else:  # not every quantised kernel takes this
                 parts = [F.linear(x, rows(W0, block).to(x.dtype)) for block in blocks]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004 - torch's signature
-        x, W0, ctx.transposed = inputs
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W0)
+            if len(parts) > 1:
+                return torch.cat(parts, -1)
+            # A quantised kernel may return a view: autograd lets no view that was made here be added to in place.
+            return parts[0].data if is_quantised(W0) else parts[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, W0 = ctx.saved_tensors
-        dx = multiply(grads[0], W0, transposed=not ctx.transposed) if ctx.needs_input_grad[0] else None
-        left, right = (x, grads[0]) if ctx.transposed else (grads[0], x)
-        return dx, None if x is None else (left.T @ right).to(W0.dtype), None
+        (x, W0), (g,) = ctx.saved_tensors, grads
+        if g.is_cuda:  # a wide product's
+            g = as_dtype(g, ctx.dtype)
+        dx = as_dtype(multiply(g, W0, transposed=not ctx.transposed), ctx.dtype) if ctx.needs_input_grad[0] else None
+        left, right = (x, g) if ctx.transposed else (g, x)
+        return dx, None if x is None else (left.T @ right).to(W0.dtype), None, None

@@ -107,7 +107,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     no_operator = torch.compiler.is_compiling() and is_quantised(W0)  # Note [Opaque]
     if in_transform() or is_tracing() or is_exporting() or (no_operator and not torch.is_grad_enabled()):
         return "dense"
-    if torch.is_grad_enabled() or x.dtype == torch.float16:
+    if torch.is_grad_enabled() or result_dtype(x, W0) == torch.float16:
         return "blockwise"
     tokens = x.numel() // max(1, x.shape[-1])
     return "expanded" if tokens * (rank + 1) <= EXPANDED_ROWS else "blockwise"

@@ -13,12 +13,20 @@ from torch.nn.utils import parametrize
 
 from glora.layer import routed
 from glora.layer.computed import adapter_weights_in_call, caching_reads, freeze_prompts, read_attribute
+from glora.layer.convolution import convolution_forward
 from glora.layer.forward import embedding_forward, linear_forward, per_sample_forward
 from glora.layer.heads import Head, HeadCopy
 from glora.layer.keys import adopt_plain_keys, drop_upgraded_keys, refuse_kept_apart
 from glora.layer.parametrization import Bias, live_parametrizations
 from glora.layer.recurrent import flat_weights, follow_tensors
-from glora.matrices import LINEAR, TRANSPOSED, has_embedding_forward, has_linear_forward, is_transposed_linear
+from glora.matrices import (
+    LINEAR,
+    TRANSPOSED,
+    has_convolution_forward,
+    has_embedding_forward,
+    has_linear_forward,
+    is_transposed_linear,
+)
 from glora.precision import DTYPES
 
 # Note [One class per base class]
@@ -156,6 +164,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         run, run_per_sample = linear_forward(matrix), per_sample_forward(matrix)
     elif has_embedding_forward(base):
         run, run_per_sample = embedding_forward, None
+    elif has_convolution_forward(base):
+        run, run_per_sample = convolution_forward(base), None
     else:
         run, run_per_sample = caching_reads(base.forward), None
 

@@ -23,6 +23,7 @@ from glora.layer.parametrization import (
     Weight,
     live_parametrizations,
 )
+from glora.matrices import Matrix
 from glora.torch_internals import memory_of, running_backward, saved_tensors_hooks
 
 
@@ -100,6 +101,17 @@ def tensor_of(
     except AttributeError as error:
         # Python would take it for the attribute's own and say that there is no attribute `name`.
         raise RuntimeError(f"Computing `{name}` of an adapted {type(module).__name__} failed: {error}") from error
+
+
+def kernel_weight(module: nn.Module, parametrizations: Parametrizations, matrix: Matrix | None = None) -> Weight | None:
+    """The adapters on the weight, if a kernel may stand for it: nothing else computes it, and `matrix` holds it."""
+    parametrization = parametrizations.get("weight")
+    if parametrization is None or module._parameters.get("weight") is not None or len(parametrization._modules) > 1:
+        return None
+    store = parametrization._modules["0"]
+    if not isinstance(store, Weight) or (matrix is not None and store.matrix.pattern != matrix.pattern):
+        return None
+    return store
 
 
 def _frozen_weight(module: nn.Module, parametrizations: Parametrizations, name: str) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from glora import functional
 from glora.functional import Factors, WeightFactors
 from glora.kernels import select
-from glora.layer.computed import adapter_weights_of, tensor_of
-from glora.layer.parametrization import AdapterWeights, Parametrizations, Weight, live_parametrizations
+from glora.layer.computed import adapter_weights_of, kernel_weight, tensor_of
+from glora.layer.parametrization import AdapterWeights, live_parametrizations
 from glora.matrices import EMBEDDING, Matrix
 
 
@@ -27,7 +27,7 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
             if parametrization.original.is_meta:
                 raise _meta_error(self, input)
         bias = tensor_of(self, parametrizations, "bias", adapter_weights, dropout)
-        store = _kernel_weight(self, parametrizations, matrix)
+        store = kernel_weight(self, parametrizations, matrix)
         if store is None:
             weight = cast("Tensor", tensor_of(self, parametrizations, "weight", adapter_weights, dropout))
             return F.linear(input, matrix.read(weight), bias)
@@ -48,7 +48,7 @@ def embedding_forward(self: nn.Module, input: Tensor) -> Tensor:
     adapter_weights = adapter_weights_of(self, parametrizations)
     if parametrizations["weight"].original.is_meta and not input.is_meta:
         raise _meta_error(self, input)
-    store, padding = _kernel_weight(self, parametrizations, EMBEDDING), module.padding_idx
+    store, padding = kernel_weight(self, parametrizations, EMBEDDING), module.padding_idx
     if store is None:
         weight = cast("Tensor", tensor_of(self, parametrizations, "weight", adapter_weights, self.training))
         return F.embedding(input, weight, padding)
@@ -81,7 +81,7 @@ def per_sample_forward(matrix: Matrix) -> Callable[..., Tensor | None]:
 
     def forward(self: nn.Module, input: Tensor, *, acting: Sequence[AdapterWeights], owner: Tensor) -> Tensor | None:
         parametrizations, dropout = live_parametrizations(self), self.training
-        store = _kernel_weight(self, parametrizations, matrix)
+        store = kernel_weight(self, parametrizations, matrix)
         if store is None:
             return None
         W0 = matrix.read(parametrizations["weight"].original)
@@ -92,15 +92,6 @@ def per_sample_forward(matrix: Matrix) -> Callable[..., Tensor | None]:
         return select.linear_per_sample(input, W0, biases, groups, owner)
 
     return forward
-
-
-def _kernel_weight(module: nn.Module, parametrizations: Parametrizations, matrix: Matrix) -> Weight | None:
-    """The adapters on the weight, if a kernel may stand for it: nothing else computes it, and the layouts agree."""
-    parametrization = parametrizations.get("weight")
-    if parametrization is None or module._parameters.get("weight") is not None or len(parametrization._modules) > 1:
-        return None
-    store = parametrization._modules["0"]
-    return store if isinstance(store, Weight) and store.matrix.pattern == matrix.pattern else None
 
 
 def _meta_error(module: nn.Module, input: Tensor) -> RuntimeError:

@@ -10,7 +10,7 @@ together.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -211,9 +211,13 @@ class Weight(Store):
         factors = self.factors(self.acting.adapter_weights if adapter_weights is None else adapter_weights, dropout)
         if self.matrix.is_plain:
             return functional.adapted_weight(dense(W0) if factors else W0, factors)
+        return functional.add(W0, self.updates(W0, factors))
+
+    def updates(self, W0: Tensor, factors: Sequence[WeightFactors]) -> list[Tensor]:
+        """What each adapter adds to W0, in W0's layout and the working dtype."""
         matrix = self.matrix.read(W0)
         updates = [u.expand_as(matrix) for u in functional.weight_updates(matrix, factors) if u is not None]
-        return functional.add(W0, [self.matrix.write(update, W0) for update in updates])
+        return [self.matrix.write(update, W0) for update in updates]
 
     def factors(self, adapter_weights: AdapterWeights, dropout: bool = False) -> list[WeightFactors]:
         """The paths of each adapter that acts."""

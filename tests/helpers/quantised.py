@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glora
 from glora import GLoRAConfig
 from tests.helpers import internals
-from tests.helpers.calls import only
+from tests.helpers.calls import attach, only
 
 Quantise = Callable[[nn.Module], object]
 """Quantises the weights of a model's linear layers, in place."""
@@ -45,7 +46,10 @@ class Int8Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             x, W, bias = (*args, None)[:3]
+            if x.dtype != W.dtype:
+                raise NotImplementedError(f"x in {x.dtype}, W in {W.dtype}")
             y = x @ W.numbers.to(x.dtype).T * W.scale.to(x.dtype).flatten()
+            y = y.view(*y.shape)  # as torchao's may be
             return y if bias is None else y + bias
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -67,14 +71,16 @@ def quantise_rows(model: nn.Module) -> None:
             layer.weight = nn.Parameter(Int8Rows(numbers, scale), requires_grad=False)
 
 
-def block(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def block(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
     """Two layers, wide enough for groups of 32 and of several blocks of rows."""
-    return nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 64)).to(dtype)
+    return nn.Sequential(nn.Linear(64, 32, bias), nn.GELU(), nn.Linear(32, 64, bias)).to(dtype)
 
 
-def quantised_pair(quantise: Quantise, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, nn.Sequential]:
+def quantised_pair(
+    quantise: Quantise, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> tuple[nn.Sequential, nn.Sequential]:
     """A quantised model, and a float one whose weights are the dequantised."""
-    model, plain = block(dtype), block(dtype)
+    model, plain = block(dtype, bias), block(dtype, bias)
     quantise(model)
     plain.load_state_dict(
         {key: value.dequantize() if value.ndim > 1 else value for key, value in model.state_dict().items()}
@@ -95,16 +101,29 @@ FORMS = {
 }
 
 
-def differences(quantise: Quantise, config: GLoRAConfig, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+def of_layers(forms: dict[str, GLoRAConfig]) -> list[Any]:
+    """Each form on layers with a bias, and without one where it has something left to adapt, with names for pytest."""
+    return [
+        pytest.param(bias, config, id=f"{name}, {'bias' if bias else 'no bias'}")
+        for name, config in forms.items()
+        for bias in (True, False)
+        if bias or (config.A, config.B) != ("none", "none")
+    ]
+
+
+def differences(
+    quantise: Quantise, config: GLoRAConfig, dtype: torch.dtype = torch.float32, bias: bool = True, rows: int = 10
+) -> dict[str, float]:
     """How far a quantised base with an adapter is from the float model with the same adapter, by norm.
 
-    Of the outputs, with and without gradients, of the gradient of the input and of every factor.
+    Of the outputs, with and without gradients, of the gradient of the input and of every factor. W0 goes through in
+    blocks of `rows`.
     """
-    model, plain = quantised_pair(quantise, dtype)
-    glora.load_state_dict(glora.apply(plain, config=config), glora.state_dict(glora.apply(model, config=config)))
+    model, plain = quantised_pair(quantise, dtype, bias)
+    glora.load_state_dict(attach(plain, config), glora.state_dict(attach(model, config)))
     x = torch.randn(40, 64, dtype=dtype)
     found: dict[str, float] = {}
-    with blocks_of(10):
+    with blocks_of(rows):
         outputs: list[Tensor] = []
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         for each, given in zip((model, plain), inputs, strict=True):

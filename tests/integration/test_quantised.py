@@ -14,7 +14,7 @@ import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import RANDOM, refused
 from tests.helpers.models import adapted_block
-from tests.helpers.quantised import FORMS, block, differences, most_floats
+from tests.helpers.quantised import FORMS, block, differences, most_floats, of_layers
 from tests.helpers.state import unchanged
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -44,11 +44,15 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("bias", "config"), of_layers(FORMS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_form_equals_the_float_model_and_trains_as_it_does(kind: str, config: GLoRAConfig) -> None:
-    assert max(differences(lambda model: quantise(model, kind), config).values()) < 1e-4
-    assert max(differences(lambda model: quantise(model, kind), config, torch.bfloat16).values()) < 0.05
+def test_every_form_equals_the_float_model_and_trains_as_it_does(kind: str, bias: bool, config: GLoRAConfig) -> None:
+    def quantise_kind(model: nn.Module) -> nn.Module:
+        return quantise(model, kind)
+
+    for rows in (10, 64):  # in several blocks, and in one
+        assert max(differences(quantise_kind, config, bias=bias, rows=rows).values()) < 1e-4
+        assert max(differences(quantise_kind, config, torch.bfloat16, bias, rows).values()) < 0.05
 
 
 @pytest.mark.parametrize("form", [form for form, config in FORMS.items() if (config.A, config.B) != ("none", "none")])

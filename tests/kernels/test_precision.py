@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
-from tests.helpers import internals
+from glora import functional
+from tests.helpers import internals, reference
 from tests.helpers.calls import attach, factors_of, only
 from tests.helpers.kernels import KINDS, run_kernel
-from tests.helpers.strategies import HALF
+from tests.helpers.strategies import HALF, configs
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
@@ -87,7 +90,7 @@ def test_how_a_product_is_split_between_its_factors_changes_nothing(
     path: str,
 ) -> None:
     layer, context = half_layer(24, 32, config, half, autocast)
-    x = 16 * torch.randn(tokens, 32).to(half)
+    x = 16 * torch.randn(tokens, 32).to(torch.float32 if autocast else half)
     tensors = glora.state_dict(layer)
     left, right = (tensors[f"{path}.{factor}"] for factor in ("left", "right"))
     outputs: list[Tensor] = []
@@ -162,6 +165,84 @@ def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autoca
     assert found[0].dtype == half
     for a, b in zip(found, wanted, strict=True):
         assert (a.float() - b).norm() <= 0.03 * b.norm()
+
+
+@settings(max_examples=80)
+@given(
+    config=configs(init="identity"),
+    half=st.sampled_from(HALF),
+    autocast=st.booleans(),
+    tokens=st.sampled_from([1, 2, 40]),
+    grad=st.booleans(),
+    mean=st.sampled_from([0.0, 1.0, 20.0]),
+    size=st.sampled_from([0.0, 1e-3, 1e-1]),
+    seed=st.integers(0, 99),
+)
+def test_outputs_are_rounded_once_beside_any_bias(
+    config: glora.GLoRAConfig,
+    half: torch.dtype,
+    autocast: bool,
+    tokens: int,
+    grad: bool,
+    mean: float,
+    size: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    layer = nn.Linear(48, 24, dtype=torch.float32 if autocast else half)
+    # Inputs and weights with a mean, which the bias takes away: the outputs are far smaller than what they are made of.
+    x = (torch.randn(tokens, 48) + mean).to(half)
+    with torch.no_grad():
+        layer.weight += 0.1 * mean
+        layer.bias.copy_(torch.randn(24) - x.float().mean(0) @ layer.weight.float().T)
+    attach(layer, config)
+    with torch.no_grad():
+        for factor in glora.parameters(layer) if size else ():  # at 0, the identity: the base layer's own outputs
+            factor.normal_().mul_(size)
+        stack = layer.parametrizations.weight
+        W0, factors = stack.original.double(), stack[0].factors(stack[0].acting.adapter_weights)
+        updates = [u.expand_as(W0) for u in functional.weight_updates(W0, factors) if u is not None]
+        update, bias, base = sum(updates), layer.bias.to(half).double(), W0.to(half).double()
+    exact = reference.linear(x, base + update, bias)
+    with torch.autocast("cpu", half) if autocast else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert y.dtype == half
+    # Each is rounded: the sum, the update's own terms; what they are added up from is as exact as float32 makes it.
+    terms = reference.linear(x.abs(), base.abs() + update.abs(), bias.abs())
+    bound = torch.finfo(half).eps * (exact.abs() + 4 * reference.linear(x.abs(), update.abs(), None)) + 1e-5 * terms
+    assert bool(((y.double() - exact).abs() <= bound + torch.finfo(half).tiny).all())
+
+
+@settings(max_examples=60)
+@given(
+    config=configs(init="identity"),
+    autocast=st.booleans(),
+    tokens=st.sampled_from([1, 40]),
+    grad=st.booleans(),
+    large=st.booleans(),
+)
+def test_float16_is_finite_where_the_merged_layer_is(
+    config: glora.GLoRAConfig, autocast: bool, tokens: int, grad: bool, large: bool
+) -> None:
+    layer = nn.Linear(256, 2, dtype=torch.float32 if autocast else torch.float16)
+    with torch.no_grad():  # either half of the product is above the largest float16
+        layer.weight[:, :128], layer.weight[:, 128:] = 2.0, -2.0
+    x = torch.full((tokens, 256), 300.0, dtype=torch.float16)
+    x[:, 200] = 290
+    attach(layer, config)
+    tensors = glora.state_dict(layer)
+    with torch.no_grad():
+        if large and config.A in ("vector", "constant"):  # W' is as before, and A is large
+            layer.parametrizations.weight.original.div_(1000)
+            tensors["A.value"].fill_(999.0)
+    with torch.autocast("cpu", torch.float16) if autocast else contextlib.nullcontext():
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        with glora.merged(layer):
+            wanted = layer(x)
+    assert torch.isfinite(wanted).all()
+    # Beside what is 300 times as large, W0 / 1000 is rounded.
+    torch.testing.assert_close(y, wanted, rtol=1e-3, atol=40.0 if large else 0.1)
 
 
 SURVIVAL: list[Any] = [
