@@ -86,6 +86,13 @@ CONV1D = "transformers.pytorch_utils", "Conv1D"
 LINEAR = Matrix()
 TRANSPOSED = Matrix(pattern="i o -> o i")
 
+
+def convolution(axes: int) -> Matrix:
+    """The matrix of a convolution whose kernel has so many axes: they stand behind those of the inputs."""
+    names = " ".join("xyz"[:axes])
+    return Matrix(pattern=f"o i {names} -> o (i {names})", swept=False)
+
+
 Kind: TypeAlias = type[nn.Module] | Callable[[nn.Module], bool]
 _registered: list[tuple[Kind, list[Matrix]]] = []
 
@@ -184,8 +191,7 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
     if isinstance(module, nn.Linear):
         return [LINEAR]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        axes = " ".join("xyz"[: len(module.kernel_size)])
-        return [Matrix(pattern=f"o i {axes} -> o (i {axes})", swept=False)]
+        return [convolution(len(module.kernel_size))]
     if isinstance(module, nn.MultiheadAttention):
         names = [f"{name}_proj_weight" for name in "qkv"]  # which have no bias of their own: they share one
         held = [Matrix("in_proj_weight", "in_proj_bias"), *[Matrix(name, None) for name in names]]

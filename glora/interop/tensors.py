@@ -39,7 +39,18 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Fingerprint]]
         for key, value in cast("dict[object, object]", loaded).items()
     ):
         raise AdapterFileError(f"{file} must hold tensors under their names, and holds something else.")
-    return cast("dict[str, Tensor]", loaded), {}
+    tensors = cast("dict[str, Tensor]", loaded)
+    for key, tensor in tensors.items():
+        if not _is_whole(tensor):
+            raise AdapterFileError(f"{file} must hold dense tensors with all of their numbers; {key!r} is none.")
+    return tensors, {}
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is a dense one, and no view that claims more numbers than its memory holds."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def tensor_file(tensors: Mapping[str, Tensor], base: Mapping[str, Fingerprint]) -> bytes:
