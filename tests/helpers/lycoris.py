@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 MODULES = {
-    "lora": ("locon", "LoConModule"), "loha": ("loha", "LohaModule"), "lokr": ("lokr", "LokrModule"),
-    "glora": ("glora", "GLoRAModule"), "ia3": ("ia3", "IA3Module"), "full": ("full", "FullModule"),
+    "lora": ("locon", "LoConModule"),
+    "loha": ("loha", "LohaModule"),
+    "lokr": ("lokr", "LokrModule"),
+    "glora": ("glora", "GLoRAModule"),
+    "ia3": ("ia3", "IA3Module"),
+    "full": ("full", "FullModule"),
 }
 LAYERS: dict[str, Any] = {
     "linear": lambda i, o, bias: nn.Linear(i, o, bias=bias),
@@ -151,5 +155,3 @@ def error_of(ours: Tensor, theirs: Tensor, base: Tensor) -> float:
     error = float((ours - theirs).abs().max())
     assert error <= 1e-5 * effect + rounding, (error, effect, rounding)
     return error / effect if effect else 0.0
-
-

@@ -189,7 +189,7 @@ def _unknown(names: list[str], spelled: Mapping[Any, Mapping[str, list[Held]]], 
             f"than that of {quote_names(behind)}. Load it into all models that it is for: "
             f"load_lycoris({{{', '.join(f'{p!r}: ...' for p in [*behind, *_prefixes(names)])}}}, file)."
         )
-    known = {front(prefix or "") + name for prefix, modules in spelled.items() for name in modules}
+    known = sorted(front(prefix or "") + name for prefix, modules in spelled.items() for name in modules)
     near = [match for name in own[:1] for match in get_close_matches(name, known, 1)]
     return (
         f"The names in {file} must be a prefix and the model's paths with underscores for dots; there is no layer for "

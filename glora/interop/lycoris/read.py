@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +57,6 @@ _PARTS = (
 )
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_SPELLINGS, *_PARTS)))})")
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_\w+)_lora\.(down|up)\.weight")  # diffusers' oldest
-_DIFFUSERS = "lora_adapter_metadata"  # the metadata in which diffusers has the ranks and alphas
 
 
 def read_lycoris(
@@ -86,7 +86,7 @@ def read_lycoris(
     if not by_name:
         raise AdapterFileError(f"An adapter has tensors; {file} has none.")
     _refuse_methods(by_name, file)
-    _add_alphas(by_name, file)
+    described = _described(file)
     found = resolve(by_name, models, file)
     problems: list[str] = []
     adapters: dict[str, AdapterSpec] = {}
@@ -95,7 +95,7 @@ def read_lycoris(
         heads: dict[str, tuple[str, ...]] = {}
         tensors: dict[str, Tensor] = {}
         for name, held in modules.items():
-            layer = _read_layer(held, dict(by_name[name]), rs_lora)
+            layer = _read_layer(held, dict(by_name[name]), rs_lora, partial(_alpha, described, prefix))
             if isinstance(layer, str):
                 problems.append(f"{name!r} ({held.path}): {layer}")
             elif held.path in layers or held.path in heads:
@@ -139,7 +139,9 @@ def _refuse_methods(by_name: Mapping[str, Mapping[str, Tensor]], file: Path) -> 
                 )
 
 
-def _read_layer(held: Held, parts: dict[str, Tensor], rs_lora: bool) -> Read | str:
+def _read_layer(
+    held: Held, parts: dict[str, Tensor], rs_lora: bool, alpha_of: Callable[[str, int], float | None]
+) -> Read | str:
     """A layer, or what is wrong with it."""
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and part not in ("alpha", "on_input"):
@@ -152,44 +154,37 @@ def _read_layer(held: Held, parts: dict[str, Tensor], rs_lora: bool) -> Read | s
     if held.matrix is None and reader not in (methods.read_norm, methods.read_full):
         return f"of a wrong kind: the model has a weight of {held.shape} there, which is no matrix"
     try:
+        alpha = alpha_of(held.path, len(parts["lora_down.weight"])) if "lora_down.weight" in parts else None
+        if alpha is not None:
+            parts.setdefault("alpha", torch.tensor(alpha))
         with torch.no_grad():
             read = reader(held, parts, rs_lora)
     except ShapeError as error:
         return f"of a wrong shape: {error}"
     except KeyError as error:
         return f"without {error}, which its method has"
-    except (ValueError, RuntimeError, IndexError) as error:  # tensors of any number of axes
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, re.error) as error:  # tensors of any axes
         return str(error)
     return f"with {format_names(parts)}, which its method has not" if parts else read
 
 
-def _add_alphas(by_name: Mapping[str, dict[str, Tensor]], file: Path) -> None:
-    """Give layers the alpha that diffusers writes into the file's metadata, in place of one of their own."""
-    text = read_header(file).metadata.get(_DIFFUSERS) if file.suffix == ".safetensors" else None
-    if text is None:
-        return
-    try:
-        fields = cast("dict[str, Any]", dict(parse_json(text, file)))
-        for name, parts in by_name.items():
-            if "lora_up.weight" in parts and "alpha" not in parts:
-                parts["alpha"] = torch.tensor(_alpha(name, parts["lora_down.weight"].shape[0], fields))
-    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
-        raise AdapterFileError(f"The metadata {_DIFFUSERS!r} of {file} cannot be understood: {error!r}.") from error
+def _described(file: Path) -> dict[str, Any]:
+    """The fields of PEFT's configs that diffusers writes into a file's metadata, as `unet.lora_alpha`."""
+    text = read_header(file).metadata.get("lora_adapter_metadata") if file.suffix == ".safetensors" else None
+    fields = parse_json(text or "{}", file)
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"lora_adapter_metadata of {file} must be a mapping; found {text!r:.40}.")
+    return cast("dict[str, Any]", fields)
 
 
-def _alpha(name: str, rank: int, fields: Mapping[str, Any]) -> float:
-    """A layer's alpha, for `alpha / rank`."""
-    prefixes = {key.removesuffix(".lora_alpha") for key in fields if key.endswith(".lora_alpha")}
-    prefix = next((prefix for prefix in prefixes if name.startswith(f"{flat(prefix)}_")), None)
-    if prefix is None:
-        return float(rank)
-    own = name.removeprefix(f"{flat(prefix)}_")
-    pattern = cast("dict[str, float]", fields.get(f"{prefix}.alpha_pattern") or {})
-    alpha = next(
-        (a for key, a in pattern.items() if own == flat(key) or own.endswith(f"_{flat(key)}")),
-        fields[f"{prefix}.lora_alpha"],
-    )
-    return float(alpha) * (math.sqrt(rank) if fields.get(f"{prefix}.use_rslora") else 1)
+def _alpha(described: Mapping[str, Any], prefix: str, path: str, rank: int) -> float | None:
+    """The alpha of a layer that diffusers describes, for alpha / rank."""
+    alpha = described.get(f"{prefix}.lora_alpha")
+    if alpha is None:
+        return None
+    pattern = cast("dict[str, float]", described.get(f"{prefix}.alpha_pattern") or {})
+    own = next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), alpha)
+    return float(own) * (math.sqrt(rank) if described.get(f"{prefix}.use_rslora") else 1)
 
 
 def _own(fingerprints: Mapping[str, Fingerprint], prefix: str) -> dict[str, Fingerprint]:
