@@ -83,7 +83,7 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
             return read(file)
         if path.is_dir():
             return read_peft(path) if (path / PEFT_CONFIG_FILE).exists() else read(file)
-        if not any(key.endswith(".alpha") or "lora" in key for key in read_header(path).tensors):
+        if not any(key.endswith(".alpha") or "lora" in key or "lycoris" in key for key in read_header(path).tensors):
             raise ValueError(
                 f"An adapter has low-rank factors or vectors, and no whole weights; {path} is none that glora, PEFT or "
                 f"LyCORIS writes, and looks like a model's checkpoint. Pass the adapter; --base takes a checkpoint."

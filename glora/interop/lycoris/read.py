@@ -152,7 +152,7 @@ def _read_layer(
     if reader is None:
         return f"of no known method, with the tensors {format_names(parts)}"
     if held.matrix is None and reader not in (methods.read_norm, methods.read_full):
-        return f"of a wrong kind: the model has a weight of {held.shape} there, which is no matrix"
+        return f"of a wrong kind: the model has a weight of {held.shape} there, which is no matrix that can be adapted"
     try:
         alpha = alpha_of(held.path, len(parts["lora_down.weight"])) if "lora_down.weight" in parts else None
         if alpha is not None:
@@ -163,7 +163,15 @@ def _read_layer(
         return f"of a wrong shape: {error}"
     except KeyError as error:
         return f"without {error}, which its method has"
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, re.error) as error:  # tensors of any axes
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        IndexError,
+        re.error,
+    ) as error:  # tensors of any axes
         return str(error)
     return f"with {format_names(parts)}, which its method has not" if parts else read
 

@@ -45,7 +45,7 @@ def write_lycoris(
             name = front(prefix) + flat(path)
             if f"{name}.alpha" in tensors:
                 problems.append(f"two layers have the one name {name!r} there")
-            factors = {key: adapter.tensors[join(path, key)] for key in layer.tensors()}
+            factors = {key: adapter.tensors[join(path, key)] for key in layer.tensors() if key[0] in "AB"}
             try:
                 parts = _parts(path, layer, factors, known, rs_lora)
             except ValueError as error:
@@ -76,6 +76,8 @@ def _parts(path: str, layer: LayerSpec, factors: Mapping[str, Tensor], base: Bas
     if unheld:
         raise ValueError(f"{path!r} has {' '.join(unheld)}")
     shape = _shape(path, layer, base)
+    if math.prod(shape[2:]) > 1 and any(factor.is_meta for factor in factors.values()):
+        raise ValueError(f"{path!r} is on the meta device")
     if config.A == "vector" and config.B == "none":
         return _ia3(path, factors["A.value"], shape, on_input=config.product == "matmul")
     problems = [f"{n}={config.forms[n]}" for n in "AB" if config.forms[n] not in ("lora", "none")]
