@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,17 +31,19 @@ PLAIN = {"use_tucker": False, "weight_decompose": False}
 @example(Case("glora", "conv2d 1x1", (2, 4), 4, 2.5, True, 0), "lora_unet")
 def test_what_lycoris_wrote_goes_back_to_the_bit(tmp_path_factory: Any, case: Case, prefix: str) -> None:
     case = replace(case, options=case.options | (PLAIN if case.algorithm == "lora" else {}))
+    channels = case.model().in_blocks[0].weight.shape[1]
+    # A convolution's A of a rank above its channels is read at their number.
+    assume(case.algorithm != "glora" or case.rank <= channels or case.layer in ("linear", "conv2d 1x1"))
     folder, tensors = tmp_path_factory.mktemp("lycoris"), case.tensors(prefix)
     save_file(tensors, folder / "theirs.safetensors")
     model = interop.load_lycoris(case.model(), folder / "theirs.safetensors")
     interop.save_lycoris(model, folder / "ours.safetensors", prefix=prefix)
     again = load_file(folder / "ours.safetensors")
     assert again.keys() == tensors.keys()
-    wide = case.algorithm == "glora" and case.rank > min(model.in_blocks[0].weight.shape[1], case.rank)
     for key, tensor in tensors.items():
         if key.endswith("alpha"):
-            assert wide or again[key].item() == pytest.approx(float(tensor), rel=1e-6)
-        elif not wide or model.in_blocks[0].weight[0, 0].numel() == 1:
+            assert again[key].item() == pytest.approx(float(tensor), rel=1e-6)
+        else:
             assert torch.equal(again[key], tensor), key
 
 

@@ -149,17 +149,18 @@ def read_loha(held: Held, parts: dict[str, Tensor], _rs_lora: bool) -> Read:
 
 def read_lokr(held: Held, parts: dict[str, Tensor], _rs_lora: bool) -> Read:
     """LoKr (arXiv 2212.10650)."""
-    rank, pairs = None, list[Pair]()
+    rank, factors = None, list[tuple[Tensor, Tensor | None]]()
     for n in (1, 2):
         matrix = parts.pop(f"lokr_w{n}", None)
         if matrix is None:
-            pair = _factors(held, parts, f"lokr_w{n}", f"lokr_t{n}")
-            rank = pair[0].shape[1] if rank is None else rank
-            pairs.append(within(*pair))
+            left, right = _factors(held, parts, f"lokr_w{n}", f"lokr_t{n}")
+            rank = left.shape[1] if rank is None else rank
+            factors.append((left, right))
         else:
-            pairs.append(whole(wide(matrix).flatten(1)))
-    one, other = pairs
-    _check(held, len(one[0]) * len(other[0]), one[1].shape[1] * other[1].shape[1])
+            factors.append((wide(matrix).flatten(1), None))
+    (rows, columns), (more_rows, more_columns) = ((len(a), (a if b is None else b).shape[1]) for a, b in factors)
+    _check(held, rows * more_rows, columns * more_columns)
+    one, other = (whole(a) if b is None else within(a, b) for a, b in factors)
     alpha = _scale(parts, rank or 1)
     left, right = kronecker(one, other)
     return _shift(held, parts, (left if rank is None else left * (alpha / rank), right))
