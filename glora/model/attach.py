@@ -143,17 +143,18 @@ def attach_specs(
         strict: whether another base than it was trained beside is an error, or a warning.
         stacklevel: of the warning: who called whoever calls this is 3.
     """
+    planned: list[tuple[list[Owner], AdapterSpec, Plan]] = []
+    others: list[str] = []
     with ExitStack() as doors:
-        walks = [doors.enter_context(change(model)) for model, _ in adapters]
-        opened = list(zip(walks, [spec for _, spec in adapters], strict=True))
-        plans = [plan_spec(walk, spec, source, name) for walk, spec in opened]
-        others: list[str] = []
-        for (walk, spec), planned in zip(opened, plans, strict=True):
-            others += [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
+        for model, spec in adapters:
+            walk = doors.enter_context(change(model))
+            plan = plan_spec(walk, spec, source, name)
+            planned.append((walk, spec, plan))
+            others += [key for layer in plan.layers for key in _other_tensors(layer, spec.base)]
             others += _others_outside(walk, spec.outside)
         report_other_base(others, source, strict=strict, stacklevel=stacklevel)
-        for (walk, spec), planned in zip(opened, plans, strict=True):
-            attach(walk, planned, values=spec.tensors, trainable=trainable)
+        for walk, spec, plan in planned:
+            attach(walk, plan, values=spec.tensors, trainable=trainable)
 
 
 def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list[str]:

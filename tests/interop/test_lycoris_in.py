@@ -106,3 +106,35 @@ def test_a_linear_layers_factors_may_have_the_axes_of_a_1x1_convolution_and_back
         )
         interop.load_lycoris(nn.Sequential(layer), file)
         torch.testing.assert_close(layer.weight, base + (up @ down).reshape(base.shape))
+
+
+def test_a_batch_norm_keeps_its_own_buffers_dtypes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3).half())
+    save_file({"x_0.diff": torch.ones(3, dtype=torch.float16)}, tmp_path / "a.safetensors")
+    interop.load_lycoris(model, tmp_path / "a.safetensors")
+    assert torch.equal(model[0].weight, torch.full((3,), 2.0).to(model[0].weight))
+    assert model[0].num_batches_tracked.dtype == torch.int64
+
+
+def test_what_must_be_computed_beside_the_base_is_so_with_another_adapter_attached(tmp_path: Path) -> None:
+    case = Case("lora", "conv2d 3x3", (3, 4), 2, 1.0, True, 0, DORA)
+    save_file(case.tensors(), tmp_path / "a.safetensors")
+    model, base = case.model(), case.model().in_blocks[0](case.input()).detach()
+    glora.apply(model, ["in_blocks.0"], glora.GLoRAConfig.lora(init="random"), name="first")
+    interop.load_lycoris(model, tmp_path / "a.safetensors", "second")
+    error_of(model.in_blocks[0](case.input()).detach(), case.forward(), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora", "ia3", "full"])
+def test_files_of_half_precision_and_bases_too(dtype: torch.dtype, algorithm: str, tmp_path: Path) -> None:
+    options = DORA if algorithm in ("lora", "loha", "lokr") else {}
+    case = Case(algorithm, "conv2d 3x3", (3, 4), 2, 1.0, True, 0, options)
+    whole = {key: tensor.to(dtype).float() for key, tensor in case.tensors().items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    save_file({k: t.to(dtype) if t.is_floating_point() else t for k, t in whole.items()}, tmp_path / "half.safetensors")
+    expected = interop.load_lycoris(case.model(), tmp_path / "whole.safetensors").in_blocks[0].weight.detach()
+    half = interop.load_lycoris(case.model(), tmp_path / "half.safetensors").in_blocks[0].weight.detach()
+    error_of(half, expected, case.model().in_blocks[0].weight.detach())
+    model = interop.load_lycoris(case.model().to(dtype), tmp_path / "half.safetensors")
+    torch.testing.assert_close(model.in_blocks[0].weight.float(), expected, atol=0.02, rtol=0.02)

@@ -284,3 +284,25 @@ def test_sdxls_names_are_those_that_diffusers_reads(blocks: int, tmp_path: Path)
         (theirs,) = conversion._maybe_map_sgm_blocks_to_diffusers({f"{name}.alpha": 1}, unet.config)
         path = conversion._convert_unet_lora_key(theirs.removesuffix(".alpha")).removeprefix("unet.")
         assert found[name].path == path.replace(".processor.to.", ".to_"), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3)])
+def test_diffusers_dora_is_pefts(layer: nn.Module, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        nested({"a.to_q": layer}), peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True, lora_alpha=2)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.3 * torch.rand_like(parameter))
+    x = torch.randn(2, 4) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 5, 5)
+    base, expected = layer(x).detach(), theirs.base_model.model.a.to_q(x).detach()
+    tensors = peft.get_peft_model_state_dict(theirs)
+    save_file(
+        {k.replace("base_model.model", "unet"): t.contiguous() for k, t in tensors.items()}, tmp_path / "a.safetensors"
+    )
+    interop.load_lycoris(nested({"a.to_q": layer}), tmp_path / "a.safetensors")
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(base, expected, atol=1e-3)

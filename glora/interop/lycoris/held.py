@@ -22,7 +22,7 @@ class Held:
     Attributes:
         path: its path.
         shape: of its weight as the module holds it.
-        matrix: how the weight is a matrix; None where it is none (a norm).
+        matrix: how the weight is a matrix; None where it is none (a norm), or a batch of them.
         base: the model; empty where a checkpoint's shapes alone are known.
         key: its identity: equal for two paths to one module.
     """
@@ -56,11 +56,12 @@ class Held:
         return weight_at(self.base, self.path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the module's own tensors, float32 at least."""
+        """All of the module's own tensors, those of floating dtypes in float32 at least."""
         if self.path not in self.base.owners:
             raise ValueError(f"{self.path!r} must be added to its base tensors: load the file into the model")
         own = self.base.owners[self.path].tensors
-        return {name: wide(dense(gathered(tensor.detach()))).cpu() for name, tensor in own.items()}
+        whole = {name: dense(gathered(tensor.detach())).cpu() for name, tensor in own.items()}
+        return {name: wide(tensor) if tensor.is_floating_point() else tensor for name, tensor in whole.items()}
 
 
 def held_by(base: Base) -> dict[str, Held]:
@@ -70,7 +71,8 @@ def held_by(base: Base) -> dict[str, Held]:
         weight = owner.tensors.get("weight")
         if weight is not None:
             matrix = base.sites[path].matrix if path in base.sites else None
-            held[path] = Held(path, tuple(weight.shape), matrix, base, id(owner.module))
+            one = None if matrix is None or matrix.is_batched else matrix
+            held[path] = Held(path, tuple(weight.shape), one, base, id(owner.module))
     return held
 
 

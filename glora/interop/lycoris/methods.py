@@ -29,7 +29,8 @@ from glora.spec import LayerSpec
 # norms: `w_norm` and `b_norm`, or `diff` and `diff_b`, added to the weight and bias of what is no matrix: a head.
 #
 # `dora_scale` m beside an update D gives g (W0 + D) with g = m / norm(W0 + D), one number a row, (out, 1, ...), or one
-# an input channel, (1, in, ...), as the shape says: A = g - 1, and B is g D. LyCORIS adds eps to the norm.
+# an input channel, (1, in, ...), as the shape says: A = g - 1, and B is g D. LyCORIS adds eps to the norm. diffusers'
+# files have PEFT's `lora_magnitude_vector` in its place, always by rows.
 #
 # A reader pops each tensor that it uses; none may be left.
 
@@ -95,6 +96,8 @@ def _shift(held: Held, parts: dict[str, Tensor], pair: Pair, alpha: float | None
     config = GLoRAConfig.lora(rank=rank, alpha=alpha)
     layer = LayerSpec(config, *held.sizes, matrix=held.matrix)
     magnitude, bias = parts.pop("dora_scale", None), parts.pop("diff_b", None)
+    if "lora_magnitude_vector" in parts:  # PEFT's, by rows, of other axes
+        magnitude = parts.pop("lora_magnitude_vector").flatten()
     tensors = {"B.left": left, "B.right": right}
     if magnitude is not None:
         layer, tensors = _decomposed(held, layer, left, right, magnitude)
@@ -110,7 +113,7 @@ def _decomposed(
     held: Held, layer: LayerSpec, left: Tensor, right: Tensor, magnitude: Tensor
 ) -> tuple[LayerSpec, dict[str, Tensor]]:
     rows, columns, rest = held.sizes[0], held.channels, (1,) * len(held.kernel)
-    by_rows = tuple(magnitude.shape) in ((rows, 1, *rest), (rows, 1), (rows,))  # PEFT's is a vector
+    by_rows = tuple(magnitude.shape) in ((rows, 1, *rest), (rows, 1), (rows,))
     if not by_rows and tuple(magnitude.shape) not in ((1, columns, *rest), (1, columns)):
         raise ShapeError(f"dora_scale of {tuple(magnitude.shape)} where the weight is {held.shape}")
     left, right = wide(left) * layer.config.scaling, wide(right)

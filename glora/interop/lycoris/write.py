@@ -36,6 +36,7 @@ def write_lycoris(
         ValueError: the format cannot hold one of them; nothing is written.
     """
     problems: list[str] = []
+    names: set[str] = set()
     tensors: dict[str, Tensor] = {}
     base: dict[str, Fingerprint] = {}
     for prefix, adapter in adapters.items():
@@ -43,8 +44,9 @@ def write_lycoris(
         known = (bases or {}).get(prefix, Base())
         for path, layer in adapter.layers.items():
             name = front(prefix) + flat(path)
-            if f"{name}.alpha" in tensors:
+            if name in names:
                 problems.append(f"two layers have the one name {name!r} there")
+            names.add(name)
             factors = {key: adapter.tensors[join(path, key)] for key in layer.tensors() if key[0] in "AB"}
             try:
                 parts = _parts(path, layer, factors, known, rs_lora)
