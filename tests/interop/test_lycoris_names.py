@@ -156,6 +156,9 @@ def test_a_name_of_two_layers_is_refused(tmp_path: Path) -> None:
     save_file(lora("lora_unet_a_b"), tmp_path / "a.safetensors")
     with pytest.raises(glora.AdapterFileError, match="for several: 'a.b', 'a_b'"):
         interop.load_lycoris(model, tmp_path / "a.safetensors")
+    models = {"lora": nested({"unet.a_b": nn.Linear(4, 3)}), "lora_unet": nested({"a.b": nn.Linear(4, 3)})}
+    with pytest.raises(glora.AdapterFileError, match="for several: 'unet.a_b', 'a.b'"):
+        interop.load_lycoris(models, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("inside", ["", "text_model."])

@@ -19,7 +19,7 @@ from tests.helpers.calls import only
 
 pytest.importorskip("lycoris", reason="the extra `interop` brings it")
 
-from tests.helpers.lycoris import LAYERS, Case, cases, error_of
+from tests.helpers.lycoris import LAYERS, Case, cases, error_of, module_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peer's own
 
@@ -48,14 +48,14 @@ def test_what_lycoris_wrote_goes_back_to_the_bit(tmp_path_factory: Any, case: Ca
 
 
 @st.composite
-def written(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
+def written(draw: st.DrawFn, forms: str) -> tuple[nn.Module, dict[str, Any]]:
     kind = draw(st.sampled_from(list(LAYERS)))
     layer = LAYERS[kind](draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.booleans()))
-    forms = draw(st.sampled_from(["B", "A", "AB", "scale"]))
     product = "matmul" if forms != "B" else "hadamard"
-    if forms == "scale":
+    if forms in ("scale", "dora"):
         product = draw(st.sampled_from(["hadamard", "matmul"] if kind == "linear" else ["hadamard"]))
-        return layer, {"config": only(A="vector"), "product": product}
+        config = only(A="vector") if forms == "scale" else only(A="vector", B="lora")
+        return layer, {"config": config, "product": product, "rank": 2, "alpha": 3.0}
     config = only(**dict.fromkeys(forms, "lora"))
     return layer, {
         "config": config,
@@ -65,14 +65,26 @@ def written(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-@torch.no_grad()
-@given(written(), st.integers(0, 99))
-def test_lycoris_computes_what_was_saved(
-    tmp_path_factory: Any, drawn: tuple[nn.Module, dict[str, Any]], seed: int
-) -> None:
-    from lycoris.modules import get_module, make_module
+def as_lycoris_reads(parts: dict[str, Tensor], layer: nn.Module) -> Tensor:
+    """W' of a layer, by LyCORIS's own reading of its tensors."""
+    if "on_input" in parts:  # its constructor from a file asks for another number of tensors than it gives
+        module = module_of("ia3")("x", layer, train_on_input=bool(parts["on_input"]))
+    elif "a1.weight" in parts:
+        module = module_of("glora")("x", layer, lora_dim=len(parts["a2.weight"]), alpha=float(parts["alpha"]))
+    else:
+        magnitude = parts.get("dora_scale", torch.ones(2, 1))
+        options = {"weight_decompose": "dora_scale" in parts, "wd_on_out": magnitude.shape[0] == layer.weight.shape[0]}
+        rank, alpha = len(parts["lora_down.weight"]), float(parts["alpha"])
+        module = module_of("lora")("x", layer, lora_dim=rank, alpha=alpha, **options)
+    module.load_state_dict(parts)
+    return module.get_merged_weight()[0].detach()
 
-    layer, options = drawn
+
+@torch.no_grad()
+@pytest.mark.parametrize("forms", ["B", "A", "AB", "scale", "dora"])
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_lycoris_computes_what_was_saved(tmp_path_factory: Any, forms: str, data: st.DataObject, seed: int) -> None:
+    layer, options = data.draw(written(forms))
     torch.manual_seed(seed)
     for parameter in layer.parameters():
         parameter.normal_()
@@ -84,16 +96,32 @@ def test_lycoris_computes_what_was_saved(
     mine, bias = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
     glora.remove(model)
     tensors = load_file(file)
-    kind, parts = get_module(tensors, "lora_unet_0")
-    grouped = getattr(layer, "groups", 1) > 1
-    if not (grouped and "lora_unet_0.a1.weight" in tensors):  # whose A LyCORIS sizes by all groups
-        peer = make_module(kind, parts, "lora_unet_0", layer).eval()
-        if "on_input" in dict.fromkeys(key.partition(".")[2] for key in tensors):
-            peer.train_input = bool(tensors["lora_unet_0.on_input"])  # which LyCORIS forgets as it reads a file
-        error_of(mine, peer.get_merged_weight()[0].detach(), base)
+    parts = {key.partition(".")[2]: tensor for key, tensor in tensors.items()}
+    if getattr(layer, "groups", 1) == 1 or "lora_up.weight" in parts:  # whose A and IA3 LyCORIS sizes by all groups
+        error_of(mine, as_lycoris_reads(parts, layer), base)
     interop.load_lycoris(model, file, strict=True)
     error_of(layer.weight.detach(), mine, base)
     assert bias is None or torch.equal(layer.bias.detach(), bias)
+
+
+@given(cases(["lora", "loha", "lokr"]))
+def test_doras_go_back(tmp_path_factory: Any, case: Case) -> None:
+    case = replace(case, options=case.options | {"weight_decompose": True})
+    folder = tmp_path_factory.mktemp("lycoris")
+    save_file(case.tensors(), folder / "theirs.safetensors")
+    model = interop.load_lycoris(case.model(), folder / "theirs.safetensors")
+    mine, base = model.in_blocks[0].weight.detach().clone(), case.model().in_blocks[0].weight.detach()
+    interop.save_lycoris(model, folder / "ours.safetensors")
+    again = interop.load_lycoris(case.model(), folder / "ours.safetensors")
+    error_of(again.in_blocks[0].weight.detach(), mine, base)
+
+
+def test_a_dora_that_loses_w0_is_refused(tmp_path: Path) -> None:
+    model = glora.apply(nn.Sequential(nn.Linear(3, 4)), config=only(A="vector", B="lora"))
+    with torch.no_grad():
+        glora.state_dict(model)["0.A.value"][0] = -1
+    with pytest.raises(ValueError, match="W0 is lost"):
+        interop.save_lycoris(model, tmp_path / "a.safetensors")
 
 
 def test_an_a_of_a_convolution_beyond_its_channels_is_written_beside_the_base(tmp_path: Path) -> None:
@@ -114,7 +142,11 @@ def test_an_a_of_a_convolution_beyond_its_channels_is_written_beside_the_base(tm
     [
         (nn.Linear(3, 4), glora.GLoRAConfig.hira(rank=2), "product='hadamard'"),
         (nn.Linear(3, 4), glora.GLoRAConfig.ia3(), "'0' has D=vector"),
-        (nn.Linear(3, 4), glora.GLoRAConfig(A="vector", B="lora", C="none", D="none", E="none"), "'0' has A=vector"),
+        (
+            nn.Linear(3, 4),
+            glora.GLoRAConfig(A="constant", B="lora", C="none", D="none", E="none"),
+            "'0' has A=constant",
+        ),
         (nn.Linear(3, 4), glora.GLoRAConfig.bitfit(), "'0' has E=vector"),
         (nn.MultiheadAttention(4, 2), glora.GLoRAConfig.lora(rank=2), "in_proj_weight' is no"),
     ],

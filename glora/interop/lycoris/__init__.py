@@ -95,6 +95,7 @@ def save_lycoris(
     | A low rank of a matrix product, with B or without | GLoRA, where A mixes channels alone |
     | the same on kernels larger than 1 x 1 otherwise | LoCon: A as W0 L R, beside the base |
     | A a vector, alone | IA3 |
+    | A a vector, and B | LoRA or LoCon with `dora_scale` |
 
     A LoRA, LoCon or GLoRA that `load_lycoris` read goes back to the bit.
 

@@ -117,16 +117,20 @@ def _decomposed(
     if not by_rows and tuple(magnitude.shape) not in ((1, columns, *rest), (1, columns)):
         raise ShapeError(f"dora_scale of {tuple(magnitude.shape)} where the weight is {held.shape}")
     left, right = wide(left) * layer.config.scaling, wide(right)
-    moved = (held.weight() + multiply(left, right)).double()
     kernel = math.prod(held.kernel)
-    squares = moved.square()
-    norms = (squares.sum(1) if by_rows else squares.reshape(rows, columns, kernel).sum((0, 2))).sqrt()
-    g = wide(magnitude).flatten() / (norms + torch.finfo(wide(magnitude).dtype).eps)
+    g = wide(magnitude).flatten() / norms(held.weight() + multiply(left, right), by_rows, kernel)
     g = (g if by_rows else g.repeat_interleave(kernel)).to(left.dtype).unsqueeze(1 if by_rows else 0)
     forms: dict[str, Any] = {"A": "vector", "product": "hadamard" if by_rows else "matmul"}
     left, right = (left * g, right) if by_rows else (left, right * g)
     config = replace(layer.config, alpha=None, **forms)
     return replace(layer, config=config), {"A.value": g - 1, "B.left": left, "B.right": right}
+
+
+def norms(weight: Tensor, by_rows: bool, kernel: int) -> Tensor:
+    """What a magnitude is divided by: the norm of each row of a weight, or of each input channel, and LyCORIS's eps."""
+    squares = weight.double().square()
+    total = squares.sum(1) if by_rows else squares.reshape(len(weight), -1, kernel).sum((0, 2))
+    return total.sqrt() + torch.finfo(torch.float32).eps
 
 
 def read_lora(held: Held, parts: dict[str, Tensor], _rs_lora: bool) -> Read:

@@ -46,18 +46,19 @@ def resolve(names: Iterable[str], models: Mapping[str | None, Mapping[str, Held]
     found: dict[str, dict[str, Held]] = {prefix: {} for prefix in spelled if prefix is not None}
     unknown: list[str] = []
     for name in names:
-        for prefix in sorted(found, key=len, reverse=True):
-            modules = spelled[prefix].get(name.removeprefix(front(prefix))) if name.startswith(front(prefix)) else None
-            if modules:
-                if len(modules) > 1:
-                    paths = [held.path for held in modules]
-                    raise AdapterFileError(
-                        f"{file} names layers by one name, {name!r}, for several: {quote_names(paths)}."
-                    )
-                found[prefix][name] = modules[0]
-                break
-        else:
+        means = [
+            (prefix, held)
+            for prefix, modules in spelled.items()
+            if prefix is not None and name.startswith(front(prefix))
+            for held in modules.get(name.removeprefix(front(prefix)), ())
+        ]
+        if len(means) > 1:
+            paths = quote_names(held.path for _, held in means)
+            raise AdapterFileError(f"{file} names layers by one name, {name!r}, for several: {paths}.")
+        if not means:
             unknown.append(name)
+        for prefix, held in means:
+            found[prefix][name] = held
     if unknown:
         raise AdapterFileError(_unknown(unknown, spelled, file))
     empty = [prefix for prefix, modules in found.items() if not modules]

@@ -1,4 +1,4 @@
-"""Adapters as kohya and LyCORIS have them: LoRA, LoCon, GLoRA and IA3 (Note [LyCORIS's methods])."""
+"""Adapters as kohya and LyCORIS have them: LoRA and LoCon, with DoRA too, GLoRA and IA3 (Note [LyCORIS's methods])."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glora.config import GLoRAConfig
 from glora.files.container import replace_files
 from glora.fingerprint import Fingerprint
 from glora.interop.base import Base, weight_at
-from glora.interop.lycoris.methods import GLORA, padded
+from glora.interop.lycoris.methods import GLORA, norms, padded
 from glora.interop.lycoris.names import flat, front
 from glora.interop.tensors import tensor_file
 from glora.matrices import LINEAR, convolution
@@ -58,9 +59,9 @@ def write_lycoris(
         base |= {several + key: fingerprint for key, fingerprint in adapter.base.items()}
     if problems:
         raise ValueError(
-            f"LyCORIS's files have B low rank, alone or beside a low-rank A of a matrix product, or a vector A alone, "
-            f"on linear layers and convolutions; this adapter cannot be written for it, and nothing was. Found: "
-            f"{format_problems(problems)}. Keep it with glora.save."
+            f"LyCORIS's files have B low rank, alone or beside a low-rank A of a matrix product or a vector A, or a "
+            f"vector A alone, on linear layers and convolutions; this adapter cannot be written for it, and nothing "
+            f"was. Found: {format_problems(problems)}. Keep it with glora.save."
         )
     replace_files({file: tensor_file(tensors, base)})
 
@@ -82,6 +83,8 @@ def _parts(path: str, layer: LayerSpec, factors: Mapping[str, Tensor], base: Bas
         raise ValueError(f"{path!r} is on the meta device")
     if config.A == "vector" and config.B == "none":
         return _ia3(path, factors["A.value"], shape, on_input=config.product == "matmul")
+    if config.A == "vector" and config.B == "lora":
+        return _dora(path, config, factors, shape, base)
     problems = [f"{n}={config.forms[n]}" for n in "AB" if config.forms[n] not in ("lora", "none")]
     problems += [f"product={config.product!r}"] if config.A == "lora" and config.product != "matmul" else []
     if problems:
@@ -135,13 +138,32 @@ def _lora(left: Tensor, right: Tensor, alpha: float, shape: tuple[int, ...]) -> 
     }
 
 
+def _dora(
+    path: str, config: GLoRAConfig, factors: Mapping[str, Tensor], shape: tuple[int, ...], base: Base
+) -> dict[str, Tensor]:
+    """g W0 + B as g (W0 + B / g), with the norms of that in brackets times g as magnitudes."""
+    by_rows, kernel = config.product == "hadamard", math.prod(shape[2:])
+    value, left, right = (wide(factors[key]).cpu() for key in ("A.value", "B.left", "B.right"))
+    g = 1 + value
+    if not bool(g.all()):
+        raise ValueError(f"{path!r} has A=vector with a -1, so that W0 is lost there")
+    left, right = (left * config.scaling / g, right) if by_rows else (left * config.scaling, right / g)
+    channels = g.flatten() if by_rows else _by_channel(path, g, kernel)
+    magnitude = channels * norms(weight_at(base, path) + multiply(left, right), by_rows, kernel)
+    own = (-1, 1, *(1,) * len(shape[2:])) if by_rows else (1, -1, *(1,) * len(shape[2:]))
+    return _lora(left, right, len(right), shape) | {"dora_scale": magnitude.to(left.dtype).reshape(own)}
+
+
+def _by_channel(path: str, value: Tensor, kernel: int) -> Tensor:
+    """One number an input channel, of one a column."""
+    by_channel = value.reshape(-1, kernel)
+    if not torch.equal(by_channel, by_channel[:, :1].expand_as(by_channel)):
+        raise ValueError(f"{path!r} scales the places of a kernel apart")
+    return by_channel[:, 0]
+
+
 def _ia3(path: str, value: Tensor, shape: tuple[int, ...], *, on_input: bool) -> dict[str, Tensor]:
-    value, kernel = value.flatten(), math.prod(shape[2:])
-    if on_input and kernel > 1:
-        by_channel = value.reshape(-1, kernel)
-        if not torch.equal(by_channel, by_channel[:, :1].expand_as(by_channel)):
-            raise ValueError(f"{path!r} scales the places of a kernel apart")
-        value = by_channel[:, 0]
+    value = _by_channel(path, value, math.prod(shape[2:])) if on_input else value.flatten()
     if shape[2:]:
         value = value.reshape(1, -1, *(1,) * len(shape[2:]))
     return {"weight": value, "on_input": torch.tensor(int(on_input))}
