@@ -27,14 +27,14 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 7548,
+    "all": 7566,
     "ground": 920,
     "kernels": 528,
     "layer": 1185,
     "model": 1947,
     "engines": 194,
     "files": 618,
-    "interop": 1171,
+    "interop": 1189,
     "integrations": 346,
     "search": 639,
 }
