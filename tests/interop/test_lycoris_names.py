@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import interop
+from glora.model import flags
 
 PREFIXES = ["lora_unet", "lora_te", "lora_te1", "lora_te2", "lycoris", "unet", "text_encoder", "x"]
 
@@ -56,11 +58,11 @@ def states(*models: nn.Module) -> list[tuple[dict[str, Tensor], list[bool]]]:
 
 
 def assert_unchanged(before: Any, *models: nn.Module) -> None:
-    for (tensors, flags), model in zip(before, models, strict=True):
+    for (tensors, asked), model in zip(before, models, strict=True):
         now = model.state_dict()
         assert now.keys() == tensors.keys()
         assert all(torch.equal(now[key], tensor) for key, tensor in tensors.items())
-        assert [p.requires_grad for p in model.parameters()] == flags
+        assert [p.requires_grad for p in model.parameters()] == asked
 
 
 PATHS = st.lists(
@@ -132,6 +134,23 @@ def test_all_models_or_none(tmp_path: Path) -> None:
     before = states(unet, text)
     with pytest.raises(ValueError, match="attached already"):
         interop.load_lycoris({"u": unet, "t": text}, tmp_path / "a.safetensors", "taken")
+    assert_unchanged(before, unet, text)
+
+
+def test_all_models_or_none_when_memory_ends_at_the_last(tmp_path: Path) -> None:
+    unet, text = nested({"q": nn.Linear(4, 3)}), nested({"q": nn.Linear(4, 3)})
+    save_file(lora("u_q") | lora("t_q"), tmp_path / "a.safetensors")
+    before, freeze, calls = states(unet, text), flags.freeze, list[int]()
+
+    def fail_at_the_second(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        freeze(*arguments, **options)
+
+    with mock.patch.object(flags, "freeze", fail_at_the_second), pytest.raises(MemoryError):
+        interop.load_lycoris({"u": unet, "t": text}, tmp_path / "a.safetensors")
+    assert len(calls) == 2
     assert_unchanged(before, unet, text)
 
 
@@ -263,10 +282,6 @@ def test_sdxls_names_are_those_that_diffusers_reads(blocks: int, tmp_path: Path)
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         use_linear_projection=True,
     )
-    from glora.interop.base import base_of
-    from glora.interop.lycoris.held import held_by
-    from glora.interop.lycoris.names import resolve
-
     each = blocks + 1
     names = [
         *(
@@ -282,11 +297,20 @@ def test_sdxls_names_are_those_that_diffusers_reads(blocks: int, tmp_path: Path)
         *(f"lora_unet_output_blocks_{n}_1_transformer_blocks_0_ff_net_2" for n in range(each)),
         f"lora_unet_output_blocks_{blocks}_2_conv",
     ]
-    found = resolve(names, {"lora_unet": held_by(base_of(unet))}, tmp_path)["lora_unet"]
+    tensors: dict[str, Tensor] = {}
+    path_of: dict[str, str] = {}
     for name in names:
         (theirs,) = conversion._maybe_map_sgm_blocks_to_diffusers({f"{name}.alpha": 1}, unet.config)
         path = conversion._convert_unet_lora_key(theirs.removesuffix(".alpha")).removeprefix("unet.")
-        assert found[name].path == path.replace(".processor.to.", ".to_"), name
+        path_of[name] = path.replace(".processor.to.", ".to_")
+        out, inputs, *kernel = unet.get_submodule(path_of[name]).weight.shape
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, 1, *[1] * len(kernel))
+        tensors[f"{name}.lora_down.weight"] = torch.randn(1, inputs, *kernel)
+    save_file(tensors, tmp_path / "a.safetensors")
+    own = glora.state_dict(interop.load_lycoris(unet, tmp_path / "a.safetensors"))
+    assert len(own) == len(tensors)
+    for name, path in path_of.items():
+        assert torch.equal(own[f"{path}.B.left"], tensors[f"{name}.lora_up.weight"].flatten(1)), name
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -104,6 +104,19 @@ def test_lycoris_computes_what_was_saved(tmp_path_factory: Any, forms: str, data
     assert bias is None or torch.equal(layer.bias.detach(), bias)
 
 
+def test_a_b_of_more_components_than_a_has_is_written_whole(tmp_path: Path) -> None:
+    case = Case("glora", "conv2d 3x3", (4, 5), 2, 2.5, True, 0)
+    save_file(case.tensors(), tmp_path / "theirs.safetensors")
+    model, base = interop.load_lycoris(case.model(), tmp_path / "theirs.safetensors"), case.model().in_blocks[0].weight
+    tensors = glora.state_dict(model)
+    for key in ("left", "right"):
+        tensors[f"in_blocks.0.B.{key}"].normal_()
+    mine = model.in_blocks[0].weight.detach().clone()
+    interop.save_lycoris(model, tmp_path / "ours.safetensors")
+    again = interop.load_lycoris(case.model(), tmp_path / "ours.safetensors")
+    error_of(again.in_blocks[0].weight.detach(), mine, base.detach())
+
+
 @given(cases(["lora", "loha", "lokr"]))
 def test_doras_go_back(tmp_path_factory: Any, case: Case) -> None:
     case = replace(case, options=case.options | {"weight_decompose": True})
