@@ -20,6 +20,7 @@ from glora.files.container import (
 )
 from glora.files.norms import Norms, path_norms, update_norms
 from glora.interop.lycoris import read_lycoris, write_lycoris
+from glora.interop.lycoris.held import held_in
 from glora.interop.peft import read_peft, write_peft
 from glora.spec import AdapterSpec, join
 from glora.text import table
@@ -82,7 +83,7 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
             return read(file)
         if path.is_dir():
             return read_peft(path) if (path / PEFT_CONFIG_FILE).exists() else read(file)
-        if not any(key.endswith(".alpha") or "lora" in key for key in read_header(path).tensors):
+        if not any(key.endswith(".alpha") or "lora" in key or "lycoris" in key for key in read_header(path).tensors):
             raise ValueError(
                 f"An adapter has low-rank factors or vectors, and no whole weights; {path} is none that glora, PEFT or "
                 f"LyCORIS writes, and looks like a model's checkpoint. Pass the adapter; --base takes a checkpoint."
@@ -98,7 +99,8 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
             f"are dots; found no base for {path}. Pass --base."
         )
     shapes = {key.removesuffix(".weight"): s for key, s in shapes_of(options.base).items() if key.endswith(".weight")}
-    return read_lycoris(path, shapes, rs_lora=options.rs_lora)
+    (adapter,) = read_lycoris(path, {None: held_in(shapes)}, rs_lora=options.rs_lora).values()
+    return adapter
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -161,7 +163,7 @@ def _share(part: float, whole: float) -> str:
 def _convert(options: argparse.Namespace) -> None:
     adapter = _read(options)
     if options.to == "lycoris":
-        write_lycoris(options.out, adapter, rs_lora=options.rs_lora)
+        write_lycoris(options.out, {"lycoris": adapter}, rs_lora=options.rs_lora)
     else:
         {"glora": write, "peft": write_peft}[options.to](options.out, adapter)
     layers, heads = len(adapter.layers), f" and {len(adapter.heads)} heads" if adapter.heads else ""

@@ -87,6 +87,13 @@ LINEAR = Matrix()
 TRANSPOSED = Matrix(pattern="i o -> o i")
 EMBEDDING = Matrix(bias=None, swept=False)  # `(tokens, features)`: a row is an output, and looked up
 
+
+def convolution(axes: int) -> Matrix:
+    """The matrix of a convolution whose kernel has so many axes: they stand behind those of the inputs."""
+    names = " ".join("xyz"[:axes])
+    return Matrix(pattern=f"o i {names} -> o (i {names})", swept=False)
+
+
 Kind: TypeAlias = type[nn.Module] | Callable[[nn.Module], bool]
 _registered: list[tuple[Kind, list[Matrix]]] = []
 
@@ -185,8 +192,7 @@ def matrices_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Matrix
     if isinstance(module, nn.Linear):
         return [LINEAR]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        axes = " ".join("xyz"[: len(module.kernel_size)])
-        return [Matrix(pattern=f"o i {axes} -> o (i {axes})", swept=False)]
+        return [convolution(len(module.kernel_size))]
     if isinstance(module, nn.Embedding):
         return [EMBEDDING]
     if isinstance(module, nn.MultiheadAttention):

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from torch import nn
 
 import glora
 from glora.__main__ import main
-from tests.helpers.calls import quiet
+from tests.helpers.calls import only, quiet
 from tests.helpers.files import damages, is_reordered, saved_half_precision
 
 PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -59,7 +60,7 @@ def test_rs_lora_is_an_option_of_every_command_that_reads_or_writes_lycoris(tmp_
     model = nn.Sequential(nn.Linear(6, 8))
     base, file, out = (str(tmp_path / f"{name}.safetensors") for name in ("base", "lycoris", "out"))
     save_file(model.state_dict(), base)
-    config = glora.GLoRAConfig.lora(init="random", rank=4, alpha=3)
+    config = replace(only(A="lora", B="lora"), product="matmul", init="random", rank=4, alpha=3)
     glora.save(glora.apply(model, config=config), tmp_path / "a")
     assert main(["convert", str(tmp_path / "a"), file, "--to", "lycoris", "--rs-lora"]) == 0
     assert load_file(file)["lycoris_0.alpha"].item() == pytest.approx(3 / 4 * 2)  # alpha / sqrt(rank) is 3 / 4

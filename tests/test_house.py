@@ -27,26 +27,26 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 8064,
-    "ground": 929,
+    "all": 8696,
+    "ground": 933,
     "kernels": 561,
     "layer": 1276,
-    "model": 2005,
+    "model": 2022,
     "engines": 194,
     "files": 624,
-    "interop": 1490,
+    "interop": 2101,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 94,
+    "all": 99,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
     "model": 18,
     "engines": 4,
     "files": 5,
-    "interop": 14,
+    "interop": 19,
     "integrations": 6,
     "search": 10,
 }
@@ -55,7 +55,7 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 553),
-    "load": (30, 291, 930),
+    "load": (30, 291, 931),
     "route": (20, 343, 614),
     "merge": (25, 352, 639),
 }

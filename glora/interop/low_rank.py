@@ -39,7 +39,12 @@ def elementwise(one: Pair, other: Pair) -> Pair:
 def kronecker(one: Pair, other: Pair) -> Pair:
     """The Kronecker product of `a @ b` and `c @ d`: the rank is the product of both."""
     (a, b), (c, d) = one, other
-    return within(torch.kron(a, c), torch.kron(b, d))
+    return within(_kron(a, c), _kron(b, d))
+
+
+def _kron(one: Tensor, other: Tensor) -> Tensor:
+    """torch.kron, which takes no transposed matrix of a single row or column."""
+    return (one[:, None, :, None] * other[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def whole(matrix: Tensor) -> Pair:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -116,26 +117,47 @@ def attach_spec(
     trainable: bool = True,
     strict: bool = False,
 ) -> Model:
-    """Attach a described adapter and fill it with its tensors; see `plan_spec` for what is checked, and raised.
-
-    Args:
-        model: the model; other adapters may be there, and stay, inactive.
-        spec: what to attach.
-        source: the file that it came from, for messages.
-        name: its name in the model.
-        trainable: whether its tensors, heads included, ask for gradients.
-        strict: whether another base than it was trained beside is an error, or a warning.
+    """Attach a described adapter and fill it with its tensors; see `attach_specs`.
 
     Returns:
         The model, with the adapter the only active one and the rest frozen.
     """
-    with change(model) as walk:
-        planned = plan_spec(walk, spec, source, name)
-        others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
-        others += _others_outside(walk, spec.outside)
-        report_other_base(others, source, strict=strict, stacklevel=3)
-        attach(walk, planned, values=spec.tensors, trainable=trainable)
+    attach_specs([(model, spec)], source, name=name, trainable=trainable, strict=strict, stacklevel=4)
     return model
+
+
+def attach_specs(
+    adapters: Sequence[tuple[nn.Module, AdapterSpec]],
+    source: object,
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    strict: bool = False,
+    stacklevel: int = 3,
+) -> None:
+    """Attach a described adapter to each of some models, to all or none; see `plan_spec` for what is raised.
+
+    Args:
+        adapters: the models, which have no module in common, and what to attach; other adapters may be there, and stay,
+            inactive.
+        source: the file that it came from, for messages.
+        name: its name in the models.
+        trainable: whether its tensors, heads included, ask for gradients.
+        strict: whether another base than it was trained beside is an error, or a warning.
+        stacklevel: of the warning: who called whoever calls this is 3.
+    """
+    planned: list[tuple[list[Owner], AdapterSpec, Plan]] = []
+    others: list[str] = []
+    with ExitStack() as doors:
+        for model, spec in adapters:
+            walk = doors.enter_context(change(model))
+            plan = plan_spec(walk, spec, source, name)
+            planned.append((walk, spec, plan))
+            others += [key for layer in plan.layers for key in _other_tensors(layer, spec.base)]
+            others += _others_outside(walk, spec.outside)
+        report_other_base(others, source, strict=strict, stacklevel=stacklevel)
+        for walk, spec, plan in planned:
+            attach(walk, plan, values=spec.tensors, trainable=trainable)
 
 
 def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list[str]:
