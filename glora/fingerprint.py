@@ -36,7 +36,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
 
     Returns:
         The norm and three sums; None for what has no numbers to sum, or not here: a tensor on the meta device, empty,
-        of a subclass (sharded) that is not quantised, of no floating dtype, or not finite. Of a quantised tensor: that
+        of a subclass (sharded) that is not quantised, of no floating dtype, sparse, or not finite. Of a quantised tensor: that
         of the numbers it stands for.
 
     Example:
@@ -46,7 +46,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
     quantised = is_quantised(tensor)
     if (type(tensor) not in (Tensor, nn.Parameter) and not quantised) or tensor.is_meta or not tensor.numel():
         return None
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
         return None
     # Not every other device has float64 (Apple's has not).
     device = tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
@@ -76,6 +76,7 @@ def end_of(tensor: Tensor) -> Tensor:
     head that was new then, or words that were added, are in no checkpoint, and other numbers in every process.
     """
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim > 1 and tensor.numel() > 0
+    plain = plain and tensor.layout == torch.strided
     return tensor.detach().reshape(-1, tensor.shape[-1])[-_ROWS:] if plain else tensor
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import weakref
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 # adapter that stops acting is frozen, and `(loss_a + loss_b).backward()` must still train it. Whether a graph is
 # pending cannot be asked. So a frozen parameter has two hooks: it asks for a gradient from just before one is
 # accumulated until just after. The hooks go when the adapter acts again.
-_PENDING = "_glora_pending"
+_watched: weakref.WeakKeyDictionary[nn.Module, list[_Pending]] = weakref.WeakKeyDictionary()
+"""Part to the hooks on its parameters. A deep copy has none, as it has no graph."""
 
 
 class _Pending:
@@ -37,29 +39,25 @@ class _Pending:
         if self.opened:
             self.parameter.requires_grad = self.opened = False
 
-    def __deepcopy__(self, _memo: dict[int, object]) -> None:
-        """A copy of a model has no graph."""
-
 
 def watch(part: nn.Module, parameter: nn.Parameter) -> None:
     """Let the gradients of pending graphs reach a part's parameter, which is about to be frozen."""
-    cast("list[_Pending]", vars(part).setdefault(_PENDING, [])).append(_Pending(parameter))
+    _watched.setdefault(part, []).append(_Pending(parameter))
 
 
 def forget(part: nn.Module) -> None:
     """Take the hooks off a part's parameters, which train again."""
-    for pending in vars(part).pop(_PENDING, ()):
-        for handle in pending.handles if pending is not None else ():
+    for pending in _watched.pop(part, ()):
+        for handle in pending.handles:
             handle.remove()
 
 
 def is_watched(part: nn.Module) -> bool:
     """Whether parameters of the part are frozen for now."""
-    return _PENDING in vars(part)
+    return part in _watched
 
 
 def reopen(part: nn.Module) -> None:
     """Let the part's parameters ask for gradients until these have come (Note [Checkpoints])."""
-    for pending in vars(part).get(_PENDING, ()):
-        if pending is not None:
-            pending.open()
+    for pending in _watched.get(part, ()):
+        pending.open()

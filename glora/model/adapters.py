@@ -105,10 +105,12 @@ def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
             copies = [cast("HeadCopy | SharedCopy | None", parts.get(name)) for name in active]
             first, *others = [original if copy is None else copy.value for copy in copies]
             if not all(torch.equal(wide(first), wide(other)) for other in others):
+                what, remedy = "Heads", "combine adapters without a trainable= head"
+                if not isinstance(original, nn.Parameter):
+                    what, remedy = "Running statistics", "train the adapters with such modules in eval mode"
                 raise ValueError(
-                    f"Heads and running statistics do not add up: adapters that act together must have equal ones, and "
-                    f"{key!r} differs between {quote_names(active)}. Activate one of them, or let such adapters act "
-                    f"together as have no trainable= head and were trained in eval mode of such modules."
+                    f"{what} do not add up: adapters that act together must have equal ones, and {key!r} differs "
+                    f"between {quote_names(active)}. Activate one of them, or {remedy}."
                 )
 
 

@@ -53,9 +53,9 @@ def follow_activity(store: Store) -> None:
                     pending.watch(part, parameter)  # Note [Pending graphs]
                 _freeze(part, key, parameter, parameter.requires_grad, whole_model=False)
         elif _RECORD in vars(part):
-            pending.forget(part)
             _thaw(vars(part)[_RECORD], dict(part.named_parameters()))
-            del vars(part)[_RECORD]  # last: cut off before, it is done again
+            del vars(part)[_RECORD]  # cut off before, it is done again
+            pending.forget(part)
 
 
 def _parameters(owner: Owner) -> dict[str, nn.Parameter]:

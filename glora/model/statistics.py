@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from glora.text import format_names
 #
 # Which other modules write into their buffers cannot be known before. Their buffers are noted as an adapter comes, and
 # named when one is saved, should they have changed.
-_NOTED = "_glora_buffers"
+_noted: weakref.WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = weakref.WeakKeyDictionary()
 
 
 def plan_statistics(walk: Iterable[Owner], heads: Collection[PlannedHead]) -> tuple[PlannedHead, ...]:
@@ -56,20 +57,20 @@ def note_buffers(walk: Iterable[Owner]) -> None:
     for owner in walk:
         known = {key: fingerprint(end_of(buffer)) for key, buffer in _buffers(owner)}
         if known:
-            vars(owner.module).setdefault(_NOTED, {key: numbers for key, numbers in known.items() if numbers})
+            _noted.setdefault(owner.module, {key: numbers for key, numbers in known.items() if numbers})
 
 
 def forget_buffers(walk: Iterable[Owner]) -> None:
     """Forget what was noted."""
     for owner in walk:
-        vars(owner.module).pop(_NOTED, None)
+        _noted.pop(owner.module, None)
 
 
 def warn_of_changed_buffers(walk: Iterable[Owner], *, stacklevel: int) -> None:
     """Warn of the buffers that were noted, and have changed since: the adapter's file does not hold them."""
     changed: list[str] = []
     for owner in walk:
-        noted: dict[str, Fingerprint] = vars(owner.module).get(_NOTED, {})
+        noted = _noted.get(owner.module, {})
         for key, buffer in _buffers(owner) if noted else ():
             if key in noted and not agrees(end_of(buffer), noted[key]):
                 changed.append(join(owner.path, key))

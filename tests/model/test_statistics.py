@@ -110,7 +110,7 @@ def test_adapters_act_together_where_their_statistics_are_equal(make: Callable[[
     model = attach(attach(build(make), LORA, targets=["0"], name="a"), LORA, targets=["4"], name="b")
     glora.activate(model, {"a": 1.0, "b": 1.0})
     train(glora.activate(model, "a"), 0)
-    with unchanged(model), pytest.raises(ValueError, match="running statistics .* '1.norm.running_mean' differs"):
+    with unchanged(model), pytest.raises(ValueError, match="Running statistics .* '1.norm.running_mean' differs"):
         glora.activate(model, {"a": 1.0, "b": 1.0})
 
 
