@@ -128,11 +128,18 @@ def attach_spec(
     """
     with change(model) as walk:
         planned = plan_spec(walk, spec, source, name)
-        others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
-        others += _others_outside(walk, spec.outside)
-        report_other_base(others, source, strict=strict, stacklevel=3)
+        check_base(walk, planned, spec, source, strict=strict, stacklevel=3)
         attach(walk, planned, values=spec.tensors, trainable=trainable)
     return model
+
+
+def check_base(
+    walk: list[Owner], planned: Plan, spec: AdapterSpec, source: object, *, strict: bool, stacklevel: int
+) -> None:
+    """Report where a described adapter was trained beside another base; see `report_other_base`."""
+    others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
+    others += _others_outside(walk, spec.outside)
+    report_other_base(others, source, strict=strict, stacklevel=stacklevel + 1)
 
 
 def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list[str]:
