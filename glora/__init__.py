@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from glora import functional
 from glora.arithmetic.combine import combine
+from glora.arithmetic.extract import extract
 from glora.config import GLoRAConfig
 from glora.files.adapter import load, save
 from glora.integrations import plain_trainer as plain_trainer  # hangs itself on the door
@@ -41,6 +42,7 @@ __all__ = [
     "combine",
     "delete",
     "disabled",
+    "extract",
     "functional",
     "integrations",
     "interop",

@@ -59,6 +59,7 @@ CHANGES: dict[str, Change] = {
     ),
     "load_peft": Change(lambda model, folder: glora.interop.load_peft(model, folder / "peft", "c"), two),
     "combine": Change(lambda model, _: glora.combine(model, {"a": 1.0, "b": 0}, name="c", rank=1), two),
+    "extract from a model": Change(lambda model, _: glora.extract(model, build(), ["first"], LORA, name="c"), two),
     "supernet": Change(lambda model, _: glora.search.supernet(model, ["first"], Space(), name="c"), two),
     "extract": Change(lambda model, _: glora.search.extract(model, {"first": LORA}), entangled, takes_off=True),
     "activate": Change(lambda model, _: glora.activate(model, "b"), two),
