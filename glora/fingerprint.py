@@ -107,7 +107,12 @@ def agrees(tensor: Tensor, known: Sequence[float]) -> bool:
     numbers = fingerprint(tensor)
     if numbers is None:
         return True
-    allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(tensor.numel())
+    return alike(numbers, known, tensor.numel())
+
+
+def alike(numbers: Sequence[float], known: Sequence[float], count: int) -> bool:
+    """Whether two fingerprints may be of one tensor of so many numbers, up to rounding to half precision."""
+    allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(count)
     return len(numbers) == len(known) and all(abs(a - b) <= allowed for a, b in zip(numbers, known, strict=True))
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from glora.arithmetic.low_rank import truncated, widened
 from glora.config import FORMS
+from glora.fingerprint import alike
 from glora.model.adapters import check_weights
 from glora.model.attach import attach_spec
 from glora.model.state import describe
 from glora.model.walk import Model, adapted_owners
 from glora.precision import wide
 from glora.spec import AdapterSpec, LayerSpec, join
-from glora.text import format_problems, table
+from glora.text import format_names, format_problems, table
 
 # Note [Sums of adapters]
 # Every path is linear in what it adds to W0 or b0, so that a sum of adapters is a sum path by path. Of two low ranks it
@@ -77,6 +78,42 @@ def combine(model: Model, weights: Mapping[str, float], *, name: str, rank: int 
     if rank is not None:
         print(error_table(f"adapter {name!r}: low-rank paths, cut to rank {rank}", errors))
     return model
+
+
+def combine_files(
+    adapters: Sequence[tuple[float, AdapterSpec]], rank: int | None
+) -> tuple[AdapterSpec, dict[str, float]]:
+    """`combined` of adapters of which no model says that they agree: their bases and heads must be the same.
+
+    Raises:
+        ValueError: as `combined`; frozen tensors or heads that differ, by name.
+    """
+    active = [adapter for weight, adapter in adapters if weight != 0]
+    for adapter in active[1:]:
+        first = active[0]
+        both = adapter.base.keys() & first.base.keys()
+        apart = [key for key in both if not alike(adapter.base[key], first.base[key], _COUNT)]
+        if apart:
+            raise ValueError(
+                f"Adapters of one base add up; these were trained beside tensors that differ in "
+                f"{format_names(sorted(apart))}."
+            )
+        keys = [{join(path, n) for path, names in a.heads.items() for n in names} for a in (first, adapter)]
+        differing = keys[0] ^ keys[1] | {k for k in keys[0] & keys[1] if not _equal(first, adapter, k)}
+        if differing:
+            raise ValueError(
+                f"Heads do not add up: all must have equal ones, and {format_names(sorted(differing))} differ. Add up "
+                f"adapters without a trainable= head."
+            )
+    return combined([(weight, adapter) for weight, adapter in adapters if weight != 0], rank)
+
+
+_COUNT = 2**20  # numbers of a tensor, where a file does not say: it matters for tensors of almost only zeros
+
+
+def _equal(first: AdapterSpec, other: AdapterSpec, key: str) -> bool:
+    one, two = first.tensors[key], other.tensors[key]
+    return one.shape == two.shape and torch.equal(wide(one), wide(two)) if one.is_floating_point() else one.equal(two)
 
 
 class _Part(NamedTuple):

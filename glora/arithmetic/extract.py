@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,13 +18,14 @@ from glora.arithmetic.fit import fit_bias, fit_weight
 from glora.arithmetic.low_rank import double, norm
 from glora.config import GLoRAConfig
 from glora.files.checkpoint import checkpoint_readers, renaming
+from glora.fingerprint import Fingerprint, fingerprint
 from glora.model.attach import attach, warn_of
 from glora.model.change import change
 from glora.model.plan import plan_targets
 from glora.model.records import Plan, PlannedLayer
 from glora.model.targets import ALL_LINEAR, Selection, Targets, Trainable
 from glora.model.walk import Model, Owner, owners
-from glora.spec import LayerSpec, join
+from glora.spec import AdapterSpec, LayerSpec, join
 from glora.tensors import dense, is_sharded
 from glora.text import format_names, table
 
@@ -166,7 +168,10 @@ def _extracted(planned: Plan, read: Callable[[str], Tensor | None]) -> tuple[dic
     return values, fits
 
 
-def _layer(layer: PlannedLayer, read: Callable[[str], Tensor | None]) -> tuple[dict[str, Tensor], Fit]:
+def _layer(
+    layer: PlannedLayer, read: Callable[[str], Tensor | None], path: str | None = None
+) -> tuple[dict[str, Tensor], Fit]:
+    """A layer's tensors, and how close they come; `path`: where it is not the layer's in its model."""
     site, config, (weight_key, bias_key) = layer.site, layer.config, _keys(layer)
     base = site.owner.tensors[site.matrix.weight]
     W = double(site.matrix.read(_checked(weight_key, read(weight_key), base)))
@@ -190,7 +195,9 @@ def _layer(layer: PlannedLayer, read: Callable[[str], Tensor | None]) -> tuple[d
         left += [norm(rest), norm(rest_of_bias)]
     shapes = config.shapes(out_features, in_features, None, tuple(batch))
     values = {key: torch.stack([each[key] for each in found]).reshape(shape) for key, shape in shapes.items()}
-    return values, Fit(layer.path, layer.spec, math.hypot(norm(changes), norm(db)), math.hypot(*left))
+    return values, Fit(
+        layer.path if path is None else path, layer.spec, math.hypot(norm(changes), norm(db)), math.hypot(*left)
+    )
 
 
 def _tensors(paths: Mapping[str, Tensor | tuple[Tensor, Tensor]], config: GLoRAConfig) -> Iterator[tuple[str, Tensor]]:
@@ -249,3 +256,45 @@ def _warn_of_others(walk: list[Owner], planned: Plan, readers: Readers, rename: 
 def _same(base: Tensor, tensor: Tensor) -> bool:
     """Whether two tensors are equal, as far as the second one's dtype can tell."""
     return base.shape == tensor.shape and torch.equal(dense(base).detach().to(tensor), tensor)
+
+
+def extract_checkpoint(
+    base: Path, tuned: Path, config: GLoRAConfig, targets: str
+) -> tuple[AdapterSpec, list[Fit], list[str]]:
+    """The same without the model: of the weights of two axes whose module's path the regex matches as a whole.
+
+    Returns:
+        The adapter, as of nn.Linear layers; how close each layer comes; the names of other tensors that differ. What
+        the fine-tuning did not change is left out.
+
+    Raises:
+        ValueError: nothing that matches was changed; as `extract`.
+    """
+    before, after = checkpoint_readers(base), checkpoint_readers(tuned)
+    layers, tensors, known = dict[str, LayerSpec](), dict[str, Tensor](), dict[str, Fingerprint]()
+    fits, others = list[Fit](), dict[str, None]()
+    for key, read in before.items():
+        tensor, there = read(), _read(after, key)
+        if there is not None and _same(tensor, there):
+            continue
+        path, _, name = key.rpartition(".")
+        if name != "weight" or tensor.ndim != 2 or re.fullmatch(targets, path) is None:
+            others[key] = None
+            continue
+        module = nn.Linear(1, 1, device="meta")
+        module.weight = nn.Parameter(tensor, requires_grad=False)
+        bias = _read(before, join(path, "bias"))
+        module.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        with torch.no_grad():
+            (layer,) = plan_targets(owners(module), ALL_LINEAR, config, name="default").layers
+            own, fit = _layer(layer, lambda name, path=path: _read(after, join(path, name)), path)
+        layers[path] = layer.spec
+        fits.append(fit)
+        tensors |= {join(path, key): value.float() for key, value in own.items()}
+        for name, parameter in module.named_parameters():
+            numbers = fingerprint(parameter)
+            known |= {} if numbers is None else {join(path, name): numbers}
+    if not layers:
+        raise ValueError(f"Something must have been changed; of {tuned}, nothing that {targets!r} matches was.")
+    missing = [key for key in after if key not in before]
+    return AdapterSpec(layers, {}, tensors, {}, known), fits, [*(key for key in others if key not in known), *missing]
