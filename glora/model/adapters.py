@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import DISABLED, AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
-from glora.layer.registration import unregister
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.replaced import warn_of_replaced
@@ -143,19 +142,6 @@ def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
         stores[0].acting.adapter_weights = acting
     for store in stores:
         flags.follow_activity(store)
-
-
-def drop(walk: Iterable[Owner], name: str) -> None:
-    """Take one adapter off, of several, or to put another in its place."""
-    for owner in [owner for owner in walk if owner.stores]:
-        for tensor_name, store in owner.stores.items():
-            store.detach(name)
-            if not store.parts():
-                unregister(owner.module, tensor_name, keep_value=False)
-        if stores_of(owner.module):
-            set_acting(owner, owner.acting.adapter_weights)
-        else:  # no copy trains in the base's place any more
-            flags.thaw_head(owner)
 
 
 @contextmanager

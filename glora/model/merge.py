@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,11 @@ from torch import nn
 
 from glora.layer.computed import read
 from glora.layer.heads import Head
-from glora.layer.parametrization import Bias, Store, stashed
+from glora.layer.parametrization import Bias, Store, stashed, stores_of
 from glora.layer.registration import unregister
 from glora.layer.swap import merged_tensors, restore, swap_in
 from glora.model import flags
-from glora.model.adapters import adapter_weights_of, drop, resolve_name
+from glora.model.adapters import adapter_weights_of, resolve_name, set_acting
 from glora.model.change import change, refuse_while_routed, walk_to_take_off
 from glora.model.checks import find_ties
 from glora.model.guards import unguard
@@ -178,6 +178,19 @@ def delete(model: Model, name: str) -> Model:
             return model
         drop(walk, name)
     return model
+
+
+def drop(walk: Iterable[Owner], name: str) -> None:
+    """Take one adapter off, of several, or to put another in its place."""
+    for owner in [owner for owner in walk if owner.stores]:
+        for tensor_name, store in owner.stores.items():
+            store.detach(name)
+            if not store.parts():
+                unregister(owner.module, tensor_name, keep_value=False)
+        if stores_of(owner.module):
+            set_acting(owner, owner.acting.adapter_weights)
+        else:  # no copy trains in the base's place any more
+            flags.thaw_head(owner)
 
 
 def remove(model: Model) -> Model:

@@ -12,9 +12,10 @@ from glora.config import BIAS_PATHS, WEIGHT_PATHS, GLoRAConfig
 from glora.layer.heads import HeadCopy, SharedCopy
 from glora.layer.parametrization import Bias, Paths, Weight
 from glora.model import flags
-from glora.model.adapters import drop, resolve_name, set_adapter_weights
+from glora.model.adapters import resolve_name, set_adapter_weights
 from glora.model.attach import attach, check_base
 from glora.model.change import change, refuse_stacked, refuse_while_swapped, walk_to_read
+from glora.model.merge import drop
 from glora.model.plan import plan_spec
 from glora.model.records import Plan, PlannedLayer
 from glora.model.state import padded
