@@ -27,35 +27,37 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 6866,
-    "ground": 916,
+    "all": 7590,
+    "ground": 979,
+    "arithmetic": 485,
     "kernels": 528,
-    "layer": 1185,
-    "model": 1930,
+    "layer": 1204,
+    "model": 2059,
     "engines": 194,
-    "files": 618,
+    "files": 646,
     "interop": 510,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 86,
+    "all": 92,
     "ground": 13,
+    "arithmetic": 5,
     "kernels": 8,
     "layer": 15,
-    "model": 17,
+    "model": 18,
     "engines": 4,
     "files": 5,
     "interop": 8,
     "integrations": 6,
     "search": 10,
 }
-IMPORT_CHAIN = 12  # rooms of which each imports the next
+IMPORT_CHAIN = 13  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 46, 69),
     "layer(x) of a LoRA": (13, 24, 30),
-    "apply": (26, 236, 531),
-    "load": (29, 289, 907),
+    "apply": (26, 236, 539),
+    "load": (29, 297, 932),
     "route": (20, 343, 590),
     "merge": (24, 351, 638),
 }
