@@ -135,7 +135,7 @@ def test_no_wide_copy_of_the_whole_stands_in_memory() -> None:
 
 CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
     "in place": lambda p: p.detach().mul_(2),
-    "one number": lambda p: p.detach()[0, 0].add_(1000),
+    "one number, of which there is no sample": lambda p: p.detach()[0, 1].add_(1000),
     "under no_grad": lambda p: nn.init.normal_(p),
     "through data": lambda p: p.data.mul_(2),
     "other data": lambda p: setattr(p, "data", p.data * 2),
