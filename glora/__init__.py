@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from glora import functional
+from glora.arithmetic.combine import combine
+from glora.arithmetic.extract import extract
 from glora.config import GLoRAConfig
 from glora.files.adapter import load, save
 from glora.integrations import plain_trainer as plain_trainer  # hangs itself on the door
@@ -37,8 +39,10 @@ __all__ = [
     "adapters",
     "apply",
     "base_state_dict",
+    "combine",
     "delete",
     "disabled",
+    "extract",
     "functional",
     "integrations",
     "interop",

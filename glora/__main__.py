@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from glora.arithmetic.combine import combine_files, error_table
+from glora.arithmetic.extract import extract_checkpoint, fit_table
+from glora.config import GLoRAConfig
 from glora.files.adapter import read, write
 from glora.files.checkpoint import frozen_tensors, merge_checkpoint, shapes_of
 from glora.files.container import (
@@ -23,7 +26,7 @@ from glora.interop.lycoris import read_lycoris, write_lycoris
 from glora.interop.lycoris.held import held_in
 from glora.interop.peft import read_peft, write_peft
 from glora.spec import AdapterSpec, join
-from glora.text import table
+from glora.text import format_names, table
 from glora.version import __version__
 
 
@@ -56,6 +59,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("out", type=Path, help="a folder; for LyCORIS a .safetensors file")
     convert.add_argument("--to", required=True, choices=["peft", "glora", "lycoris"])
     convert.set_defaults(run=_convert)
+
+    combine = commands.add_parser("combine", help="write a weighted sum of adapters as one adapter", parents=[lycoris])
+    combine.add_argument("adapters", type=Path, nargs="+", help="two adapters or more, and last the folder to write")
+    combine.add_argument("--weights", required=True, help="a number for each, as 0.7,0.3")
+    combine.add_argument("--rank", type=int, help="cut each path to this rank, and print the relative errors")
+    combine.add_argument("--base", type=Path, help="the base checkpoint, for files of LyCORIS")
+    combine.set_defaults(run=_combine)
+
+    extract = commands.add_parser("extract", help="write the LoRA that comes closest to a fine-tuned checkpoint")
+    extract.add_argument("base", type=Path, help="a .safetensors file, the .index.json of several, or a folder")
+    extract.add_argument("tuned", type=Path, help="the same after fine-tuning")
+    extract.add_argument("out", type=Path, help="the folder to write")
+    extract.add_argument("--rank", type=int, required=True)
+    extract.add_argument(
+        "--targets",
+        default=_LINEAR,
+        help="a regex of the paths of nn.Linear layers; all but embeddings, by their names",
+    )
+    extract.set_defaults(run=_extract)
 
     options = parser.parse_args(arguments)
     try:
@@ -168,6 +190,37 @@ def _convert(options: argparse.Namespace) -> None:
         {"glora": write, "peft": write_peft}[options.to](options.out, adapter)
     layers, heads = len(adapter.layers), f" and {len(adapter.heads)} heads" if adapter.heads else ""
     print(f"Wrote {layers} layers{heads} to {options.out}, as {options.to} has them.")
+
+
+def _combine(options: argparse.Namespace) -> None:
+    *sources, out = options.adapters
+    try:
+        weights = [float(weight) for weight in options.weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(sources) < 2 or len(weights) != len(sources) or not all(map(math.isfinite, weights)):
+        raise ValueError(
+            f"`combine` takes A B OUT --weights 0.7,0.3: two adapters or more, a folder, and a finite number for each "
+            f"adapter; found {len(sources)} adapters and the weights {options.weights!r}."
+        )
+    adapters = [_read(argparse.Namespace(**{**vars(options), "adapter": source})) for source in sources]
+    spec, errors = combine_files(list(zip(weights, adapters, strict=True)), options.rank)
+    write(out, spec)
+    if options.rank is not None:
+        print(error_table(f"low-rank paths, cut to rank {options.rank}", errors))
+    print(f"Wrote {len(spec.layers)} layers to {out}.")
+
+
+_LINEAR = r"(?!.*(embed|wte|wpe|shared)).*"
+
+
+def _extract(options: argparse.Namespace) -> None:
+    config = GLoRAConfig.lora(rank=options.rank)
+    spec, fits, others = extract_checkpoint(options.base, options.tuned, config, options.targets)
+    write(options.out, spec)
+    print(fit_table(f"{len(spec.layers)} layers", fits))
+    if others:
+        print(f"{len(others)} other tensors differ, which the adapter does not hold: {format_names(others)}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import MutableMapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from glora.tensors import is_quantised, rows
+from glora.torch_internals import is_view, writes_to
 
 Fingerprint: TypeAlias = tuple[float, ...]
 """The Frobenius norm, and a sum weighted by position for each pair of `_ANGLES`."""
@@ -24,7 +26,15 @@ Fingerprint: TypeAlias = tuple[float, ...]
 # by less than 1 to 2% of n (a short training on, say) is taken for the same one.
 _ANGLES = ((1.0, 2.0), (2.0, 4.0), (4.0, 1.0))
 _TOLERANCE, _SMALLEST = 2.0**-6, 2.0**-24
-_CHUNK = 2**20  # numbers that stand in memory as float64
+_CHUNK = 2**19  # numbers that stand in memory as float64: about what a cache holds
+
+# Note [Fingerprints remembered]
+# A frozen tensor is read once, and not again at each `save` and `load`: its fingerprint is kept as long as the tensor
+# lives, beside what would not be the same after a change: its memory, dtype and layout, torch's count of in-place
+# changes, and 64 of its numbers, since torch does not count what is written through `.data`. Kept here and not on the
+# tensor, whose attributes would be pickled with it.
+_SAMPLE = 64
+_remembered: MutableMapping[Tensor, tuple[Any, Fingerprint | None]] = WeakIdKeyDictionary()
 
 
 @torch.no_grad()
@@ -32,12 +42,13 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
     """The fingerprint of a tensor (Note [Fingerprints]), each number to six digits.
 
     Args:
-        tensor: of any shape, floating dtype and device; read in blocks, so that no float64 copy stands in memory.
+        tensor: of any shape, floating dtype and device; read in blocks, so that no float64 copy stands in memory, and
+            not again while it is the same (Note [Fingerprints remembered]).
 
     Returns:
         The norm and three sums; None for what has no numbers to sum, or not here: a tensor on the meta device, empty,
-        of a subclass (sharded) that is not quantised, of no floating dtype, sparse, or not finite. Of a quantised tensor: that
-        of the numbers it stands for.
+        of a subclass (sharded) that is not quantised, of no floating dtype, sparse, or not finite. Of a quantised
+        tensor: that of the numbers it stands for.
 
     Example:
         >>> fingerprint(torch.eye(2))
@@ -48,20 +59,33 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
         return None
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         return None
+    # A view is made anew for each call; an inference tensor has no count of changes.
+    if quantised or tensor.is_inference() or not tensor.is_contiguous() or is_view(tensor):
+        return _computed(tensor)
+    sample = cast("Any", tensor.detach().view(-1)[:: max(1, tensor.numel() // _SAMPLE)]).tolist()
+    state = writes_to(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device, sample
+    known = _remembered.get(tensor)
+    if known is None or known[0] != state:
+        known = _remembered[tensor] = state, _computed(tensor)
+    return known[1]
+
+
+def _computed(tensor: Tensor) -> Fingerprint | None:
     # Not every other device has float64 (Apple's has not).
     device = tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
     matrix = tensor.detach()
-    matrix = matrix if quantised else matrix.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    matrix = matrix if is_quantised(tensor) else matrix.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     count, columns = matrix.shape
     angles = torch.tensor(_ANGLES, dtype=torch.float64, device=device)
-    right = torch.outer(_positions(0, columns, device), angles[:, 1]).cos()  # (columns, 3)
+    right = torch.outer(angles[:, 1], _positions(0, columns, device)).cos()  # (3, columns)
     square, sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(angles[:, 0])
     step = max(1, _CHUNK // columns)
     for start in range(0, count, step):
         block = rows(matrix, slice(start, min(start + step, count))).to(device, torch.float64)
-        left = torch.outer(_positions(start, start + len(block), device), angles[:, 0]).cos()  # (rows, 3)
+        left = torch.outer(angles[:, 0], _positions(start, start + len(block), device)).cos()  # (3, rows)
         square += torch.dot(block.reshape(-1), block.reshape(-1))
-        sums += (left * (block @ right)).sum(0)
+        # Three vectors one by one: a product with a matrix of three columns takes five times as long.
+        sums += (left * torch.stack([block @ vector for vector in right])).sum(1)
     numbers = [float(f"{number.item():.6g}") for number in (square.sqrt(), *sums.cpu())]
     return tuple(numbers) if all(map(math.isfinite, numbers)) else None
 
@@ -85,7 +109,12 @@ def agrees(tensor: Tensor, known: Sequence[float]) -> bool:
     numbers = fingerprint(tensor)
     if numbers is None:
         return True
-    allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(tensor.numel())
+    return alike(numbers, known, tensor.numel())
+
+
+def alike(numbers: Sequence[float], known: Sequence[float], count: int) -> bool:
+    """Whether two fingerprints may be of one tensor of so many numbers, up to rounding to half precision."""
+    allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(count)
     return len(numbers) == len(known) and all(abs(a - b) <= allowed for a, b in zip(numbers, known, strict=True))
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_traced",
     "is_tracing",
+    "is_view",
     "memory_of",
     "not_compiled",
     "not_persistent",
@@ -123,6 +124,11 @@ def not_persistent(module: nn.Module) -> set[str]:
 def writes_to(tensor: Tensor) -> int:
     """How often the tensor was written to in place."""
     return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether the tensor is a view of another."""
+    return tensor._is_view()
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import pickle
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from glora.fingerprint import agrees, fingerprint
+from glora.fingerprint import _computed, _remembered, agrees, fingerprint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -128,6 +131,53 @@ def test_no_wide_copy_of_the_whole_stands_in_memory() -> None:
     assert found == fingerprint(weight)
     assert max(sizes) == 4096
     assert len(sizes) == 512 * 256 // 4096
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
+    "in place": lambda p: p.detach().mul_(2),
+    "one number, of which there is no sample": lambda p: p.detach()[0, 1].add_(1000),
+    "under no_grad": lambda p: nn.init.normal_(p),
+    "through data": lambda p: p.data.mul_(2),
+    "other data": lambda p: setattr(p, "data", p.data * 2),
+    "rounded": lambda p: setattr(p, "data", (p.data * 2).half()),
+    "another shape": lambda p: setattr(p, "data", p.data.t().contiguous()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_tensor_is_read_once_as_long_as_it_is_the_same(change: Callable[[nn.Parameter], object]) -> None:
+    weight, read = nn.Parameter(torch.randn(50, 20)), mock.Mock(side_effect=_computed)
+    with mock.patch("glora.fingerprint._computed", read):
+        first = fingerprint(weight)
+        assert fingerprint(weight) == first
+        assert read.call_count == 1
+        change(weight)
+        changed = fingerprint(weight)
+        assert read.call_count == 2
+    assert changed == fingerprint(weight.detach().clone()) != first
+
+
+def test_what_is_remembered_dies_with_its_tensor_and_is_not_pickled() -> None:
+    before, weight = len(_remembered), nn.Parameter(torch.randn(3, 3))
+    size = len(pickle.dumps(weight))
+    fingerprint(weight)
+    assert len(_remembered) == before + 1
+    assert len(pickle.dumps(weight)) == size
+    del weight
+    gc.collect()
+    assert len(_remembered) <= before
+
+
+def test_what_torch_does_not_count_is_read_each_time() -> None:
+    with torch.inference_mode():
+        weight = torch.randn(5, 4)
+        first = fingerprint(weight)
+        weight.mul_(2)
+        assert fingerprint(weight) != first
+    strided = torch.randn(4, 5).t()
+    first = fingerprint(strided)
+    strided.data[1, 1] += 9
+    assert fingerprint(strided) != first
 
 
 def test_the_pairs_of_angles_see_rows_and_columns_each_their_own_way() -> None:

@@ -27,23 +27,24 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 8696,
-    "ground": 933,
+    "all": 9429,
+    "ground": 1001,
     "kernels": 561,
-    "layer": 1276,
-    "model": 2022,
+    "layer": 1295,
+    "model": 2153,
     "engines": 194,
-    "files": 624,
+    "files": 652,
     "interop": 2101,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 99,
+    "all": 105,
     "ground": 13,
+    "arithmetic": 5,
     "kernels": 8,
     "layer": 16,
-    "model": 18,
+    "model": 19,
     "engines": 4,
     "files": 5,
     "interop": 19,
@@ -54,8 +55,8 @@ IMPORT_CHAIN = 13  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
-    "apply": (27, 238, 553),
-    "load": (30, 291, 931),
+    "apply": (27, 238, 561),
+    "load": (30, 303, 964),
     "route": (20, 343, 614),
     "merge": (25, 352, 639),
 }

@@ -9,7 +9,18 @@ import glora
 
 PUBLIC = {
     *("AdapterFileError", "GLoRAConfig", "Plan", "Summary"),
-    *("activate", "adapters", "apply", "base_state_dict", "delete", "disabled", "load", "load_state_dict", "merge"),
+    *(
+        "activate",
+        "adapters",
+        "apply",
+        "base_state_dict",
+        "combine",
+        "delete",
+        "disabled",
+        "load",
+        "load_state_dict",
+        "merge",
+    ),
     *("merged", "named_parameters", "parameters", "plan", "remove", "reset_parameters", "route", "save"),
     *("state_dict", "summary", "functional", "integrations", "interop", "search"),
 }

@@ -65,6 +65,7 @@ NAMES: dict[str, Callable[[], bool]] = {
         regions(use_reentrant=False) == [(False, False), (True, False)]
         and regions(use_reentrant=True) == [(False, True), (True, True)]
     ),
+    "Tensor._is_view": lambda: torch_internals.is_view(torch.ones(2)[:1]),
     "Tensor._version": lambda: torch_internals.writes_to(torch.ones(1).zero_()) == 1,
     "torch.autograd.forward_ad._current_level": lambda: not torch_internals.in_transform(),
     "torch.jit._trace.is_tracing": lambda: not torch_internals.is_tracing(),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from glora.files.container import (
 )
 from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
+from glora.model.refill import refill
 from glora.model.state import describe
 from glora.model.statistics import warn_of_changed_buffers
 from glora.model.walk import Model, owners
@@ -90,7 +91,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
     _check_arguments("save", model, directory)
     adapter = describe(model, name)
     warn_of_changed_buffers(owners(model), stacklevel=2)
-    save_together(adapter.tensors, lambda gathered: write(Path(directory), replace(adapter, tensors=gathered)))
+    save_together(
+        adapter.tensors, lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered))
+    )
 
 
 def load(
@@ -100,6 +103,8 @@ def load(
     *,
     trainable: bool = True,
     strict: bool = False,
+    replace: bool = False,
+    check: bool = True,
 ) -> Model:
     """Attach an adapter from a folder that `glora.save` wrote, in one call; no config is needed.
 
@@ -121,6 +126,11 @@ def load(
             (a head that was new, words that were added), which rounding to half precision does not change, nor a
             difference of less than 1 to 2% of the tensor's norm; what is on the meta device, or sharded, is not
             compared.
+        replace: put it in the place of the adapter of this name, which must be there (hot swap). Where layers, forms
+            and heads are the same, and no rank is higher, its numbers are written into the Parameters that are there:
+            no new graph under torch.compile, whatever the scales, and optimizers go on. A lower rank is padded with
+            zeros, and saved again as the file has it. Any other adapter is dropped, and attached anew.
+        check: whether the base is compared; False saves reading it.
 
     Returns:
         The model.
@@ -129,18 +139,35 @@ def load(
         glora.AdapterFileError: a file that is damaged, of another library, or does not fit the model; with
             `strict=True`, another base. The model is as it was.
         FileNotFoundError: no file.
-        ValueError: a name that is taken.
+        ValueError: a name that is taken, without `replace`; `strict` without `check`.
+        KeyError: with `replace`, no adapter of that name.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Warns:
         UserWarning: frozen tensors, by name, that differ from those that the adapter was trained on (most often a head
             that was random then); a `glora_config.json` that differs from `adapter_model.safetensors`, which counts.
+
+    Example:
+        >>> import tempfile, torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2))
+        >>> held = next(glora.parameters(layer))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     glora.save(layer, directory)
+        ...     layer = glora.load(layer, directory, replace=True)
+        >>> next(glora.parameters(layer)) is held
+        True
     """
     _check_arguments("load", model, directory)
+    if strict and not check:
+        raise ValueError("strict=True is about what check=False leaves out: the base. Pass one of them.")
     file = adapter_file(directory)
     spec = read(file)
+    if not check:
+        spec = dataclasses.replace(spec, base={}, outside={})
     if is_filled_by_load(model, name):
         return fill_spec(model, spec, file, name, trainable=trainable)
+    if replace:
+        return refill(model, spec, file, name, trainable=trainable, strict=strict)
     return attach_spec(model, spec, file, name=name, trainable=trainable, strict=strict)
 
 
@@ -210,7 +237,7 @@ def to_json(adapter: AdapterSpec) -> dict[str, Any]:
     """The description of an adapter, as JSON has it."""
     layers: dict[str, Any] = {}
     for path, layer in adapter.layers.items():
-        fields = asdict(layer.config)
+        fields = dataclasses.asdict(layer.config)
         forms = {name: fields.pop(name) for name in FORMS}
         layers[path] = {
             "forms": {name: form for name, form in forms.items() if form != "none"},

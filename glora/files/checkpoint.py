@@ -162,13 +162,19 @@ def frozen_tensors(base: Path, adapter: AdapterSpec, source: object) -> Iterator
 def as_in_checkpoint(adapter: AdapterSpec, keys: Collection[str]) -> AdapterSpec:
     """The adapter with the keys that a checkpoint has for its layers; as it is where the two do not meet."""
     weights = [_keys(path, layer)[0] for path, layer in adapter.layers.items()]
-    if not all("." in key for key in weights) or any(key in keys for key in weights):
-        return adapter
+    rename = renaming(weights, keys)
+    return adapter if rename is str else adapter.renamed(rename)
+
+
+def renaming(weights: Collection[str], keys: Collection[str]) -> Callable[[str], str]:
+    """From a model's keys to a checkpoint's, by these of its weights (Note [Backbones]); to themselves as a rule."""
+    if not weights or not all("." in key for key in weights) or any(key in keys for key in weights):
+        return str
     fronts = {key.partition(".")[0] for key in weights}
     renames: list[Callable[[str], str]] = [partial(join, front) for front in {key.partition(".")[0] for key in keys}]
     renames += [partial(_without, f"{front}.") for front in fronts if len(fronts) == 1]
     fitting = [rename for rename in renames if all(rename(key) in keys for key in weights)]
-    return adapter.renamed(fitting[0]) if weights and len(fitting) == 1 else adapter
+    return fitting[0] if len(fitting) == 1 else str
 
 
 def _without(front: str, key: str) -> str:
@@ -186,6 +192,28 @@ def _why_missing(missing: Iterable[str], keys: Iterable[str]) -> str:
 def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
     """Key to shape of every tensor of a checkpoint, sharded or not."""
     return {key: entry.shape for key, entry in _read_base(base)[0].items()}
+
+
+def checkpoint_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Key to a function that reads the tensor, of a checkpoint's file, of its index, or of a folder with either.
+
+    Raises:
+        FileNotFoundError: there is none.
+        AdapterFileError: a damaged one, or a tensor of a dtype that torch does not know.
+    """
+    if path.is_dir():
+        found = sorted(path.glob(f"*.safetensors{_INDEX}")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise FileNotFoundError(
+                f"A checkpoint's folder has one .safetensors file, or one {_INDEX} of several; found "
+                f"{format_names(file.name for file in found) or 'none'} in {str(path)!r}."
+            )
+        path = found[0]
+    entries = _read_base(path)[0]
+    unknown = [f"{key} ({entry.dtype})" for key, entry in entries.items() if entry.dtype not in _DTYPES]
+    if unknown:
+        raise AdapterFileError(f"Tensors must be of dtypes that torch knows; {path} has {format_names(unknown)}.")
+    return {key: entry.tensor for key, entry in entries.items()}
 
 
 def _read_base(base: Path) -> tuple[dict[str, _Entry], dict[str, str], dict[str, Any]]:

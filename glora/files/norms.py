@@ -53,8 +53,8 @@ def path_norms(adapter: AdapterSpec, path: str, layer: LayerSpec) -> dict[str, f
         >>> import torch, glora
         >>> layer = LayerSpec(glora.GLoRAConfig.lora(rank=1, alpha=2), 3, 4)
         >>> tensors = {"B.left": torch.ones(3, 1), "B.right": torch.ones(1, 4)}
-        >>> path_norms(AdapterSpec({"": layer}, {}, tensors), "", layer)["B"] ** 2
-        48.0
+        >>> path_norms(AdapterSpec({"": layer}, {}, tensors), "", layer)["B"]  # 2 sqrt(12)
+        6.928203230275509
     """
     o, i, config = layer.out_features, layer.in_features, layer.config
     norms: dict[str, float] = {}

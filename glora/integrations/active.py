@@ -6,7 +6,7 @@ from torch import nn
 
 from glora.fingerprint import agrees
 from glora.model.adapters import adapters, parameters
-from glora.model.state import base_state_dict, describe, load_state_dict
+from glora.model.state import base_state_dict, describe, load_state_dict, padded, state_dict
 from glora.spec import AdapterFileError, AdapterSpec, differences, report_other_base
 from glora.text import format_names, format_problems, quote_names
 
@@ -55,4 +55,4 @@ def restore(model: nn.Module, spec: AdapterSpec, source: object) -> None:
     base = base_state_dict(model)
     others = [key for key, known in spec.base.items() if key in base and not agrees(base[key], known)]
     report_other_base(others, source, strict=False, stacklevel=2)
-    load_state_dict(model, spec.tensors, name)
+    load_state_dict(model, padded(spec.tensors, state_dict(model, name)), name)

@@ -118,7 +118,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
                     f"{name!r}. Call parallelize_module on the plain model, and then glora.apply or glora.load."
                 )
             tensor = name.rpartition("_")[0]
-            if tensor and tensor in live_parametrizations(self):
+            stack = live_parametrizations(self).get(tensor) if tensor else None
+            if stack is not None and name != getattr(stack._modules["0"], "matrix", LINEAR).bias:  # taken off first
                 _refuse_split(self, tensor, name)
             super().register_parameter(name, param)
             freeze_prompts(self, name, param)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 # Note [Where the batch is]
 # A route is given the batch's dimension for all of the model. Some modules say themselves that theirs is another, or
 # have it in other dimensions of their masks, states and attention weights; and some classes of transformers are known
 # to call layers with `(tokens, batch, features)` between others that get `(batch, tokens, features)`. Both are taken
 # at their word. Whatever else looks like another order is refused, since rows themselves do not tell whose they are.
+
+_CONVOLUTIONS = tuple(getattr(nn, f"Conv{transposed}{axes}d") for axes in (1, 2, 3) for transposed in ("", "Transpose"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def layout_of(module: nn.Module, dim: int) -> Layout:
         return Layout(dim, 3, ("query", "key", "value", *_MASKS), {"key_padding_mask": 0, "attn_mask": None}, {1: 0})
     if isinstance(module, nn.RNNBase):
         return Layout(0 if module.batch_first else 1, 3, ("input", "hx"), {"hx": 1}, {1: 1, 2: 1})
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         return Layout(0, len(module.kernel_size) + 2, channels=1)
     return Layout(dim)
 

@@ -16,6 +16,7 @@ from glora.config import GLoRAConfig
 from glora.functional import Factors
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, gathered, is_sharded, sharded_like
+from glora.torch_internals import is_exporting
 
 
 class LowRank(nn.Module):
@@ -31,12 +32,27 @@ class LowRank(nn.Module):
     right: Tensor
     scaling: float
     dropout: float
+    compiled_scaling: nn.Parameter
 
     def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig) -> None:
         super().__init__()
         self.register_parameter("left", nn.Parameter(left))
         self.register_parameter("right", nn.Parameter(right))
-        vars(self).update(scaling=config.scaling, dropout=config.rank_dropout)  # Note [Thousands of modules]
+        self.take(config)
+
+    # Note [Scales of compiled graphs]
+    # A hot swap changes a scale, and must not change a graph: torch.compile is given it as a Parameter, and not as a
+    # number, even where it is 1 (Note [Adapter weights are tensors]). Without torch.compile a number is faster.
+
+    def take(self, config: GLoRAConfig) -> None:
+        """Scale, and drop components, as a config says."""
+        scaling = torch.tensor(config.scaling, dtype=torch.float64, device="cpu")
+        # Note [Thousands of modules]
+        vars(self).update(
+            scaling=config.scaling,
+            dropout=config.rank_dropout,
+            compiled_scaling=nn.Parameter(scaling, requires_grad=False),
+        )
 
     # Note [Thousands of modules]
     # An adapted layer has a dozen small modules, and a model has thousands of layers. nn.Module's `__setattr__` looks
@@ -46,7 +62,10 @@ class LowRank(nn.Module):
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:
         """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r numbers."""
         left, right = self.left, self.right
-        scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
+        if torch.compiler.is_compiling() and not is_exporting():
+            scale = adapter_weight * self.compiled_scaling
+        else:
+            scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
         if dropout and self.dropout:
             kept = 1 - self.dropout
             drawn = torch.empty(left.shape[-1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)

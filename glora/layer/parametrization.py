@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from glora import functional
-from glora.config import GLoRAConfig
+from glora.config import GLoRAConfig, Product
 from glora.functional import Factors, WeightFactors
 from glora.kernels.row_blocks import thin_product
 from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
@@ -124,10 +124,11 @@ class Paths(nn.Module):
     """
 
     config: GLoRAConfig
+    product: Product  # the config's: a graph is guarded by each object that it reads from
 
     def __init__(self, config: GLoRAConfig, names: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
-        vars(self).update(config=config)  # Note [Thousands of modules]
+        vars(self).update(config=config, product=config.product)  # Note [Thousands of modules]
         *batch, out_features, in_features = weight.shape
         dtype, device, tensors = working_dtype(weight), weight.device, dict[str, Tensor]()
         for key, shape in config.shapes(out_features, in_features, names, tuple(batch)).items():
@@ -144,6 +145,13 @@ class Paths(nn.Module):
     def paths(self) -> dict[str, LowRank | Vector]:
         """Path to module; a `FrozenPrompt` may be in the place of C."""
         return cast("dict[str, LowRank | Vector]", self._modules)
+
+    def take(self, config: GLoRAConfig) -> None:
+        """Be those of another config, of the same forms and of this rank at most (Note [Hot swap])."""
+        vars(self).update(config=config, product=config.product)
+        for path in self.paths().values():
+            if isinstance(path, LowRank):
+                path.take(config)
 
     def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
@@ -226,7 +234,7 @@ class Weight(Store):
             paths = cast("Paths | None", self._modules.get(name))
             if paths is not None:
                 factors = paths.factors(adapter_weight, dropout)
-                adapters.append(WeightFactors(factors.get("A"), factors.get("B"), paths.config.product))
+                adapters.append(WeightFactors(factors.get("A"), factors.get("B"), paths.product))
         return adapters
 
 

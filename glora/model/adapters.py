@@ -73,20 +73,26 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
         >>> glora.adapters(glora.activate(layer, "a"))
         {'a': 1.0, 'b': 0.0}
     """
-    if not isinstance(weights, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
-    weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    weights = {weights: 1.0} if isinstance(weights, str) else weights
     with change(model) as walk:
-        known = adapter_weights_of(walk)
-        for name, weight in weights.items():
-            _check_known(name, known)
-            if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
-                raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
-        active = [name for name, weight in weights.items() if weight != 0]
-        if len(active) > 1:
-            _check_heads_agree(walk, active)
+        check_weights(walk, weights)
         set_adapter_weights(walk, weights)
     return model
+
+
+def check_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> list[str]:
+    """The adapters that act under these weights, which are checked as `activate` says, heads included."""
+    if not isinstance(weights, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
+    known = adapter_weights_of(walk)
+    for name, weight in weights.items():
+        _check_known(name, known)
+        if type(weight) not in (int, float) or not -1e300 < weight < 1e300:
+            raise ValueError(f"An adapter's weight must be a finite number; found {weight!r} for {name!r}.")
+    active = [name for name, weight in weights.items() if weight != 0]
+    if len(active) > 1:
+        _check_heads_agree(walk, active)
+    return active
 
 
 def _check_known(name: str, known: Iterable[str]) -> None:

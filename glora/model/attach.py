@@ -153,11 +153,16 @@ def attach_specs(
             walk = doors.enter_context(change(model))
             plan = plan_spec(walk, spec, source, name)
             planned.append((walk, spec, plan))
-            others += [key for layer in plan.layers for key in _other_tensors(layer, spec.base)]
-            others += _others_outside(walk, spec.outside)
+            others += other_base(walk, plan, spec)
         report_other_base(others, source, strict=strict, stacklevel=stacklevel)
         for walk, spec, plan in planned:
             attach(walk, plan, values=spec.tensors, trainable=trainable)
+
+
+def other_base(walk: list[Owner], planned: Plan, spec: AdapterSpec) -> list[str]:
+    """The keys of the frozen tensors that are not those that a described adapter was trained beside."""
+    others = [key for layer in planned.layers for key in _other_tensors(layer, spec.base)]
+    return [*others, *_others_outside(walk, spec.outside)]
 
 
 def _other_tensors(layer: PlannedLayer, base: Mapping[str, Fingerprint]) -> list[str]:

@@ -78,7 +78,7 @@ def walk_to_read(model: nn.Module) -> list[Owner]:
 def walk_to_take_off(model: nn.Module, *, for_good: bool) -> list[Owner]:
     """The walk of a model whose adapters can be taken off, for good or for a while; raise where they cannot."""
     walk = walk_to_read(model)
-    _refuse_stacked(walk)
+    refuse_stacked(walk)
     for engine in engines:
         engine.refuse(model, walk, for_good)
     return walk
@@ -110,7 +110,7 @@ def refuse_while_swapped(model: nn.Module) -> None:
     refuse_while_routed(model)
 
 
-def _refuse_stacked(walk: Iterable[Owner]) -> None:
+def refuse_stacked(walk: Iterable[Owner]) -> None:
     """Raise RuntimeError where a parametrization of somebody else's stands beside or on top of adapters."""
     for owner in walk:
         stores = owner.stores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -178,16 +178,21 @@ def delete(model: Model, name: str) -> Model:
         if set(adapter_weights_of(walk)) == {name}:
             _remove(walk)
             return model
-        for owner in [owner for owner in walk if owner.stores]:
-            for tensor_name, store in owner.stores.items():
-                store.detach(name)
-                if not store.parts():
-                    unregister(owner.module, tensor_name, keep_value=False)
-            if stores_of(owner.module):
-                set_acting(owner, owner.acting.adapter_weights)
-            else:  # no copy trains in the base's place any more
-                flags.thaw_head(owner)
+        drop(walk, name)
     return model
+
+
+def drop(walk: Iterable[Owner], name: str) -> None:
+    """Take one adapter off, of several, or to put another in its place."""
+    for owner in [owner for owner in walk if owner.stores]:
+        for tensor_name, store in owner.stores.items():
+            store.detach(name)
+            if not store.parts():
+                unregister(owner.module, tensor_name, keep_value=False)
+        if stores_of(owner.module):
+            set_acting(owner, owner.acting.adapter_weights)
+        else:  # no copy trains in the base's place any more
+            flags.thaw_head(owner)
 
 
 def remove(model: Model) -> Model:

@@ -116,7 +116,7 @@ def plan_targets(
     return Plan(name, tuple(layers), tuple(heads), tuple(skipped), tuple(without_bias), share, kept)
 
 
-def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str) -> Plan:
+def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str, *, replaces: bool = False) -> Plan:
     """How a described adapter goes onto a model, tensors included.
 
     Args:
@@ -124,13 +124,14 @@ def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str) -
         spec: the adapter; its tensors must be there.
         source: the file that it came from, for messages.
         name: its name in the model.
+        replaces: whether it goes in the place of an adapter of this name.
 
     Raises:
         AdapterFileError: a layer that is not there, of another shape, or that cannot be adapted; a tensor missing, left
             over or of another shape.
         ValueError: a name that is taken.
     """
-    _check_name(walk, name)
+    _check_name([] if replaces else walk, name)
     ties = find_ties(walk)
     owner_of = {alias: owner for owner in walk for alias in owner.aliases}
     known = {alias: site for site in sites(walk) for alias in site.aliases}
@@ -296,6 +297,6 @@ def _check_name(walk: Iterable[Owner], name: str) -> None:
         if name in owner.adapter_names:
             raise ValueError(
                 f"An adapter's name must be new to the model; {name!r} is attached already (at {owner.place!r}). "
-                f"Choose another name=, write into it with glora.load_state_dict, or drop it with glora.delete(model, "
-                f"name)."
+                f"Choose another name=, write into it with glora.load_state_dict, put a file in its place with "
+                f"glora.load(..., replace=True), or drop it with glora.delete(model, name)."
             )

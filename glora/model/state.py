@@ -20,7 +20,7 @@ from glora.model.change import change, walk_to_read
 from glora.model.statistics import kept_statistics
 from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
 from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
-from glora.tensors import is_quantised, write_into
+from glora.tensors import gathered, is_quantised, write_into
 from glora.text import format_problems
 
 
@@ -223,7 +223,37 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             )
     ties = {key: key_of_copy[source] for key, source in source_of_key.items()}
     tensors = {key: tensor.detach() for key, tensor in adapter_tensors(walk, name).items()}
+    for path, layer in layers.items():
+        layers[path] = _without_padding(path, layer, tensors)
     return AdapterSpec(layers, heads, tensors, ties, base, _outside(walk, name, base), statistics)
+
+
+def _without_padding(path: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> LayerSpec:
+    """The layer at the rank that it is described with, and its tensors cut to it (Note [Hot swap])."""
+    names = [join(path, name) for name, form in layer.config.forms.items() if form == "lora"]
+    rank, pairs = layer.config.rank, [(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names]
+    if all(left.shape[-1] == rank for left, _ in pairs):
+        return layer
+    for left, right in pairs:
+        padding = left[..., rank:], right[..., rank:, :]
+        if not left.is_meta and all(gathered(part).any() for part in padding):
+            held = left.shape[-1]
+            return replace(layer, config=replace(layer.config, rank=held, alpha=layer.config.scaling * held))
+    for name, (left, right) in zip(names, pairs, strict=True):
+        tensors[f"{name}.left"], tensors[f"{name}.right"] = left[..., :rank], right[..., :rank, :]
+    return layer
+
+
+def padded(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors in the shapes of those that they are written into (Note [Hot swap])."""
+    given = dict(tensors)
+    for key, tensor in held.items():
+        if key in given and given[key].shape != tensor.shape and key.endswith((".left", ".right")):
+            value, axis = given[key], -1 if key.endswith("left") else -2
+            missing = list(value.shape)
+            missing[axis] = max(tensor.shape[axis] - value.shape[axis], 0)
+            given[key] = torch.cat([value, value.new_zeros(missing)], axis)
+    return given
 
 
 def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:

@@ -188,8 +188,8 @@ def test_a_merge_that_is_killed_leaves_no_index_of_other_shards(tmp_path: Path, 
             raise KeyboardInterrupt
         real(*args)
 
-    with mock.patch.object(os, "replace", stop), pytest.raises(KeyboardInterrupt):
-        main(arguments)
+    with mock.patch.object(os, "replace", stop):
+        assert main(arguments) == 130
     assert sorted(contents(out.parent)) == ["model-0.safetensors", "model-1.safetensors"]
     assert main(arguments) == 0
     assert out.exists()

@@ -51,7 +51,15 @@ CHANGES: dict[str, Change] = {
     "apply": Change(lambda model, _: attach(model, name="c", trainable=["norm"]), two),
     "apply the first": Change(lambda model, _: attach(model, name="c"), build),
     "load": Change(lambda model, folder: glora.load(model, folder, "c"), two),
+    "load in place": Change(
+        lambda model, folder: glora.load(model, folder, "a", replace=True, check=False), two, overwrites=True
+    ),
+    "load another": Change(
+        lambda model, folder: glora.load(model, folder, "b", replace=True, check=False), two, takes_off=True
+    ),
     "load_peft": Change(lambda model, folder: glora.interop.load_peft(model, folder / "peft", "c"), two),
+    "combine": Change(lambda model, _: glora.combine(model, {"a": 1.0, "b": 0}, name="c", rank=1), two),
+    "extract from a model": Change(lambda model, _: glora.extract(model, build(), ["first"], LORA, name="c"), two),
     "supernet": Change(lambda model, _: glora.search.supernet(model, ["first"], Space(), name="c"), two),
     "extract": Change(lambda model, _: glora.search.extract(model, {"first": LORA}), entangled, takes_off=True),
     "activate": Change(lambda model, _: glora.activate(model, "b"), two),

@@ -126,6 +126,7 @@ def test_torchs_own_removal_gives_back_all_but_the_flags(order: tuple[str, str],
     attach(model, targets=["first", "third"])
     for layer in (model.first, model.third):
         remove_with_torch(layer, *order, bake=bake)
+    remove_with_torch(model.norm, bake=bake)  # the running statistics
     after = snapshot(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for aspect in ("types", "keys", "identities"):

@@ -42,7 +42,7 @@ def test_merging_a_part_leaves_the_rest_adapted() -> None:
     attach(model)
     glora.merge(model.first)
     assert type(model.first) is nn.Linear
-    assert {key.split(".")[0] for key in glora.state_dict(model)} == {"second", "third", "head"}
+    assert {key.split(".")[0] for key in glora.state_dict(model)} == {"second", "third", "head", "norm"}
     assert model.first.weight.requires_grad
     assert not model.norm.weight.requires_grad
 

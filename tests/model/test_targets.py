@@ -225,4 +225,4 @@ def test_trainable_refuses_what_it_cannot_train() -> None:
 def test_the_nearest_paths_are_named_first(wrong: str, near: str) -> None:
     for targets in ([wrong], wrong):
         refused(Net(), rf"{re.escape(wrong)!s}.* There are: \S*{near}", targets)
-    refused(Net(), "There are: layers.0.q_proj, .*head", ["zzzz"])
+    refused(Net(), "There are: embed, layers.0.q_proj, .*head", ["zzzz"])

@@ -185,7 +185,11 @@ def test_a_supernet_trained_on_and_another_base_have_studies_of_their_own(tmp_pa
         calls[-1] += 1
         return float(net(X).sum())
 
-    for change in (lambda _: None, lambda net: next(glora.parameters(net)), lambda net: net[4].bias):
+    for change in (
+        lambda _: None,
+        lambda net: next(glora.parameters(net)),
+        lambda net: net[4].parametrizations.bias.original,
+    ):
         model = build()
         with torch.no_grad():
             if (parameter := change(model)) is not None:
