@@ -27,13 +27,14 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9429,
+    "all": 9430,
     "ground": 1001,
     "kernels": 561,
-    "layer": 1295,
+    "layer": 1296,
     "model": 2153,
     "engines": 194,
     "files": 652,
+    "arithmetic": 487,
     "interop": 2101,
     "integrations": 346,
     "search": 639,
@@ -47,11 +48,12 @@ FILES = {
     "model": 19,
     "engines": 4,
     "files": 5,
+    "arithmetic": 5,
     "interop": 19,
     "integrations": 6,
     "search": 10,
 }
-IMPORT_CHAIN = 13  # rooms of which each imports the next
+IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ def layout_of(module: nn.Module, dim: int) -> Layout:
     if isinstance(module, nn.RNNBase):
         return Layout(0 if module.batch_first else 1, 3, ("input", "hx"), {"hx": 1}, {1: 1, 2: 1})
     if isinstance(module, _CONVOLUTIONS):
-        return Layout(0, len(module.kernel_size) + 2, channels=1)
+        return Layout(0, len(cast("tuple[int, ...]", module.kernel_size)) + 2, channels=1)
     return Layout(dim)
 
 

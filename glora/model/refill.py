@@ -49,7 +49,7 @@ def refill(
     walk = walk_to_read(model)
     refuse_stacked(walk)
     planned = plan_spec(walk, spec, source, resolve_name(walk, name), replaces=True)
-    report_other_base(other_base(walk, planned, spec), source, strict=strict, stacklevel=4)
+    report_other_base(other_base(walk, planned, spec), source, strict=strict, stacklevel=3)
     places = _places(walk, planned)
     with change(model, taking_off=places is None, reversible=places is None) as walk, torch.no_grad():
         if places is None:

@@ -77,7 +77,7 @@ def test_a_bias_is_baked_in_before_the_weight_that_it_multiplies() -> None:
 def test_a_bias_is_no_matrix_however_many_axes_it_has(kind: Kind) -> None:
     model = kind.build()
     matrices = {key: tensor for key, tensor in model.state_dict().items() if tensor.ndim > 1}
-    if isinstance(model.get_submodule(kind.path), nn.Embedding):
+    if "Embedding" in str(kind):
         matrices = {}  # embeddings do not count
     found = glora.plan(model, [kind.path], only(B="lora")).coverage
     assert found is not None

@@ -16,7 +16,7 @@ import glora
 from glora import GLoRAConfig
 from glora.spec import AdapterSpec, LayerSpec
 from tests.helpers import internals
-from tests.helpers.calls import RANDOM, attach, warned
+from tests.helpers.calls import RANDOM, attach, quiet, warned
 from tests.helpers.state import snapshot, unchanged
 from tests.helpers.strategies import configs
 

@@ -185,15 +185,12 @@ def test_a_supernet_trained_on_and_another_base_have_studies_of_their_own(tmp_pa
         calls[-1] += 1
         return float(net(X).sum())
 
-    for change in (
-        lambda _: None,
-        lambda net: next(glora.parameters(net)),
-        lambda net: net[4].parametrizations.bias.original,
-    ):
+    for change in ("nothing", "the supernet", "the base"):
         model = build()
+        base, supernet = model[4].parametrizations.bias.original, next(glora.parameters(model))
         with torch.no_grad():
-            if (parameter := change(model)) is not None:
-                parameter.view(-1)[-1] += 1e-4
+            if change != "nothing":
+                (base if change == "the base" else supernet).view(-1)[-1] += 1e-4
         calls.append(0)
         search(model, evaluate, budget=BUDGET, trials=3, storage=file)
         assert calls[-1] == 3
