@@ -1,5 +1,7 @@
 """What torch puts around a model: ensembles by vmap, averages of weights, saved tensors elsewhere, scaled gradients."""
 
+# pyright: reportDeprecated=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import contextlib
