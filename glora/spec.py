@@ -131,6 +131,7 @@ class AdapterSpec:
             {rename(key): tensor for key, tensor in self.tensors.items()},
             {rename(key): rename(owner) for key, owner in self.ties.items()},
             {rename(key): known for key, known in self.base.items()},
+            {rename(key): known for key, known in self.outside.items()},
             statistics={rename(path): names for path, names in self.statistics.items()},
         )
 

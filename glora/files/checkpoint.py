@@ -130,7 +130,8 @@ def merge_checkpoint(
             if progress is not None:
                 progress(done, total)
         if done == total:  # the last of the files, and none is in place yet
-            report_other_base(merging.differing, source, strict=strict, stacklevel=4)
+            absent = [key for key in merging.adapter.outside if key not in entries]  # a head that was new, say
+            report_other_base([*merging.differing, *absent], source, strict=strict, stacklevel=4)
 
     contents: dict[Path, Any] = {target: partial(fill, target) for target in targets.values()}
     if sharded:
