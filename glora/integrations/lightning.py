@@ -50,9 +50,9 @@ class AdapterCheckpoints(_Callback):
     The rest of a checkpoint (optimizers, loops, callbacks) is Lightning's own. `fit(..., ckpt_path=...)` reads the
     adapter back into the module, to which it must be attached already, with the same config; so do `validate`, `test`
     and `predict`. Beside weight averaging (`WeightAveraging`, `EMAWeightAveraging`), in either order, the adapter's
-    average is kept under `"glora_average"`, and training goes on as with whole checkpoints. Buffers of the base model
-    that training changes (BatchNorm's) are saved only where their module is one of `trainable=`. A checkpoint without
-    an adapter of glora is refused. Lightning's `load_from_checkpoint` is refused too where the module makes its
+    average is kept under `"glora_average"`, and training goes on as with whole checkpoints. Running statistics
+    (BatchNorm's) are in it; other buffers that training changes only where their module is one of `trainable=`. A
+    checkpoint without an adapter of glora is refused. Lightning's `load_from_checkpoint` is refused too where the module makes its
     adapters itself: `load` takes its place.
 
     Raises:

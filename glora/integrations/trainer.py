@@ -25,9 +25,9 @@ class AdapterCheckpoints:
     The rest of a checkpoint (optimizer, scheduler, random state, arguments, tokenizer) is the Trainer's own.
     `train(resume_from_checkpoint=...)` and `load_best_model_at_end` read the adapter back into the model, to which it
     must be attached already, with the same config; a folder without an adapter of glora is left to the Trainer.
-    `glora.load(model, folder)` reads a checkpoint too, and what `save_model` writes. Buffers of the base model that
-    training changes (BatchNorm's) are saved only where their module is one of `trainable=`. It works in one process and
-    with DistributedDataParallel, not with FSDP or DeepSpeed, which write checkpoints of their own.
+    `glora.load(model, folder)` reads a checkpoint too, and what `save_model` writes. Running statistics (BatchNorm's)
+    are in it; other buffers that training changes only where their module is one of `trainable=`. It works in one
+    process and with DistributedDataParallel, not with FSDP or DeepSpeed, which write checkpoints of their own.
 
     Raises:
         ValueError: as training starts with checkpoints, or while saving: not exactly one adapter is active, or a
