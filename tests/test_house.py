@@ -27,13 +27,13 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9430,
-    "ground": 1001,
+    "all": 9449,
+    "ground": 1002,
     "kernels": 561,
     "layer": 1296,
-    "model": 2153,
+    "model": 2170,
     "engines": 194,
-    "files": 652,
+    "files": 653,
     "arithmetic": 487,
     "interop": 2101,
     "integrations": 346,
@@ -57,7 +57,7 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 561),
-    "load": (30, 303, 964),
+    "load": (30, 303, 966),
     "route": (20, 343, 614),
     "merge": (25, 352, 639),
 }

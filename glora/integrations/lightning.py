@@ -52,8 +52,8 @@ class AdapterCheckpoints(_Callback):
     and `predict`. Beside weight averaging (`WeightAveraging`, `EMAWeightAveraging`), in either order, the adapter's
     average is kept under `"glora_average"`, and training goes on as with whole checkpoints. Running statistics
     (BatchNorm's) are in it; other buffers that training changes only where their module is one of `trainable=`. A
-    checkpoint without an adapter of glora is refused. Lightning's `load_from_checkpoint` is refused too where the module makes its
-    adapters itself: `load` takes its place.
+    checkpoint without an adapter of glora is refused. Lightning's `load_from_checkpoint` is refused too where the
+    module makes its adapters itself: `load` takes its place.
 
     Raises:
         ValueError: as `fit` starts, or while saving: not exactly one adapter is active, or a parameter trains that does

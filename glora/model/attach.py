@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -148,15 +147,21 @@ def attach_specs(
     """
     planned: list[tuple[list[Owner], AdapterSpec, Plan]] = []
     others: list[str] = []
-    with ExitStack() as doors:
-        for model, spec in adapters:
-            walk = doors.enter_context(change(model))
+
+    def go_through(doors: Sequence[tuple[nn.Module, AdapterSpec]]) -> None:
+        if not doors:
+            report_other_base(others, source, strict=strict, stacklevel=stacklevel + 1 + len(adapters))
+            for walk, spec, plan in planned:
+                attach(walk, plan, values=spec.tensors, trainable=trainable)
+            return
+        model, spec = doors[0]
+        with change(model) as walk:
             plan = plan_spec(walk, spec, source, name)
             planned.append((walk, spec, plan))
-            others += other_base(walk, plan, spec)
-        report_other_base(others, source, strict=strict, stacklevel=stacklevel)
-        for walk, spec, plan in planned:
-            attach(walk, plan, values=spec.tensors, trainable=trainable)
+            others.extend(other_base(walk, plan, spec))
+            go_through(doors[1:])
+
+    go_through(adapters)
 
 
 def other_base(walk: list[Owner], planned: Plan, spec: AdapterSpec) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from glora.layer import routed
 from glora.layer.parametrization import Store, parametrizations_of, stashed
+from glora.model.flags import watch_again
 from glora.model.replaced import warn_of_replaced
 from glora.model.walk import Owner, owners
 
@@ -145,6 +146,8 @@ def _all_or_nothing(walk: Iterable[Owner]) -> Generator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag  # requires_grad_ refuses lazy parameters
+        for store in [module for module in modules if isinstance(module, Store)]:
+            watch_again(store)
         raise
 
 

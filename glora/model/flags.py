@@ -58,6 +58,20 @@ def follow_activity(store: Store) -> None:
             pending.forget(part)
 
 
+def watch_again(store: Store) -> None:
+    """Let the hooks on frozen adapters (Note [Pending graphs]) follow flags that were put back."""
+    for part in store.parts().values():
+        record: _Record = vars(part).get(_RECORD, {})
+        if not record:
+            pending.forget(part)
+        elif not pending.is_watched(part):
+            for name, parameter in part.named_parameters():
+                if record[name][0]:
+                    parameter.requires_grad = True  # a hook is put on nothing else
+                    pending.watch(part, parameter)
+                    parameter.requires_grad = False
+
+
 def _parameters(owner: Owner) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in owner.tensors.items() if isinstance(tensor, nn.Parameter)}
 
