@@ -11,7 +11,8 @@ from torch.nn.functional import embedding_bag
 from glora.config import GLoRAConfig
 from glora.interop.base import site_at
 from glora.interop.low_rank import Pair, elementwise, kronecker, whole, within
-from glora.interop.peft.methods import Given, Read, of_pattern
+from glora.interop.patterns import of_pattern
+from glora.interop.peft.methods import Given, Read
 from glora.precision import wide
 from glora.spec import LayerSpec
 
