@@ -12,10 +12,10 @@ from typing import Any
 
 # Note [Hostile regexes]
 # Python's `re` tries one way after the other to match, and `(a+)+b` has 2^n of them on n letters: a config of a few
-# bytes would hold the process for ever. The ways that a pattern can be tried on a path are bounded from its parts: those
-# of a sequence multiply, those of alternatives add up, `.*` has as many as the path has letters, and what is repeated,
-# and has several ways itself, has them to the power of the repetitions. A pattern with too many is refused by name;
-# three `.*` in one path are within the bound.
+# bytes would hold the process for ever. The ways that a pattern can be tried on a path are bounded from its parts:
+# those of a sequence multiply, those of alternatives add up, `.*` has as many as the path has letters, and what is
+# repeated, and has several ways itself, has them to the power of the repetitions. A pattern with too many is refused
+# by name; three `.*` in one path are within the bound.
 _MOST = 10**6
 
 
@@ -72,6 +72,5 @@ def _ways_of(kind: str, of: Any, length: int) -> float:
         return 1.0 + times if ways == 1 else sum(ways**n for n in range(times + 1))
     if kind == "BRANCH":
         return sum(_ways(body, length) for body in of[1])
-    bodies = of if isinstance(of, tuple) else (of,)
-    parsed = type(_parse(""))
-    return math.prod(_ways(body, length) for body in bodies if isinstance(body, parsed))
+    bodies: Any = of if isinstance(of, tuple) else (of,)
+    return math.prod([_ways(body, length) for body in bodies if isinstance(body, type(_parse("")))])

@@ -90,8 +90,6 @@ def test_a_hostile_config_is_named(field: str, tmp_path: Path) -> None:
     tensors = {f"base_model.model.{name}.{key}": torch.ones(shape) for key, shape in shapes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     began = time.monotonic()
-    with pytest.raises(
-        glora.AdapterFileError, match=r"adapter_config\.json do not .* the regex '\(a\+\)\+b'"
-    ):
+    with pytest.raises(glora.AdapterFileError, match=r"adapter_config\.json do not .* the regex '\(a\+\)\+b'"):
         interop.load_peft(nn.ModuleDict({name: nn.Linear(3, 2)}), tmp_path)
     assert time.monotonic() - began < 5

@@ -172,7 +172,7 @@ def _mixed(given: Given, theirs: dict[str, Tensor], key: str, bank: Tensor, axis
         weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
     _check_shape(given, f"{key} of weights", weights, tuple(indices.shape))
     mixed = embedding_bag(indices.long().flatten(0, 1), bank, per_sample_weights=weights.flatten(0, 1), mode="sum")
-    return mixed.unflatten(0, shape[:2])  # no vector is repeated for each that it is mixed into
+    return mixed.reshape(*shape[:2], -1)  # no vector is repeated for each that it is mixed into
 
 
 def read_randlora(given: Given, theirs: dict[str, Tensor]) -> Read:
