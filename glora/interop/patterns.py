@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 # Note [Hostile regexes]
 # Python's `re` tries one way after the other to match, and `(a+)+b` has 2^n of them on n letters: a config of a few
@@ -72,5 +72,5 @@ def _ways_of(kind: str, of: Any, length: int) -> float:
         return 1.0 + times if ways == 1 else sum(ways**n for n in range(times + 1))
     if kind == "BRANCH":
         return sum(_ways(body, length) for body in of[1])
-    bodies: Any = of if isinstance(of, tuple) else (of,)
+    bodies = cast("tuple[Any, ...]", of if isinstance(of, tuple) else (of,))
     return math.prod([_ways(body, length) for body in bodies if isinstance(body, type(_parse("")))])
