@@ -12,7 +12,7 @@ from glora.arithmetic.combine import combine_files, error_table
 from glora.arithmetic.extract import extract_checkpoint, fit_table
 from glora.config import GLoRAConfig
 from glora.files.adapter import read, write
-from glora.files.checkpoint import frozen_tensors, merge_checkpoint, shapes_of
+from glora.files.checkpoint import frozen_tensors, merge_checkpoint
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -22,8 +22,10 @@ from glora.files.container import (
     read_header,
 )
 from glora.files.norms import Norms, path_norms, update_norms
+from glora.interop.base import Base
+from glora.interop.checkpoint import base_at, fitted
 from glora.interop.lycoris import read_lycoris, write_lycoris
-from glora.interop.lycoris.held import held_in
+from glora.interop.lycoris.held import held_by
 from glora.interop.peft import read_peft, write_peft
 from glora.spec import AdapterSpec, join
 from glora.text import format_names, table
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reads.add_argument(
         "--base",
         type=Path,
-        help="the base checkpoint: LyCORIS's names are read by its keys, and inspect compares the update with it",
+        help="the base: a checkpoint's file, or a model's folder. LyCORIS's names are read by its keys, what must be "
+        "computed beside W0 (DoRA, VeRA, LoHa, experts) beside its tensors, and inspect compares the update with it",
     )
 
     merge = commands.add_parser("merge", help="bake an adapter into a checkpoint, tensor by tensor", parents=[lycoris])
@@ -56,8 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("inspect", help=inspect, parents=[reads]).set_defaults(run=_inspect)
 
     convert = commands.add_parser("convert", help="write an adapter as another library has it", parents=[reads])
-    convert.add_argument("out", type=Path, help="a folder; for LyCORIS a .safetensors file")
-    convert.add_argument("--to", required=True, choices=["peft", "glora", "lycoris"])
+    convert.add_argument("out", type=Path, help="a folder; for kohya and LyCORIS a .safetensors file")
+    formats = "peft: the method that the forms are; peft-lora: LoRA alone, which servers read"
+    convert.add_argument("--to", required=True, choices=_FORMATS, help=formats)
+    nearest = "with peft-lora: write what is no LoRA as the nearest of this rank, and print the relative errors"
+    convert.add_argument("--rank", type=int, help=nearest)
+    convert.add_argument("--tolerance", type=float, help="with peft-lora: the largest relative error of a layer")
+    prefix = "what stands before each name: lora_unet (kohya's, if nothing is given), lora_te, lycoris (LyCORIS's)"
+    convert.add_argument("--prefix", help=prefix)
     convert.set_defaults(run=_convert)
 
     combine = commands.add_parser("combine", help="write a weighted sum of adapters as one adapter", parents=[lycoris])
@@ -91,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+_FORMATS = ("peft", "peft-lora", "kohya", "lycoris", "glora")
 _TENSOR_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # the latter four: LyCORIS's, by torch.save
 
 
@@ -104,7 +114,9 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
         if "glora" in read_header(file).metadata:
             return read(file)
         if path.is_dir():
-            return read_peft(path) if (path / PEFT_CONFIG_FILE).exists() else read(file)
+            if not (path / PEFT_CONFIG_FILE).exists():
+                return read(file)
+            return read_peft(path, Base() if options.base is None else base_at(options.base))
         if not any(key.endswith(".alpha") or "lora" in key or "lycoris" in key for key in read_header(path).tensors):
             raise ValueError(
                 f"An adapter has low-rank factors or vectors, and no whole weights; {path} is none that glora, PEFT or "
@@ -120,8 +132,8 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
             f"A file of LyCORIS has underscores for the dots in its layers' paths, and the base checkpoint says which "
             f"are dots; found no base for {path}. Pass --base."
         )
-    shapes = {key.removesuffix(".weight"): s for key, s in shapes_of(options.base).items() if key.endswith(".weight")}
-    (adapter,) = read_lycoris(path, {None: held_in(shapes)}, rs_lora=options.rs_lora).values()
+    held = held_by(base_at(options.base, convolutions=True))
+    (adapter,) = read_lycoris(path, {None: held}, rs_lora=options.rs_lora).values()
     return adapter
 
 
@@ -183,11 +195,30 @@ def _share(part: float, whole: float) -> str:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    adapter = _read(options)
-    if options.to == "lycoris":
-        write_lycoris(options.out, {"lycoris": adapter}, rs_lora=options.rs_lora)
+    to, out, one_file = options.to, options.out, options.to in ("kohya", "lycoris")
+    for name, value, formats in (
+        ("rank", options.rank, ["peft-lora"]),
+        ("tolerance", options.tolerance, ["peft-lora"]),
+        ("prefix", options.prefix, ["kohya", "lycoris"]),
+    ):
+        if value is not None and to not in formats:
+            raise ValueError(f"--{name} goes with --to {' or '.join(formats)}; found --to {to}. Leave it out.")
+    adapter, base = _read(options), Base()
+    if options.base is not None and to != "glora":
+        base = fitted(base_at(options.base, convolutions=one_file), adapter, options.adapter)
+    others = [f"{path!r} ({layer.forms})" for path, layer in adapter.layers.items() if layer.config.paths != ("B",)]
+    if to == "kohya" and others:
+        raise ValueError(
+            f"kohya's scripts read LoRA and LoCon, a low-rank B alone; found {format_names(others)}. --to lycoris "
+            f"takes GLoRA, IA3 and dora_scale too, and --to peft-lora --rank 16 writes the nearest LoRA."
+        )
+    if one_file:
+        prefix = options.prefix or {"kohya": "lora_unet"}.get(to, to)
+        write_lycoris(out, {prefix: adapter}, {prefix: base}, rs_lora=options.rs_lora)
+    elif to == "glora":
+        write(out, adapter)
     else:
-        {"glora": write, "peft": write_peft}[options.to](options.out, adapter)
+        write_peft(out, adapter, base, "auto" if to == "peft" else "lora", options.rank, options.tolerance)
     layers, heads = len(adapter.layers), f" and {len(adapter.heads)} heads" if adapter.heads else ""
     print(f"Wrote {layers} layers{heads} to {options.out}, as {options.to} has them.")
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import BIAS_PATHS, WEIGHT_PATHS
-from glora.files.container import bytes_of, parse_json, plain_tensors, read_header, replace_files
+from glora.files.container import (
+    bytes_of,
+    import_optional,
+    parse_json,
+    parsing,
+    plain_tensors,
+    read_header,
+    replace_files,
+)
 from glora.fingerprint import agrees
 from glora.matrices import LINEAR
 from glora.model.attach import attach_spec
@@ -190,11 +198,6 @@ def _why_missing(missing: Iterable[str], keys: Iterable[str]) -> str:
     return f"The base has each expert's matrices apart ({apart!r}), where the model holds those of all in one tensor. "
 
 
-def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
-    """Key to shape of every tensor of a checkpoint, sharded or not."""
-    return {key: entry.shape for key, entry in _read_base(base)[0].items()}
-
-
 def checkpoint_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     """Key to a function that reads the tensor, of a checkpoint's file, of its index, or of a folder with either.
 
@@ -202,14 +205,6 @@ def checkpoint_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
         FileNotFoundError: there is none.
         AdapterFileError: a damaged one, or a tensor of a dtype that torch does not know.
     """
-    if path.is_dir():
-        found = sorted(path.glob(f"*.safetensors{_INDEX}")) or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"A checkpoint's folder has one .safetensors file, or one {_INDEX} of several; found "
-                f"{format_names(file.name for file in found) or 'none'} in {str(path)!r}."
-            )
-        path = found[0]
     entries = _read_base(path)[0]
     unknown = [f"{key} ({entry.dtype})" for key, entry in entries.items() if entry.dtype not in _DTYPES]
     if unknown:
@@ -217,8 +212,26 @@ def checkpoint_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     return {key: entry.tensor for key, entry in entries.items()}
 
 
+def checkpoint_tensors(path: Path) -> dict[str, Tensor]:
+    """Key to tensor of a checkpoint, as `checkpoint_readers`: mapped from the files, and read where they are used."""
+    load_file = import_optional("safetensors.torch").load_file
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(entry.file for entry in _read_base(path)[0].values()):
+        with parsing(file):
+            tensors |= load_file(file)
+    return tensors
+
+
 def _read_base(base: Path) -> tuple[dict[str, _Entry], dict[str, str], dict[str, Any]]:
     """Key to entry of every tensor of a checkpoint; the metadata of its files, and those of its index."""
+    if base.is_dir():
+        found = sorted(base.glob(f"*.safetensors{_INDEX}")) or sorted(base.glob("*.safetensors"))
+        if len(found) != 1:
+            raise FileNotFoundError(
+                f"A checkpoint's folder has one .safetensors file, or one {_INDEX} of several; found "
+                f"{format_names(file.name for file in found) or 'none'} in {str(base)!r}."
+            )
+        base = found[0]
     weight_map, index_metadata = _read_index(base) if base.name.endswith(_INDEX) else ({}, {})
     entries, metadata = dict[str, _Entry](), dict[str, str]()
     for file in [base.parent / name for name in sorted(set(weight_map.values()))] or [base]:

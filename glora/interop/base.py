@@ -23,11 +23,13 @@ class Base(NamedTuple):
         sites: path to matrix.
         owners: path to module.
         model: the model itself.
+        partial: whether it is a checkpoint's file, which does not tell all (Note [Bases without a model]).
     """
 
     sites: Mapping[str, Site] = {}
     owners: Mapping[str, Owner] = {}
     model: nn.Module | None = None
+    partial: bool = False
 
 
 def base_of(model: nn.Module | None) -> Base:
@@ -48,7 +50,8 @@ def site_at(base: Base, path: str) -> Site:
     if base.model is None:
         raise ValueError(f"{path!r} must be computed beside its base weight: give the base model")
     if path not in base.sites:
-        raise ValueError(f"{path!r} is no layer of this model that can be adapted")
+        alone = ", as far as a checkpoint's file tells: give the model's folder, with its config.json"
+        raise ValueError(f"{path!r} is no layer of this model that can be adapted{alone if base.partial else ''}")
     return base.sites[path]
 
 

@@ -9,14 +9,20 @@ Pair = tuple[Tensor, Tensor]
 
 
 def within(left: Tensor, right: Tensor) -> Pair:
-    """The same product of the rank that a matrix of its size can have: with more components, itself and an identity."""
-    rows, rank, columns = left.shape[0], left.shape[1], right.shape[1]
-    if rank <= min(rows, columns):
-        return left, right
-    product = left @ right
-    if rows <= columns:
-        return torch.eye(rows, dtype=product.dtype), product
-    return product, torch.eye(columns, dtype=product.dtype)
+    """The same product of the rank that a matrix of its size can have: with more components, itself and an identity.
+
+    Raises:
+        ValueError: the two have no product.
+    """
+    rank = _rank(left, right)
+    return (left, right) if rank <= min(left.shape[0], right.shape[1]) else whole(left @ right)
+
+
+def _rank(left: Tensor, right: Tensor) -> int:
+    """The components of a pair, which must be as many on both sides: before anything is made of them."""
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(f"factors of {tuple(left.shape)} and {tuple(right.shape)} have no product")
+    return left.shape[1]
 
 
 def elementwise(one: Pair, other: Pair) -> Pair:
@@ -29,9 +35,10 @@ def elementwise(one: Pair, other: Pair) -> Pair:
         (True, 2)
     """
     (a, b), (c, d) = one, other
-    if a.shape[1] * c.shape[1] > min(a.shape[0], b.shape[1]):  # the products are smaller than all their components
-        product = (a @ b) * (c @ d)
-        return within(product, torch.eye(product.shape[1], dtype=product.dtype))
+    if (a.shape[0], b.shape[1]) != (c.shape[0], d.shape[1]):
+        raise ValueError(f"{(a.shape[0], b.shape[1])} and {(c.shape[0], d.shape[1])} have no elementwise product")
+    if _rank(a, b) * _rank(c, d) > min(a.shape[0], b.shape[1]):  # the products are smaller than all their components
+        return whole((a @ b) * (c @ d))
     left = (a.unsqueeze(2) * c.unsqueeze(1)).flatten(1)
     return left, (b.unsqueeze(1) * d.unsqueeze(0)).flatten(0, 1)
 
@@ -48,5 +55,7 @@ def _kron(one: Tensor, other: Tensor) -> Tensor:
 
 
 def whole(matrix: Tensor) -> Pair:
-    """A matrix as a pair, of as many components as its smaller side."""
-    return within(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype))
+    """A matrix as a pair, of as many components as its smaller side: itself, and an identity of that side."""
+    rows, columns = matrix.shape
+    eye = torch.eye(min(rows, columns), dtype=matrix.dtype)
+    return (eye, matrix) if rows < columns else (matrix, eye)

@@ -193,6 +193,41 @@ def test_a_rank_beyond_use_is_refused_before_it_takes_memory(
         interop.load_peft(every(), tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    ("name", "forged"),
+    [
+        ("LoKr", {"q.lokr_w1": (1, 10_000_000)}),  # an identity of its columns would have 1e14 numbers
+        ("LoKr", {"q.lokr_w2": (1, 10_000_000)}),
+        ("LoKr", {"q.lokr_w1": (10_000_000, 1)}),
+        ("LoKr", {"conv2.lokr_w2": (1, 1, 10_000_000)}),
+        ("LoKr", {"q.lokr_w1_a": (2, 1), "q.lokr_w1_b": (1_000_000, 2), "q.lokr_w2_b": (1_000_000, 3)}),
+        ("LoKr", {"conv1.lokr_t2": (1_000_000, 1, 3, 1), "conv1.lokr_w2_b": (1, 1_000_000)}),
+        ("LoHa", {"q.hada_w1_a": (8, 1), "q.hada_w2_a": (8, 1), "q.hada_w1_b": (10**6, 6), "q.hada_w2_b": (10**6, 6)}),
+        ("LoHa", {"conv2.hada_t1": (1_000_000, 2, 1, 3)}),
+        ("AdaLoRA", {"q.lora_A": (1_000_000, 1), "q.lora_E": (1, 1_000_000)}),
+        ("VeRA", {"q.vera_lambda_b": (8, 1_000_000)}),
+        ("VeRA", {"q.vera_lambda_d": (2, 6)}),
+        ("RandLoRA", {"q.randlora_lambda": (2, 100_000), "q.randlora_gamma": (100_000, 6)}),
+        ("RandLoRA", {"q.randlora_lambda": (2, 3, 6)}),
+    ],
+)
+def test_sizes_are_compared_before_tensors_are_multiplied_out(
+    name: str, forged: dict[str, tuple[int, ...]], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """Factors of some megabytes, of which terabytes would be asked for: refused, and not by the allocator."""
+    shutil.copytree(saved[name], tmp_path / "x")
+    tensors = load_file(tmp_path / "x" / TENSORS)
+    for key, shape in forged.items():
+        whole, _, letter = key.rpartition("_")
+        for other in [whole] if letter in "ab" else [f"{key}_a", f"{key}_b"]:
+            tensors.pop(f"base_model.model.{other}", None)
+        tensors[f"base_model.model.{key}"] = torch.ones(shape)
+    save_file(tensors, tmp_path / "x" / TENSORS)
+    with pytest.raises(glora.AdapterFileError, match="has|have no") as refused:
+        interop.load_peft(every(), tmp_path / "x")
+    assert "alloc" not in str(refused.value)
+
+
 def test_a_folder_without_files_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         interop.load_peft(nn.Sequential(nn.Linear(2, 2)), tmp_path)

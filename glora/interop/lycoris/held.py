@@ -1,16 +1,15 @@
-"""What a file of LyCORIS is matched with: the layers and norms of a model, or the keys of its checkpoint."""
+"""What a file of LyCORIS is matched with: the layers and norms of a model, or of its checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glora.interop.base import Base, weight_at
-from glora.matrices import LINEAR, Matrix, convolution
+from glora.matrices import Matrix
 from glora.precision import wide
 from glora.tensors import dense, gathered
 
@@ -23,7 +22,7 @@ class Held:
         path: its path.
         shape: of its weight as the module holds it.
         matrix: how the weight is a matrix; None where it is none (a norm), or a batch of them.
-        base: the model; empty where a checkpoint's shapes alone are known.
+        base: the model.
         key: its identity: equal for two paths to one module.
     """
 
@@ -74,9 +73,3 @@ def held_by(base: Base) -> dict[str, Held]:
             one = None if matrix is None or matrix.is_batched else matrix
             held[path] = Held(path, tuple(weight.shape), one, base, id(owner.module))
     return held
-
-
-def held_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
-    """Path to module, of a checkpoint: two axes are a linear layer's, and from three on a convolution's."""
-    kinds = {2: LINEAR, **{axes + 2: convolution(axes) for axes in (1, 2, 3)}}
-    return {path: Held(path, shape, kinds.get(len(shape)), key=path) for path, shape in shapes.items()}

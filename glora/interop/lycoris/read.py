@@ -18,6 +18,7 @@ from glora.interop.lycoris import methods
 from glora.interop.lycoris.held import Held
 from glora.interop.lycoris.methods import Read, Reader, ShapeError
 from glora.interop.lycoris.names import flat, resolve
+from glora.interop.patterns import of_pattern
 from glora.interop.tensors import read_tensors
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names, format_problems
@@ -190,8 +191,7 @@ def _alpha(described: Mapping[str, Any], prefix: str, path: str, rank: int) -> f
     alpha = described.get(f"{prefix}.lora_alpha")
     if alpha is None:
         return None
-    pattern = cast("dict[str, float]", described.get(f"{prefix}.alpha_pattern") or {})
-    own = next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), alpha)
+    own = of_pattern(described.get(f"{prefix}.alpha_pattern"), path, alpha)
     return float(own) * (math.sqrt(rank) if described.get(f"{prefix}.use_rslora") else 1)
 
 

@@ -47,7 +47,10 @@ def add_biases(
                 tensors[join(path, "E.value")] = change
             continue
         if layer.config.D != "none":  # which scales the trained bias
-            change = change * (1 + wide(tensors[join(path, "D.value")]))
+            D = tensors[join(path, "D.value")]
+            if tuple(D.shape) not in ((), (1,), tuple(change.shape)):
+                raise ValueError(f"{path!r} has a D of {tuple(D.shape)} on a bias of {tuple(change.shape)}")
+            change = change * (1 + wide(D))
         if layer.config.E != "none":
             change = change + wide(tensors[join(path, "E.value")])
         layers[path] = replace(layer, config=replace(layer.config, E="vector"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from glora.config import GLoRAConfig
 from glora.interop.base import Base, site_at, weight_at
+from glora.interop.patterns import matches, of_pattern
 from glora.matrices import EMBEDDING
 from glora.precision import multiply, wide
 from glora.spec import LayerSpec
@@ -190,7 +190,7 @@ def read_ia3(given: Given, theirs: dict[str, Tensor]) -> Read:
     path, scale = given.path, theirs.pop("ia3_l")
     feedforward: str | list[str] = given.config.get("feedforward_modules") or []
     if isinstance(feedforward, str):
-        scales_inputs = re.fullmatch(feedforward, path) is not None
+        scales_inputs = matches(feedforward, path)
     else:
         scales_inputs = any(path.endswith(entry) for entry in feedforward)  # PEFT asks for no dot before it
     kernel = tuple(scale.shape[2:])
@@ -209,11 +209,3 @@ def read_ia3(given: Given, theirs: dict[str, Tensor]) -> Read:
         change = change.repeat_interleave(math.prod(site.owner.tensors["weight"].shape[2:]), 1)
     ours = GLoRAConfig(A="vector", B="none", C="none", D="none", E="none", product="matmul")
     return LayerSpec(ours, None, change.shape[1]), {"A.value": change}
-
-
-def of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """A layer's entry in rank_pattern or alpha_pattern: that of the first key which, as a regex, its path ends in."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

@@ -124,6 +124,11 @@ class _File:
 
     def __init__(self, config: Mapping[str, Any], theirs: Mapping[str, Tensor], base: Base) -> None:
         self.config, self.base = config, base
+        if base.partial and config.get("fan_in_fan_out"):
+            raise ValueError(
+                "it says fan_in_fan_out, and which layers hold their weights transposed (Conv1D) is told by the model: "
+                "give its folder, or load the adapter into it"
+            )
         self.saved = _names(config, "modules_to_save")
         self.shared: dict[str, Tensor] = {}
         self.theirs: dict[str, Tensor] = {}
@@ -205,9 +210,9 @@ class _File:
                 continue
             if path.endswith(".base_layer.out_proj"):  # whose update PEFT's MultiheadAttention adds twice
                 parts = {key: 2 * part if key == "lora_B.weight" else part for key, part in parts.items()}
+            if targets and (owner is None or self.base.partial):
+                raise ValueError(f"which parameters of {module!r} are adapted is told by the base model: give it")
             if not named:
-                if targets and owner is None:
-                    raise ValueError(f"which parameters of {module!r} are adapted is told by the base model: give it")
                 found[module] = parts
                 continue
             around = path.count(".base_layer")  # the outermost is the last

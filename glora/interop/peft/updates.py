@@ -6,11 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from glora.config import GLoRAConfig
 from glora.interop.base import site_at
 from glora.interop.low_rank import Pair, elementwise, kronecker, whole, within
-from glora.interop.peft.methods import Given, Read, of_pattern
+from glora.interop.patterns import of_pattern
+from glora.interop.peft.methods import Given, Read
 from glora.precision import wide
 from glora.spec import LayerSpec
 
@@ -40,6 +42,12 @@ def _check_rank(given: Given, rank: int, most: int | None = None) -> None:
         raise ValueError(f"{given.path!r} has rank {rank} on a weight of {_sizes(given)}")
 
 
+def _check_shape(given: Given, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise where a tensor is not of its shape: others would be multiplied out to sizes that no file has."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{given.path!r} has a {key} of {tuple(tensor.shape)} where {shape} should be")
+
+
 def _scale(given: Given, alpha: str) -> float:
     """alpha / r, each by the layer's pattern."""
     rank = of_pattern(given.config.get("rank_pattern"), given.path, given.config["r"])
@@ -49,6 +57,7 @@ def _scale(given: Given, alpha: str) -> float:
 def read_adalora(given: Given, theirs: dict[str, Tensor]) -> Read | None:
     r"""AdaLoRA (arXiv 2303.10512): $\Delta = \alpha / r_0 \; B (E \odot A)$, with the rank $r_0$ that it began with."""
     A, B, E = theirs.pop("lora_A"), theirs.pop("lora_B"), theirs.pop("lora_E")
+    _check_shape(given, "lora_E", E, (len(A), 1))
     if not len(E):  # its budget has left this layer none
         return None
     alpha = given.config["lora_alpha"]
@@ -70,6 +79,8 @@ def _decomposed(given: Given, theirs: dict[str, Tensor], name: str, core_name: s
     _check_rank(given, a.shape[1 if core is None else 0])
     if core is None:
         return a, b
+    if tuple(core.shape[:2]) != (len(a), len(b)):
+        raise ValueError(f"{given.path!r} has a core of {tuple(core.shape)} between {len(a)} and {len(b)} components")
     if b.shape[1] * math.prod(core.shape[2:]) > _sizes(given)[1]:
         raise ValueError(f"{given.path!r} has {b.shape[1]} inputs with a kernel of {tuple(core.shape[2:])}")
     return a.mT, torch.einsum("i j k l, j r -> i r k l", wide(core), b).flatten(1)
@@ -113,6 +124,8 @@ def read_vera(given: Given, theirs: dict[str, Tensor]) -> Read:
     b, d = wide(theirs.pop("vera_lambda_b")), wide(theirs.pop("vera_lambda_d"))
     out_features, in_features = _sizes(given, len(b))
     _check_rank(given, len(d))
+    _check_shape(given, "vera_lambda_b", b, (len(b),))
+    _check_shape(given, "vera_lambda_d", d, (len(d),))
     right, left = (given.shared.get(f"vera_{name}") for name in "AB")
     if left is None or right is None:
         rows, columns = _largest(given)
@@ -157,7 +170,9 @@ def _mixed(given: Given, theirs: dict[str, Tensor], key: str, bank: Tensor, axis
     else:
         weights = wide(theirs.pop(f"{key}_topk_weights"))  # all but the last, since they add up to 1
         weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
-    return (weights.unsqueeze(-1) * bank[indices.long()]).sum(-2)
+    _check_shape(given, f"{key} of weights", weights, tuple(indices.shape))
+    mixed = embedding_bag(indices.long().flatten(0, 1), bank, per_sample_weights=weights.flatten(0, 1), mode="sum")
+    return mixed.reshape(*shape[:2], -1)  # no vector is repeated for each that it is mixed into
 
 
 def read_randlora(given: Given, theirs: dict[str, Tensor]) -> Read:
@@ -170,6 +185,7 @@ def read_randlora(given: Given, theirs: dict[str, Tensor]) -> Read:
     if one is None or other is None:
         one, other = _random_bases(given, len(scales))
     bases, ends = scales.shape[1], (one.shape[2], len(other))
+    _check_shape(given, "randlora_lambda", scales, (len(scales), math.ceil(small / len(scales))))
     if scales.shape[0] != len(one) or gamma.shape != (bases, small) or ends[0] < small or ends[1] < large:
         raise ValueError(f"{given.path!r} does not go with bases of {tuple(one.shape)} and {tuple(other.shape)}")
     scaled = (scales.unsqueeze(2) * wide(one)[:, :bases, :small] * gamma).flatten(0, 1)  # (r bases, small)
