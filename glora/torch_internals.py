@@ -105,7 +105,7 @@ def checkpointed_regions() -> list[CheckpointedRegion]:
                 regions.append(CheckpointedRegion(names["gen"].gi_frame.f_locals["new_frame"], False, False))
             elif kind == "unpack_hook":
                 regions.append(CheckpointedRegion(names["frame"], True, False))
-            elif kind in ("forward", "backward"):
+            elif kind in ("forward", "backward") and "ctx" in names:
                 regions.append(CheckpointedRegion(names["ctx"], kind == "backward", True))
         frame = frame.f_back
     return regions

@@ -164,7 +164,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         matrix = TRANSPOSED if is_transposed_linear(base) else LINEAR
         run, run_per_sample = linear_forward(matrix), per_sample_forward(matrix)
     elif has_embedding_forward(base):
-        run, run_per_sample = embedding_forward, None
+        run, run_per_sample = embedding_forward(base), None
     elif has_convolution_forward(base):
         run, run_per_sample = convolution_forward(base), None
     else:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 _CONVOLUTIONS = tuple(getattr(nn, f"Conv{transposed}{axes}d") for axes in (1, 2, 3) for transposed in ("", "Transpose"))
 
+_NORMS = tuple(getattr(nn, f"{kind}Norm{axes}d") for axes in (1, 2, 3) for kind in ("Batch", "Instance"))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,8 +63,8 @@ def layout_of(module: nn.Module, dim: int) -> Layout:
     if isinstance(module, nn.MultiheadAttention):
         dim = 0 if module.batch_first else 1
         return Layout(dim, 3, ("query", "key", "value", *_MASKS), {"key_padding_mask": 0, "attn_mask": None}, {1: 0})
-    if isinstance(module, nn.RNNBase):
-        return Layout(0 if module.batch_first else 1, 3, ("input", "hx"), {"hx": 1}, {1: 1, 2: 1})
+    if isinstance(module, _NORMS):
+        return Layout(0, channels=1)
     if isinstance(module, _CONVOLUTIONS):
         return Layout(0, len(cast("tuple[int, ...]", module.kernel_size)) + 2, channels=1)
     return Layout(dim)

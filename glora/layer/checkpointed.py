@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from glora.layer.parametrization import AdapterWeights, Parametrizations, Store
 from glora.layer.pending import is_watched, reopen
 from glora.text import quote_names
-from glora.torch_internals import checkpointed_regions, writes_to
+from glora.torch_internals import checkpointed_regions, running_backward, writes_to
 
 # Note [Checkpoints]
 # Activation checkpointing keeps the inputs of a region and runs its forward a second time, in the backward pass. Which
@@ -37,6 +38,25 @@ class _FirstRun(NamedTuple):
     trained: list[nn.Module]
 
 
+@dataclass
+class _Runs:
+    """The lookups of a module in a region's first run, in order: the region's own code may switch adapters."""
+
+    runs: list[_FirstRun] = field(default_factory=list[_FirstRun])
+    taken: int = 0
+    backward: int = -1  # the backward pass that they are taken in: each begins again
+
+    def take(self) -> _FirstRun:
+        if self.backward != running_backward():
+            self.backward, self.taken = running_backward(), 0
+        self.taken += 1
+        return self.runs[min(self.taken, len(self.runs)) - 1]
+
+
+def _notes(record: object) -> dict[nn.Module, _Runs]:
+    return cast("dict[nn.Module, _Runs]", vars(record).setdefault(_NOTES, {}))
+
+
 def of_first_run(module: nn.Module, parametrizations: Parametrizations, active: AdapterWeights) -> AdapterWeights:
     """The adapters that act on the module: those of the first run in a region's second run, else `active`.
 
@@ -51,22 +71,22 @@ def of_first_run(module: nn.Module, parametrizations: Parametrizations, active: 
             break
         nested.append(region.record)
     for record in nested:
-        notes = cast("dict[nn.Module, _FirstRun]", vars(record).setdefault(_NOTES, {}))
         parts = _parts(parametrizations, active)
         trained = [part for part in parts if not is_watched(part)]
-        notes[module] = _FirstRun(active, parts, _writes(parts), trained)
+        _notes(record).setdefault(module, _Runs()).runs.append(_FirstRun(active, parts, _writes(parts), trained))
     return active
 
 
 def _of_second_run(module: nn.Module, parametrizations: Parametrizations, record: object) -> AdapterWeights:
-    first = cast("dict[nn.Module, _FirstRun]", vars(record).get(_NOTES, {})).get(module)
+    runs = _notes(record).get(module)
+    first = None if runs is None else runs.take()
     parts = [] if first is None else _parts(parametrizations, first.adapter_weights)
     if first is None or first.parts != parts or first.writes != _writes(parts):
-        had = "none on this module" if first is None else quote_names(first.adapter_weights)
+        had = "none noted on this module" if first is None else quote_names(first.adapter_weights)
         raise RuntimeError(
             f"Activation checkpointing runs a {type(module).__name__} again in the backward pass, which needs the "
-            f"adapters of the forward pass ({had}), and they were changed since. Call backward before adapters are "
-            f"attached, loaded, written to, merged or deleted, or turn checkpointing off."
+            f"adapters of the forward pass ({had}), and finds others. Call backward before adapters are attached, "
+            f"loaded, written to, merged or deleted, or turn checkpointing off."
         )
     for part in first.trained:
         reopen(part)

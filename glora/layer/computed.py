@@ -92,7 +92,7 @@ def tensor_of(
             W0 = _frozen_weight(module, parametrizations, store.matrix.weight)
             value = store(parametrization.original, W0, adapter_weights, dropout)
         elif isinstance(store, Head):
-            value = store(parametrization.original, adapter_weights)
+            value = store.forward(parametrization.original, adapter_weights)  # BatchNorm reads it seven times a call
         else:  # somebody else's, on a tensor without adapters
             return cast("Callable[[], Tensor]", parametrization)()
         for other in others:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from glora import functional
 from glora.functional import Factors, WeightFactors
 from glora.kernels import select
-from glora.layer.computed import adapter_weights_of, kernel_weight, tensor_of
+from glora.layer.computed import adapter_weights_of, caching_reads, kernel_weight, tensor_of
 from glora.layer.parametrization import AdapterWeights, live_parametrizations
 from glora.matrices import EMBEDDING, Matrix
+from glora.torch_internals import is_tracing
 
 
 def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -42,23 +43,27 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
 # by row: the row i of `left @ right` is `left[i] @ right`, that of a vector its own number, and a path A of a matrix
 # product multiplies the row from the right. So rows of W0 and of the left factors are looked up and the formula acts on
 # them; no W' is made. A token at `padding_idx` has its row as any other, and takes no gradient, as in nn.Embedding.
-def embedding_forward(self: nn.Module, input: Tensor) -> Tensor:
+def embedding_forward(base: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
     """The forward of a class that looks rows up, on the rows of its input (Note [Rows looked up])."""
-    module, parametrizations = cast("nn.Embedding", self), live_parametrizations(self)
-    adapter_weights = adapter_weights_of(self, parametrizations)
-    if parametrizations["weight"].original.is_meta and not input.is_meta:
-        raise _meta_error(self, input)
-    store, padding = kernel_weight(self, parametrizations, EMBEDDING), module.padding_idx
-    if store is None:
-        weight = cast("Tensor", tensor_of(self, parametrizations, "weight", adapter_weights, self.training))
-        return F.embedding(input, weight, padding)
-    tokens = input.flatten()
-    rows = F.embedding(tokens, parametrizations["weight"].original, padding)
-    adapters = [_rows_of(adapter, tokens) for adapter in store.factors(adapter_weights, self.training)]
-    adapted = functional.adapted_weight(rows, adapters)
-    if padding is not None and adapters and torch.is_grad_enabled():
-        adapted = torch.where((tokens == padding).unsqueeze(1), adapted.detach(), adapted)
-    return adapted.view(*input.shape, rows.shape[1])
+    plain = caching_reads(base.forward)
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        parametrizations, padding = live_parametrizations(self), cast("nn.Embedding", self).padding_idx
+        store = kernel_weight(self, parametrizations, EMBEDDING)
+        if store is None:
+            return plain(self, input)
+        W0, adapter_weights = parametrizations["weight"].original, adapter_weights_of(self, parametrizations)
+        if W0.is_meta and not input.is_meta:
+            raise _meta_error(self, input)
+        tokens = input.flatten()
+        rows = F.embedding(tokens, W0, padding)
+        adapters = [_rows_of(adapter, tokens) for adapter in store.factors(adapter_weights, self.training)]
+        adapted = functional.adapted_weight(rows, adapters)
+        if padding is not None and adapters and (torch.is_grad_enabled() or is_tracing()):
+            adapted = torch.where((tokens == padding).unsqueeze(1), adapted.detach(), adapted)
+        return adapted.view(*input.shape, rows.shape[1])
+
+    return forward
 
 
 def _rows_of(adapter: WeightFactors, tokens: Tensor) -> WeightFactors:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from glora.layer.heads import HeadCopy
 from glora.layer.parametrization import biases_of, live_parametrizations, stores_of
 
 # What an engine does to a state dict with plain keys before it is loaded, given the frozen tensors by these keys.
@@ -48,11 +50,22 @@ def adopt_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str)
         return
     for name in plain:
         state_dict[f"{inner}{name}.original"] = state_dict.pop(f"{prefix}{name}")
+    if not any(name in module._parameters for name in names):  # no head: running statistics alone
+        _follow(module, plain, state_dict, inner)
     created = {name for name, bias in biases.items() if bias.created}
     demanded = {f"{inner}{name}.original" for name in names if name not in created}
     for key, tensor in own.items():
         if key not in demanded:
             state_dict.setdefault(key, tensor)
+
+
+def _follow(module: nn.Module, names: list[str], state_dict: dict[str, Any], inner: str) -> None:
+    """Let copies of running statistics that are the base's still follow what is loaded into the base."""
+    for name in names:
+        original = live_parametrizations(module)[name].original
+        for adapter, part in stores_of(module)[name].parts().items():
+            if isinstance(part, HeadCopy) and torch.equal(part.value, original):
+                state_dict.setdefault(f"{inner}{name}.0.{adapter}.value", state_dict[f"{inner}{name}.original"])
 
 
 def drop_upgraded_keys(

@@ -358,7 +358,8 @@ def stores_of(module: nn.Module) -> dict[str, Store]:
 
     In the order of the module's tensors, and not of attaching: optimizers' state dicts go by the order.
     """
-    parametrizations, stores = parametrizations_of(module), dict[str, Store]()
+    # Another class may have taken the parametrizations over as a child, as SyncBatchNorm's conversion does.
+    parametrizations, stores = parametrizations_of(module) if is_adapted(module) else {}, dict[str, Store]()
     for name in (*module._parameters, *module._buffers) if parametrizations else ():
         first = parametrizations[name]._modules["0"] if name in parametrizations else None
         if isinstance(first, Store):

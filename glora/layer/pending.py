@@ -23,7 +23,8 @@ class _Pending:
     """The two hooks of one parameter."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter, self.opened = parameter, False
+        # The hooks refer back to it: a cycle that Python's garbage collector does not see.
+        self.parameter, self.opened = weakref.ref(parameter), 0
         self.handles: list[RemovableHandle] = [
             parameter.register_hook(self.open),  # pyright: ignore[reportUnknownMemberType]
             parameter.register_post_accumulate_grad_hook(self.close),  # pyright: ignore[reportUnknownMemberType]
@@ -31,13 +32,16 @@ class _Pending:
 
     def open(self, _gradient: Tensor | None = None) -> None:
         """Let the parameter ask for a gradient until one has been accumulated."""
-        if not self.parameter.requires_grad:
-            self.parameter.requires_grad = self.opened = True
+        parameter = self.parameter()
+        if parameter is not None and (self.opened or not parameter.requires_grad):
+            self.opened += 1  # once for each backward pass that is under way
+            parameter.requires_grad = True
 
-    def close(self, _parameter: Tensor) -> None:
+    def close(self, parameter: Tensor) -> None:
         """Freeze it again."""
         if self.opened:
-            self.parameter.requires_grad = self.opened = False
+            self.opened -= 1
+            parameter.requires_grad = self.opened > 0
 
 
 def watch(part: nn.Module, parameter: nn.Parameter) -> None:

@@ -55,7 +55,8 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
 
     This changes the model for every thread; a forward pass of a layer that is under way keeps to what acted before. So
     does a backward pass that is pending: each term of a loss trains the adapters that its forward ran with, activation
-    checkpoints included. `glora.route` takes several adapters through one forward.
+    checkpoints included (but for some that Note [Checkpoints] names). `glora.route` takes several adapters through one
+    forward.
 
     Returns:
         The model. Factors of adapters that do not act ask for no gradient, but for one that is pending.

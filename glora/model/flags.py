@@ -10,6 +10,7 @@ from torch import nn
 from glora.layer import pending
 from glora.layer.parametrization import Store
 from glora.model.walk import Owner
+from glora.tensors import is_sharded
 
 # Note [Flags]
 # Two things are frozen: the base model's parameters, from the first `apply` to `merge` or `remove`, and an adapter's
@@ -49,6 +50,8 @@ def follow_activity(store: Store) -> None:
     for name, part in store.parts().items():
         if not store.may_train(name):
             for key, parameter in part.named_parameters():
+                if is_sharded(parameter) and name not in store.acting.adapter_weights:
+                    continue  # fully_shard sums gradients past the hooks of Note [Pending graphs]
                 if parameter.requires_grad:
                     pending.watch(part, parameter)  # Note [Pending graphs]
                 _freeze(part, key, parameter, parameter.requires_grad, whole_model=False)

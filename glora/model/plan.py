@@ -177,6 +177,13 @@ def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str, *
         problems.append("two of its entries reach the same module, by different paths")
     if not problems:
         problems += mismatches(spec.tensors, wanted, optional=optional, needs_data=False)
+    kept = {id(head.module): head for head in plan_statistics(walk, heads)}
+    for path in spec.statistics:
+        module = id(owner_of[path].module) if path in owner_of else None
+        if module in kept:  # under the path that the file has
+            kept[module] = replace(kept[module], owner=replace(owner_of[path], path=path))
+        elif module is not None:
+            problems.append(f"{path!r}: an adapter cannot have running statistics there")
     if not problems and not heads and not any(layer.paths for layer in layers):
         problems.append("it adapts nothing")
     if problems:
@@ -184,7 +191,7 @@ def plan_spec(walk: list[Owner], spec: AdapterSpec, source: object, name: str, *
             f"An adapter must fit the model that it is loaded into; {source} does not, and nothing was changed. "
             f"Found: {format_problems(problems)}. Load it into the architecture that it was trained on."
         )
-    return Plan(name, tuple(layers), tuple(heads), statistics=plan_statistics(walk, heads))
+    return Plan(name, tuple(layers), tuple(heads), statistics=tuple(kept.values()))
 
 
 def _described(path: str, spec: LayerSpec, known: Mapping[str, Site], owner_of: Mapping[str, Owner]) -> Site | str:

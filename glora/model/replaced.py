@@ -26,7 +26,10 @@ _ATTACHED = "_glora_attached"
 def remember(walk: list[Owner], adapted: Iterable[Owner]) -> None:
     """Remember the modules of a model that were adapted just now."""
     root = next(owner.module for owner in reversed(walk) if owner.path == "")  # inside of wrappers
-    vars(root)[_ATTACHED] = {**vars(root).get(_ATTACHED, {}), **{owner.path: owner.module for owner in adapted}}
+    vars(root)[_ATTACHED] = {
+        **vars(root).get(_ATTACHED, {}),
+        **{owner.path: owner.module for owner in adapted if owner.module is not root},
+    }
 
 
 def forget(walk: Iterable[Owner]) -> None:

@@ -25,7 +25,7 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         names: for each sample the name of its adapter, which acts with weight 1; None for the base model. What is
             active outside of the block does not matter inside.
         dim: the batch's dimension. It is never guessed: a batch of as many tokens as samples looks the same. Modules
-            that say it themselves need none: nn.MultiheadAttention and nn.RNNBase by `batch_first`, convolutions, and
+            that say it themselves need none: nn.MultiheadAttention by `batch_first`, convolutions, norms, and
             those layers of FSMT, LED, Longformer, MLCD and XLNet that get `(tokens, batch, in)`.
         flattened: allow layers that are called with several rows for each sample: `(batch * tokens, in)` (OPT, MoE).
             The model must keep the batch's order: all rows of a sample one after the other, and the samples as in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -154,3 +155,19 @@ def test_an_embedding_is_reached_where_it_is_named(targets: Any, reached: list[s
     model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3))
     found = glora.plan(model, targets, None if isinstance(targets, dict) else BOTH)
     assert [layer.path for layer in found.layers] == reached
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_as_a_head_it_keeps_its_own_forward(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(5, 3, **options), nn.Linear(3, 2))
+    model, tokens = copy.deepcopy(plain), torch.tensor([1, 2, 2])
+    glora.apply(model, ["1"], trainable=["0"])
+    found, wanted = [net[0](tokens) for net in (model, plain)]
+    assert torch.equal(found, wanted)
+    found.sum().backward()
+    wanted.sum().backward()
+    gradient = dict(glora.named_parameters(model))["0.weight"].grad
+    assert gradient is not None
+    assert gradient.is_sparse is plain[0].weight.grad.is_sparse
+    assert torch.equal(gradient.to_dense(), plain[0].weight.grad.to_dense())

@@ -3,6 +3,8 @@ graphs], Note [Checkpoints])."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import glora
 from tests.helpers.calls import attach, quiet
@@ -166,3 +168,50 @@ def test_after_any_change_the_gradients_are_right_or_backward_raises(name: str, 
             raise
         return
     agree(*({str(i): p.grad for i, p in enumerate(parameters)} for parameters in (trained, right)))
+
+
+def switching(model: nn.Module, x: Tensor) -> Tensor:
+    glora.activate(model, "a")
+    y = model(x).tanh()
+    glora.activate(model, "b")
+    return y * model(x)
+
+
+def beside_the_base(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    with glora.disabled(model):
+        return y * model(x)
+
+
+@pytest.mark.parametrize("region", [switching, beside_the_base])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_region_may_switch_adapters_itself(region: Run, use_reentrant: bool) -> None:
+    found: list[dict[str, Tensor | None]] = []
+    for run in (region, partial(checkpoint, region, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        model = attach(attach(nn.Linear(3, 4), name="b"), name="a")
+        loss = run(model, X).square().sum()
+        glora.activate(model, "b")
+        loss.backward()
+        found.append(gradients(model, "a") | {"x": X.grad})
+        X.grad = None
+    agree(found[1], found[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_regions_in_sequence_are_known(use_reentrant: bool) -> None:
+    model = attach(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    model(X).square().sum().backward()
+    right = gradients(model, "default")
+    for parameter in glora.parameters(model):
+        parameter.grad = None
+    checkpoint_sequential(model, 2, X, use_reentrant=use_reentrant).square().sum().backward()
+    agree(gradients(model, "default"), right)
+
+
+def test_the_hooks_on_frozen_adapters_keep_no_memory() -> None:
+    model = attach(attach(nn.Linear(3, 4), name="a"), name="b")
+    held = [weakref.ref(parameter) for parameter in glora.parameters(model, "a")]
+    glora.delete(model, "a")
+    gc.collect()
+    assert not any(reference() is not None for reference in held)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glora
+from glora.__main__ import main
 from tests.helpers.calls import LORA, attach, quiet, warned
 from tests.helpers.state import clones, same, unchanged
 
@@ -163,3 +165,39 @@ def test_other_buffers_that_training_has_changed_are_named_by_save(tmp_path: Pat
     (said,) = warned(lambda: glora.load(base, tmp_path))
     assert "0.seen" in said
     assert not warned(lambda: glora.save(attach(glora.remove(model), LORA, targets=["1"]), tmp_path))
+
+
+@every_norm
+@pytest.mark.parametrize("trained", [False, True])
+def test_statistics_that_no_training_changed_follow_a_plain_checkpoint(
+    make: Callable[[], nn.Module], trained: bool
+) -> None:
+    pretrained, model = build(make), nn.Sequential(nn.Conv1d(3, 4, 1), Half(make()), nn.Tanh(), nn.Flatten())
+    model.append(nn.Linear(20, 2))
+    attach(model, LORA, targets=["4"])
+    if trained:
+        train(model, 3, steps=1)
+    mean = model[1].norm.running_mean.clone()
+    model.load_state_dict(pretrained.state_dict())
+    assert torch.equal(model[1].norm.running_mean, mean) is trained
+    with glora.disabled(model.eval()):
+        assert torch.equal(model(X), pretrained(X))
+    if not trained:
+        assert torch.equal(model[1].norm.running_mean, pretrained[1].norm.running_mean)
+
+
+def test_a_norm_that_torch_has_converted_is_named_and_does_not_hinder_removal() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(attach(build(NORMS["batch norm"]), LORA, targets=["4"]))
+    with pytest.warns(UserWarning, match="replaced by another.*running_mean"):
+        glora.remove(model)
+    assert type(model[4]) is nn.Linear
+
+
+def test_an_offline_merge_has_the_statistics(tmp_path: Path) -> None:
+    model = build(NORMS["batch norm"])
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    train(attach(model, LORA, targets=["4"]), 0)
+    glora.save(model, tmp_path / "a")
+    files = [str(tmp_path / name) for name in ("base.safetensors", "a", "out.safetensors")]
+    assert main(["merge", *files]) == 0
+    assert same(load_file(files[-1]), glora.merge(model).state_dict())
