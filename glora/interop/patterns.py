@@ -73,4 +73,5 @@ def _ways_of(kind: str, of: Any, length: int) -> float:
     if kind == "BRANCH":
         return sum(_ways(body, length) for body in of[1])
     bodies = cast("tuple[Any, ...]", of if isinstance(of, tuple) else (of,))
-    return math.prod([_ways(body, length) for body in bodies if isinstance(body, type(_parse("")))])
+    parsed: Any = type(_parse(""))
+    return math.prod([_ways(body, length) for body in bodies if isinstance(body, parsed)])
