@@ -27,20 +27,20 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9430,
-    "ground": 1001,
+    "all": 9611,
+    "ground": 1032,
     "kernels": 561,
     "layer": 1296,
     "model": 2153,
     "engines": 194,
-    "files": 652,
+    "files": 665,
     "arithmetic": 487,
-    "interop": 2101,
+    "interop": 2238,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 105,
+    "all": 107,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
@@ -48,7 +48,7 @@ FILES = {
     "engines": 4,
     "files": 5,
     "arithmetic": 5,
-    "interop": 19,
+    "interop": 21,
     "integrations": 6,
     "search": 10,
 }
