@@ -27,20 +27,20 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9449,
-    "ground": 1002,
+    "all": 9674,
+    "ground": 1033,
     "kernels": 561,
-    "layer": 1296,
-    "model": 2170,
+    "layer": 1326,
+    "model": 2183,
     "engines": 194,
-    "files": 653,
+    "files": 667,
     "arithmetic": 487,
-    "interop": 2101,
+    "interop": 2238,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 105,
+    "all": 107,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
@@ -48,7 +48,7 @@ FILES = {
     "engines": 4,
     "files": 5,
     "arithmetic": 5,
-    "interop": 19,
+    "interop": 21,
     "integrations": 6,
     "search": 10,
 }
@@ -57,9 +57,9 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 561),
-    "load": (30, 303, 966),
-    "route": (20, 343, 614),
-    "merge": (25, 352, 639),
+    "load": (30, 303, 964),
+    "route": (20, 343, 621),
+    "merge": (25, 352, 642),
 }
 
 ROOT = Path(glora.__file__).parent

@@ -73,5 +73,5 @@ def _ways_of(kind: str, of: Any, length: int) -> float:
     if kind == "BRANCH":
         return sum(_ways(body, length) for body in of[1])
     bodies = cast("tuple[Any, ...]", of if isinstance(of, tuple) else (of,))
-    kind_of_body: type[Any] = type(_parse(""))
-    return math.prod([_ways(body, length) for body in bodies if isinstance(body, kind_of_body)])
+    parsed: Any = type(_parse(""))
+    return math.prod([_ways(body, length) for body in bodies if isinstance(body, parsed)])

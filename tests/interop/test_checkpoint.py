@@ -234,3 +234,24 @@ def test_a_folder_of_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         (tmp_path / "model" / "config.json").write_text(config)
         assert str(tmp_path / "model") in refusal(capsys, *options)
+
+
+def test_merge_computes_a_dora_beside_its_base_and_refuses_weights_that_may_lie_transposed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = peft.get_peft_model(build(), CONFIGS["DoRA"]).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    save_file(build().state_dict(), tmp_path / "base.safetensors")
+    out = str(tmp_path / "merged.safetensors")
+    assert main(["merge", str(tmp_path / "base.safetensors"), str(tmp_path / "a"), out]) == 0
+    merged, ids = build(), torch.arange(9)
+    merged.load_state_dict(load_file(out))
+    torch.testing.assert_close(merged(ids), theirs(ids))
+    base = gpt2()
+    base.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=2, fan_in_fan_out=True, target_modules=["attn.c_proj"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "square")
+    capsys.readouterr()
+    arguments = tmp_path / "model" / "model.safetensors", tmp_path / "square", tmp_path / "out.safetensors"
+    assert main(["merge", *map(str, arguments)]) == 1
+    assert "fan_in_fan_out" in capsys.readouterr().err

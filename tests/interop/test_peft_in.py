@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -307,8 +308,13 @@ def test_multihead_attention(tmp_path: Path) -> None:
     assert_same(again(IDS), alone(IDS), attention()(IDS))
 
 
-def test_one_batch_through_five_files_of_peft(tmp_path: Path) -> None:
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_readmes_batch_through_five_files_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample as its own method has it in PEFT."""
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if '"dora", "ia3"' in block]
+    monkeypatch.chdir(tmp_path)
     places = {"target_modules": ["q", "k"]}
     configs = {
         "lora": peft.LoraConfig(r=2, init_lora_weights=False, **places),
@@ -325,12 +331,11 @@ def test_one_batch_through_five_files_of_peft(tmp_path: Path) -> None:
     ours, ids, wanted = build(), torch.arange(30).view(6, 5) % 9, list[Tensor]()
     for row, (name, config) in zip(ids, configs.items(), strict=False):
         theirs = peft.get_peft_model(build(), config).eval()
-        theirs.save_pretrained(tmp_path / name)
+        theirs.save_pretrained(f"adapters/{name}")
         wanted.append(theirs(row))
-        interop.load_peft(ours, tmp_path / name, name)
-    with glora.route(ours, [*configs, None]):
-        found = ours(ids)
-    assert_same(found, torch.stack([*wanted, build()(ids[5])]), build()(ids))
+    held: dict[str, Any] = {"glora": glora, "model": ours, "batch": ids}
+    exec(example, held)
+    assert_same(held["y"], torch.stack([*wanted, build()(ids[5])]), build()(ids))
 
 
 def test_an_embedding_that_peft_trained_apart_from_its_tie_is_named(tmp_path: Path) -> None:
