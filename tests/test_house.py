@@ -27,11 +27,11 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9674,
+    "all": 9675,
     "ground": 1033,
     "kernels": 561,
     "layer": 1326,
-    "model": 2183,
+    "model": 2184,
     "engines": 194,
     "files": 667,
     "arithmetic": 487,

@@ -22,6 +22,8 @@ from glora.text import format_names
 #
 # Which other modules write into their buffers cannot be known before. Their buffers are noted as an adapter comes, and
 # named when one is saved, should they have changed.
+_RUNNING = {"running_mean", "running_var"}
+
 _noted: weakref.WeakKeyDictionary[nn.Module, dict[str, Fingerprint]] = weakref.WeakKeyDictionary()
 
 
@@ -41,14 +43,14 @@ def _statistics(owner: Owner) -> list[str]:
     tensors = [owner.tensors[name] for name in names]
     fit = all(type(tensor) is Tensor and not tensor.is_inference() for tensor in tensors)
     foreign = nn.utils.parametrize.is_parametrized(owner.module) and not owner.stores
-    return names if {"running_mean", "running_var"} <= set(names) and fit and not foreign else []
+    return names if set(names) >= _RUNNING and fit and not foreign else []
 
 
 def kept_statistics(walk: Iterable[Owner], name: str) -> Iterator[tuple[Owner, tuple[str, ...]]]:
     """The modules of whose running statistics this adapter has copies, and the names of the buffers."""
     for owner in walk:
         copies = tuple(key for key, store in owner.stores.items() if isinstance(store.parts().get(name), HeadCopy))
-        if copies and not any(isinstance(owner.tensors[key], nn.Parameter) for key in copies):
+        if set(copies) >= _RUNNING and not any(isinstance(owner.tensors[key], nn.Parameter) for key in copies):
             yield owner, copies
 
 
