@@ -27,10 +27,10 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9675,
+    "all": 9679,
     "ground": 1033,
     "kernels": 561,
-    "layer": 1326,
+    "layer": 1330,
     "model": 2184,
     "engines": 194,
     "files": 667,

@@ -24,18 +24,24 @@ class _Pending:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         # The hooks refer back to it: a cycle that Python's garbage collector does not see.
-        self.parameter, self.opened = weakref.ref(parameter), 0
+        self.parameter, self.opened, self.expected = weakref.ref(parameter), 0, False
         self.handles: list[RemovableHandle] = [
             parameter.register_hook(self.open),  # pyright: ignore[reportUnknownMemberType]
             parameter.register_post_accumulate_grad_hook(self.close),  # pyright: ignore[reportUnknownMemberType]
         ]
 
-    def open(self, _gradient: Tensor | None = None) -> None:
+    def open(self, _gradient: Tensor) -> None:
         """Let the parameter ask for a gradient until one has been accumulated."""
         parameter = self.parameter()
-        if parameter is not None and (self.opened or not parameter.requires_grad):
-            self.opened += 1  # once for each backward pass that is under way
+        if parameter is not None and (self.opened or self.expected or not parameter.requires_grad):
+            self.opened, self.expected = self.opened + 1, False  # once for each backward pass that is under way
             parameter.requires_grad = True
+
+    def expect(self) -> None:
+        """Let the parameter ask for a gradient that is yet to be computed (Note [Checkpoints])."""
+        parameter = self.parameter()
+        if parameter is not None and not parameter.requires_grad:
+            parameter.requires_grad = self.expected = True
 
     def close(self, parameter: Tensor) -> None:
         """Freeze it again."""
@@ -64,4 +70,4 @@ def is_watched(part: nn.Module) -> bool:
 def reopen(part: nn.Module) -> None:
     """Let the part's parameters ask for gradients until these have come (Note [Checkpoints])."""
     for pending in _watched.get(part, ()):
-        pending.open()
+        pending.expect()
