@@ -106,7 +106,7 @@ def refusals(_: int, folder: str) -> None:
     blocked = Path(folder, "a file")
     blocked.touch()
     with pytest.raises(OSError, match="a file"):
-        glora.save(sharded(fresh(), mesh), blocked)
+        glora.save(sharded(fresh(), mesh), blocked / "below")
     bare = sharded(fresh(None), mesh)
     with pytest.raises(ValueError, match="attach or load before fully_shard"):
         glora.apply(bare, ["0"])
