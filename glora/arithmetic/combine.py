@@ -98,12 +98,12 @@ def combine_files(
                 f"Adapters of one base add up; these were trained beside tensors that differ in "
                 f"{format_names(sorted(apart))}."
             )
-        keys = [{join(path, n) for path, names in a.heads.items() for n in names} for a in (first, adapter)]
+        keys = [set(_copies(each)) for each in (first, adapter)]
         differing = keys[0] ^ keys[1] | {k for k in keys[0] & keys[1] if not _equal(first, adapter, k)}
         if differing:
             raise ValueError(
-                f"Heads do not add up: all must have equal ones, and {format_names(sorted(differing))} differ. Add up "
-                f"adapters without a trainable= head."
+                f"Heads do not add up: all must have equal ones, and equal running statistics, and "
+                f"{format_names(sorted(differing))} differ. Add up adapters without a trainable= head."
             )
     return combined([(weight, adapter) for weight, adapter in adapters if weight != 0], rank)
 
@@ -114,6 +114,11 @@ _COUNT = 2**20  # numbers of a tensor, where a file does not say: it matters for
 def _equal(first: AdapterSpec, other: AdapterSpec, key: str) -> bool:
     one, two = first.tensors[key], other.tensors[key]
     return one.shape == two.shape and torch.equal(wide(one), wide(two)) if one.is_floating_point() else one.equal(two)
+
+
+def _copies(adapter: AdapterSpec) -> list[str]:
+    """The keys of what an adapter has whole in place of the base's: heads and running statistics."""
+    return [join(path, n) for held in (adapter.heads, adapter.statistics) for path in held for n in held[path]]
 
 
 class _Part(NamedTuple):
@@ -171,9 +176,7 @@ def combined(
     ties = dict(item for adapter in sources for item in adapter.ties.items())
     base = dict(item for adapter in sources for item in adapter.base.items())
     for adapter in sources:
-        whole = (*adapter.heads.items(), *adapter.statistics.items())
-        held = [join(path, name) for path, names in whole for name in names]
-        tensors |= {key: adapter.tensors[key] for key in held}
+        tensors |= {key: adapter.tensors[key] for key in _copies(adapter)}
     changed = {*base, *tensors, *ties}
     outside = {k: known for adapter in sources for k, known in adapter.outside.items() if k not in changed}
     return AdapterSpec(layers, heads, tensors, ties, base, outside, statistics), errors

@@ -77,3 +77,14 @@ def test_an_extracted_lora_is_the_tuned_model(tmp_path: Path, capsys: pytest.Cap
         torch.testing.assert_close(getattr(model, name).weight, getattr(tuned, name).weight, rtol=1e-4, atol=1e-5)
     assert main(["extract", *files, str(tmp_path / "none"), "--rank", "2", "--targets", "head"]) == 1
     assert "nothing that 'head' matches was" in capsys.readouterr().err
+
+
+def test_files_whose_running_statistics_differ_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build()
+    a = saved(model, tmp_path, "a", targets=["first"])
+    other = attach(copy.deepcopy(model), RANDOM, targets=["first"])
+    other.train()(TOKENS)
+    glora.save(other, tmp_path / "b")
+    assert main(["combine", str(a), str(tmp_path / "b"), str(tmp_path / "ab"), "--weights", "1,1"]) == 1
+    assert "norm.running_mean" in capsys.readouterr().err
+    assert not (tmp_path / "ab").exists()
