@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import glora
 from tests.helpers import internals
@@ -152,3 +152,16 @@ def copied_without_base(directory: Path, to: Path, **fields: Any) -> None:
 def read_metadata(directory: Path) -> dict[str, str]:
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as opened:
         return opened.metadata()
+
+
+def misshapen(tensor: Tensor, kind: int, at: int, most: int, rng: random.Random) -> Tensor:
+    """A tensor of another size along the axis `at`, turned, of another shape, or of another dtype: the kinds 0 to 3."""
+    if kind == 0:
+        shape = list(tensor.shape) or [1]
+        shape[at] = rng.choice([0, 1, shape[at] + 1, 2 * shape[at], most])
+        return torch.ones(shape)
+    if kind == 1:
+        return tensor.mT.contiguous() if tensor.ndim > 1 else tensor[None]
+    if kind == 2:
+        return torch.ones(rng.choice([(), (1,), (2, 2), (1, 1, 1, 1, 1)]))
+    return tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64, torch.int8]))

@@ -17,6 +17,7 @@ import glora
 from glora.integrations.trainer import AdapterCheckpoints
 from tests.helpers.calls import RANDOM
 from tests.helpers.models import Residual
+from tests.helpers.trainers import SHORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers: Any = pytest.importorskip("transformers")
@@ -49,17 +50,7 @@ def adapted() -> Any:
 def trainer(model: Any, folder: Path, kind: Any = transformers.Trainer, **given: Any) -> Any:
     arguments = transformers.TrainingArguments(
         str(folder),
-        **{
-            "max_steps": 6,
-            "save_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.05,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            **given,
-        },
+        **{**SHORT, "logging_steps": 1, **given},
     )
     return kind(model, arguments, train_dataset=DATA, eval_dataset=DATA)
 

@@ -11,6 +11,7 @@ import torch
 
 import glora
 from tests.helpers.calls import RANDOM, attach
+from tests.helpers.trainers import SHORT
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 library: Any = pytest.importorskip("sentence_transformers")
@@ -46,16 +47,7 @@ def trainer(model: Any, folder: Path, **given: Any) -> Any:
     rows = [{"anchor": f"w{i} w{i + 1}", "positive": f"w{i + 2} w{i}"} for i in range(24)]
     args = library.SentenceTransformerTrainingArguments(
         str(folder / "run"),
-        **{
-            "max_steps": 6,
-            "save_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.05,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **given,
-        },
+        **{**SHORT, **given},
     )
     data = datasets.Dataset.from_list(rows)
     losses: Any = pytest.importorskip("sentence_transformers.losses")

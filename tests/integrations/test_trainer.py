@@ -15,6 +15,7 @@ import glora
 from glora.integrations.trainer import AdapterCheckpoints
 from tests.helpers.calls import RANDOM
 from tests.helpers.models import Residual
+from tests.helpers.trainers import SHORT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers: Any = pytest.importorskip("transformers")
@@ -51,17 +52,7 @@ def trainer(folder: Path, trainer_class: Any = AdapterTrainer, **given: Any) -> 
     model = glora.apply(Classifier(), config=RANDOM, exclude=["head"], trainable=["head"])
     arguments = transformers.TrainingArguments(
         str(folder),
-        **{
-            "max_steps": 6,
-            "save_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.05,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            **given,
-        },
+        **{**SHORT, "logging_steps": 1, **given},
     )
     return trainer_class(model, arguments, train_dataset=DATA, eval_dataset=DATA)
 

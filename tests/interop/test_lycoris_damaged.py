@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import interop
-from tests.helpers.files import damages
+from tests.helpers.files import damages, misshapen
 from tests.helpers.state import snapshot
 
 pytest.importorskip("lycoris", reason="the extra `interop` brings it")
@@ -39,8 +39,7 @@ def forged(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
     """One of many ways in which tensors may be other than LyCORIS's."""
     tensors, key = dict(tensors), rng.choice(sorted(tensors))
     tensor, kind, part = tensors[key], rng.randrange(10), key.partition(".")[2]
-    shape = list(tensor.shape) or [1]
-    at = rng.randrange(len(shape))
+    at = rng.randrange(max(tensor.ndim, 1))
     if kind == 0:
         del tensors[key]
     elif kind == 1:
@@ -51,15 +50,8 @@ def forged(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
         tensors[f"lycoris_in_blocks_0.{rng.choice(['dora_scale', 'lora_mid.weight', 'oft_blocks', 'diff_b', 'x'])}"] = (
             tensor
         )
-    elif kind == 3:
-        shape[at] = rng.choice([0, 1, shape[at] + 1, 2 * shape[at], 100_000])
-        tensors[key] = torch.ones(shape)
-    elif kind == 4:
-        tensors[key] = tensor.mT.contiguous() if tensor.ndim > 1 else tensor[None]
-    elif kind == 5:
-        tensors[key] = torch.ones(rng.choice([(), (1,), (2, 2), (1, 1, 1, 1, 1)]))
-    elif kind == 6:
-        tensors[key] = tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64, torch.int8]))
+    elif 3 <= kind <= 6:
+        tensors[key] = misshapen(tensor, kind - 3, at, 100_000, rng)
     elif kind == 7:
         tensors[key] = (
             torch.full_like(tensor, rng.choice([torch.nan, torch.inf, -1, 0])) if tensor.is_floating_point() else tensor

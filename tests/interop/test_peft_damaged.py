@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import interop
-from tests.helpers.files import damages
+from tests.helpers.files import damages, misshapen
 from tests.helpers.peers import every
 from tests.helpers.state import snapshot
 
@@ -76,8 +76,7 @@ def forged(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
     """One of many ways in which tensors may be other than PEFT's."""
     tensors, key = dict(tensors), rng.choice(sorted(tensors))
     tensor, kind = tensors[key], rng.randrange(10)
-    shape = list(tensor.shape) or [1]
-    at = rng.randrange(len(shape))
+    at = rng.randrange(max(tensor.ndim, 1))
     if kind == 0:
         del tensors[key]
     elif kind == 1:
@@ -88,15 +87,8 @@ def forged(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
         tensors[rng.choice(["x", "base_model.model.q", "base_model.model.none.lora_A.weight", "base_model.vera_A"])] = (
             tensor
         )
-    elif kind == 3:
-        shape[at] = rng.choice([0, 1, shape[at] + 1, 2 * shape[at], 5000])
-        tensors[key] = torch.ones(shape)
-    elif kind == 4:
-        tensors[key] = tensor.mT.contiguous() if tensor.ndim > 1 else tensor[None]
-    elif kind == 5:
-        tensors[key] = torch.ones(rng.choice([(), (1,), (2, 2), (1, 1, 1, 1, 1)]))
-    elif kind == 6:
-        tensors[key] = tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64, torch.int8]))
+    elif 3 <= kind <= 6:
+        tensors[key] = misshapen(tensor, kind - 3, at, 5000, rng)
     elif kind == 7:
         tensors[key.replace(".q.", ".k.").replace(".conv1.", ".norm.")] = tensors.pop(key)
     elif kind == 8:
