@@ -276,10 +276,8 @@ def parse(file: object, raw: Any, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         heads = {path: tuple(map(str, names)) for path, names in by_head.items()}
         base = parse_fingerprints(raw.get("base", {}))
         outside = parse_fingerprints(raw.get("outside", {}))
-        statistics = {
-            p: tuple(map(str, names)) for p, names in cast("dict[str, Any]", raw.get("statistics", {})).items()
-        }
-        ties = {str(key): str(owner) for key, owner in cast("dict[str, Any]", raw.get("ties", {})).items()}
+        statistics = {path: tuple(map(str, names)) for path, names in raw.get("statistics", {}).items()}
+        ties = {str(key): str(owner) for key, owner in raw.get("ties", {}).items()}
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"The description in {file} cannot be understood: {error!r}.") from error
     adapter = AdapterSpec(layers, heads, tensors, ties, base, outside, statistics)
