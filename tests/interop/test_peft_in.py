@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -91,8 +91,10 @@ def loha(draw: Draw) -> Any:
 
 
 def lokr(draw: Draw) -> Any:
-    factor = draw(st.sampled_from([-1, 2]))
-    return peft.LoKrConfig(**lycoris(draw), decompose_both=draw(st.booleans()), decompose_factor=factor)
+    factor, given = draw(st.sampled_from([-1, 2])), lycoris(draw)
+    # PEFT's own forward fails on a decomposed Conv1d of rank 1 (torch.kron of a kernel that it cannot view).
+    assume(not ("conv1" in given["target_modules"] and given["use_effective_conv2d"] and given["r"] == 1))
+    return peft.LoKrConfig(**given, decompose_both=draw(st.booleans()), decompose_factor=factor)
 
 
 def vera(draw: Draw) -> Any:
