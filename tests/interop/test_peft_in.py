@@ -189,6 +189,7 @@ def test_it_computes_what_peft_computes(
     base = every(seed, transposed)
     ours = interop.load_peft(copy.deepcopy(base), directory).eval()
     wanted = theirs(IDS)
+    assume(bool(wanted.isfinite().all()))  # a sparse RandLoRA of one row may have no entry at all, and be 0 / 0
     assert_same(ours(IDS), wanted, base(IDS))
     assert_same(glora.merge(ours)(IDS), wanted, base(IDS))
     # A file of torch.save is read alike.
