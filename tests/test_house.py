@@ -27,8 +27,8 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9679,
-    "ground": 1033,
+    "all": 9687,
+    "ground": 1043,
     "kernels": 561,
     "layer": 1330,
     "model": 2184,
@@ -57,7 +57,7 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 561),
-    "load": (30, 303, 964),
+    "load": (30, 303, 968),
     "route": (20, 343, 621),
     "merge": (25, 352, 642),
 }
