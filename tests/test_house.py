@@ -27,7 +27,7 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9687,
+    "all": 9769,
     "ground": 1043,
     "kernels": 561,
     "layer": 1330,
@@ -35,12 +35,12 @@ CODE_LINES = {  # no docstrings, comments or blank lines
     "engines": 194,
     "files": 667,
     "arithmetic": 487,
-    "interop": 2238,
+    "interop": 2320,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 107,
+    "all": 108,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
@@ -48,7 +48,7 @@ FILES = {
     "engines": 4,
     "files": 5,
     "arithmetic": 5,
-    "interop": 21,
+    "interop": 22,
     "integrations": 6,
     "search": 10,
 }
