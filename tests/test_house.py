@@ -27,7 +27,7 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9769,
+    "all": 9830,
     "ground": 1043,
     "kernels": 561,
     "layer": 1330,
@@ -35,7 +35,7 @@ CODE_LINES = {  # no docstrings, comments or blank lines
     "engines": 194,
     "files": 667,
     "arithmetic": 487,
-    "interop": 2320,
+    "interop": 2381,
     "integrations": 346,
     "search": 639,
 }
