@@ -27,15 +27,15 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9830,
-    "ground": 1043,
+    "all": 9837,
+    "ground": 1045,
     "kernels": 561,
     "layer": 1330,
     "model": 2184,
     "engines": 194,
-    "files": 667,
+    "files": 669,
     "arithmetic": 487,
-    "interop": 2381,
+    "interop": 2382,
     "integrations": 346,
     "search": 639,
 }
