@@ -7,6 +7,7 @@ round has models of its own, with new tensors; the calls of a round follow each 
 from __future__ import annotations
 
 import gc
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,18 +26,18 @@ from benchmarks.timing import Timing
 PEFT_SAVE, PEFT_LOAD = "PEFT save_pretrained", "PEFT load_adapter"
 
 
-def one_round(layers: int, width: int, dtype: torch.dtype, folder: Path) -> dict[str, float]:
-    """Name of a call to its seconds."""
-    config, seconds = glora.GLoRAConfig.lora(), dict[str, float]()
+def one_round(layers: int, width: int, dtype: torch.dtype, folder: Path) -> dict[str, tuple[float, float]]:
+    """Name of a call to its seconds, and those of the processor, which a busy machine changes less."""
+    config, seconds = glora.GLoRAConfig.lora(), dict[str, tuple[float, float]]()
 
     def base() -> nn.Module:
         return nn.Sequential(*(nn.Linear(width, width, dtype=dtype) for _ in range(layers)))
 
     def measure(name: str, call: Callable[[], object]) -> None:
         gc.collect()
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         call()
-        seconds[name] = time.perf_counter() - begin
+        seconds[name] = time.perf_counter() - begin, time.process_time() - busy
 
     saved = glora.apply(base(), config=config)
     # Each layer has its name in PEFT's config: names alone are suffixes there, and 1 would be 11 too.
@@ -47,11 +48,11 @@ def one_round(layers: int, width: int, dtype: torch.dtype, folder: Path) -> dict
     measure("first save", lambda: glora.save(saved, ours))
     measure(PEFT_SAVE, lambda: peer.save_pretrained(theirs))
     measure("save again", lambda: glora.save(saved, ours))
-    measure("first load", lambda: glora.load(fresh, ours, "a"))
-    measure(PEFT_LOAD, lambda: peer.load_adapter(theirs, "a"))
-    measure("load again", lambda: glora.load(fresh, ours, "b"))
-    measure("swap, replace=True", lambda: glora.load(fresh, ours, "b", replace=True))
-    measure("load, check=False", lambda: glora.load(fresh, ours, "c", check=False))
+    measure("first load", lambda: glora.load(fresh, ours, "first"))
+    measure(PEFT_LOAD, lambda: peer.load_adapter(theirs, "first"))
+    measure("load again", lambda: glora.load(fresh, ours, "second"))
+    measure("swap, replace=True", lambda: glora.load(fresh, ours, "second", replace=True))
+    measure("load, check=False", lambda: glora.load(fresh, ours, "third", check=False))
     return seconds
 
 
@@ -60,14 +61,15 @@ def main() -> None:
     layers, width, rounds = (4, 256, 2) if options.quick else (24, 2048, 5)
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
-        samples: list[dict[str, float]] = []
+        samples: list[dict[str, tuple[float, float]]] = []
         for _ in range(rounds + 1):
             with tempfile.TemporaryDirectory() as folder:
                 samples.append(one_round(layers, width, dtype, Path(folder)))
-        times = {name: Timing(tuple(sample[name] for sample in samples[1:]), 1) for name in samples[0]}
+        times = {name: Timing(tuple(sample[name][0] for sample in samples[1:]), 1) for name in samples[0]}
         size = {"layers": layers, "width": width, "rank": 8, "base": str(dtype).removeprefix("torch.")}
         found = [
             {**size, "call": name, **milliseconds("time", timing)}
+            | {"cpu_ms": 1e3 * statistics.median(sample[name][1] for sample in samples[1:])}
             | {"to_PEFT": timing.ratio(times[PEFT_SAVE if "save" in name else PEFT_LOAD])[1]}
             for name, timing in times.items()
         ]
