@@ -27,26 +27,26 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9679,
+    "all": 9779,
     "ground": 1033,
     "kernels": 561,
     "layer": 1330,
-    "model": 2184,
+    "model": 2193,
     "engines": 194,
-    "files": 667,
+    "files": 758,
     "arithmetic": 487,
-    "interop": 2238,
+    "interop": 2239,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 107,
+    "all": 108,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
     "model": 19,
     "engines": 4,
-    "files": 5,
+    "files": 6,
     "arithmetic": 5,
     "interop": 21,
     "integrations": 6,
