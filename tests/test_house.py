@@ -27,11 +27,11 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9779,
-    "ground": 1033,
+    "all": 9857,
+    "ground": 1103,
     "kernels": 561,
     "layer": 1330,
-    "model": 2193,
+    "model": 2201,
     "engines": 194,
     "files": 758,
     "arithmetic": 487,
