@@ -75,7 +75,7 @@ class Table:
         lines = [list(self.header), *([_cell(cell) for cell in row] for row in self.rows)]
         most = max(_COLUMNS, shutil.get_terminal_size().columns)
         aligned = _aligned(lines if _width(lines) <= most else _narrowed(lines, most))
-        return "\n".join([self.title, *aligned, *([self.note] if self.note else [])])
+        return "\n".join([self.title, *aligned, *textwrap.wrap(self.note, most, break_long_words=False)])
 
     def _repr_html_(self) -> str:
         def row(cells: Iterable[str], tag: str) -> str:
