@@ -42,7 +42,7 @@ def pictures(count: int, *, negative: bool) -> tuple[Tensor, Tensor]:
     labels = torch.randint(4, (count,))
     size = 4 + 5 * torch.rand(count, 1, 1)
     place = 9 + 6 * torch.rand(2, count, 1, 1)
-    rows, columns = (torch.arange(24.0).view(shape) - at for shape, at in zip([(1, -1, 1), (1, 1, -1)], place))
+    rows, columns = torch.arange(24.0).view(1, -1, 1) - place[0], torch.arange(24.0).view(1, 1, -1) - place[1]
     distance = (rows**2 + columns**2).sqrt()
     square = torch.maximum(rows.abs(), columns.abs()) < size * 0.8
     cross = (torch.minimum(rows.abs(), columns.abs()) < 1.5) & (distance < size)
@@ -108,6 +108,7 @@ def adapted(base: Any, kind: str) -> Any:
 
 # %% [markdown]
 # ## Train and compare
+
 
 # %%
 def main() -> None:

@@ -9,8 +9,9 @@ A minute on two CPU cores. Nothing is downloaded: the model is small and random,
 # %% [markdown]
 # ## The task
 #
-# A small Llama reads letters. It learns from a part of Python's manual, and then its adapter learns the style of another
-# text. The Trainer needs nothing but an adapted model: its checkpoints hold the adapter alone, and it resumes from them.
+# A small Llama reads letters. It learns from a part of Python's manual, and then its adapter learns another text, in
+# capitals. The Trainer needs nothing but an adapted model: its checkpoints hold the adapter alone, and it resumes from
+# them.
 #
 # With a model of your own, replace `base()` by `AutoModelForCausalLM.from_pretrained(...)` and `tokens` by your
 # tokenizer and data set.
@@ -74,6 +75,7 @@ def base() -> Any:
 # %% [markdown]
 # ## The Trainer
 
+
 # %%
 def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
     """What both trainings have in common."""
@@ -91,7 +93,7 @@ def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
 
 
 def train(model: Any, text: str, folder: Path, steps: int, lr: float, seed: int) -> list[float]:
-    """Train what asks for a gradient; the losses. It goes on from the last checkpoint in the folder, if there is one."""
+    """Train what asks for a gradient; the losses. It goes on from the folder's last checkpoint, if there is one."""
     trainer = Trainer(model, TrainingArguments(**arguments(folder, steps, lr, seed)), train_dataset=tokens(text))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -109,6 +111,7 @@ def loss_on(model: Any, text: str) -> float:
 #
 # Preference training compares the model with the one that it started from. `BaseReference` makes the base model, which
 # stands under the adapter anyway, that reference: there is no second model in memory. Here short answers are preferred.
+
 
 # %%
 def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
@@ -145,6 +148,7 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
 # %% [markdown]
 # ## All together
 
+
 # %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,7 +165,9 @@ def main() -> None:
     first, second = manual[:200_000], "\n".join(line.upper() for line in manual[200_000:260_000].splitlines())
     held_out = "\n".join(line.upper() for line in manual[300_000:310_000].splitlines())
     model = base()
-    curves = {"the base, on the manual": train(model, first, chosen.out / "base", chosen.pretraining, 3e-3, chosen.seed)}
+    curves = {
+        "the base, on the manual": train(model, first, chosen.out / "base", chosen.pretraining, 3e-3, chosen.seed)
+    }
     rows = [["the base", "0", f"{loss_on(model, held_out):.3f}"]]
 
     glora.apply(model, ["q_proj", "v_proj", "up_proj", "down_proj"], glora.GLoRAConfig.lora(rank=8))

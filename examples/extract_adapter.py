@@ -66,6 +66,7 @@ def error(model: nn.Module, x: Tensor) -> float:
 # The checkpoint is read tensor by tensor: there is no second model in memory. `extract` prints the error of each layer,
 # as a share of what fine-tuning has changed, and attaches the adapter, which can be trained on, saved, or merged.
 
+
 # %%
 def extracted(base: nn.Module, tuned: Path, config: glora.GLoRAConfig) -> nn.Module:
     """A copy of the base with the nearest adapter."""
@@ -77,6 +78,7 @@ def extracted(base: nn.Module, tuned: Path, config: glora.GLoRAConfig) -> nn.Mod
 #
 # The default forms also take the change of the biases; a LoRA leaves it out. The last line does the same on the command
 # line, where no model is needed.
+
 
 # %%
 def main() -> None:

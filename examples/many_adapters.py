@@ -68,6 +68,7 @@ def adapters(base: nn.Module, folder: Path, steps: int) -> dict[str, list[float]
 # Adapters are loaded beside each other. `trainable=False` leaves gradients out. A batch names the adapter of each of
 # its samples; `None` is the base.
 
+
 # %%
 def serve(model: nn.Module, requests: list[tuple[str | None, Tensor]]) -> Tensor:
     """The answers to a batch of requests, each of a customer."""
@@ -87,6 +88,7 @@ def one_after_the_other(model: nn.Module, requests: list[tuple[str | None, Tenso
 
 # %% [markdown]
 # A route belongs to the thread that entered it. So a server may have a thread for each batch, without a lock.
+
 
 # %%
 def in_threads(model: nn.Module, batches: list[list[tuple[str | None, Tensor]]]) -> list[Tensor]:
@@ -109,6 +111,7 @@ def in_threads(model: nn.Module, batches: list[list[tuple[str | None, Tensor]]])
 #
 # At the end a customer sends a new version. `replace=True` puts it in the place of the old one (hot swap), while all
 # others stay.
+
 
 # %%
 def main() -> None:

@@ -21,7 +21,9 @@ def options(description: str | None, name: str, **numbers: int) -> argparse.Name
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, number in {**numbers, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=number, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT / name, help="folder for what is written (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT / name, help="folder for what is written (default: %(default)s)"
+    )
     found = parser.parse_args([] if "ipykernel" in sys.modules else None)
     found.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(found.seed)

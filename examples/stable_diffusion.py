@@ -9,11 +9,11 @@ Half a minute on two CPU cores. Nothing is downloaded: the UNet is small and ran
 # %% [markdown]
 # ## The task
 #
-# A UNet of diffusers learns to remove noise from pictures of one kind. The adapter is written into a `.safetensors` file
-# with kohya's names (`lora_unet_...`), which web UIs read, and read back into another copy of the UNet.
+# A UNet of diffusers learns to remove noise from pictures of one kind. The adapter is written into a `.safetensors`
+# file with kohya's names (`lora_unet_...`), which web UIs read, and read back into another copy of the UNet.
 #
-# With the real model, replace `unet()` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, the pictures
-# by the latents of its VAE, and the context by the states of its text encoder.
+# With the real model, replace `unet()` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, the
+# pictures by the latents of its VAE, and the context by the states of its text encoder.
 
 # %%
 from __future__ import annotations
@@ -83,6 +83,7 @@ def error(model: Any, schedule: Any, stripes: str) -> float:
 # The attention's projections are linear layers. `targets=` takes convolutions too, by their names: then the file is a
 # LoCon. `glora.interop.load_lycoris` reads files for the UNet and the text encoders at once, when it is given a mapping
 # from the prefix to the model.
+
 
 # %%
 def main() -> None:
