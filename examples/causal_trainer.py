@@ -83,7 +83,7 @@ def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
         "output_dir": str(folder),
         "max_steps": steps,
         "save_steps": max(1, steps // 2),
-        "logging_steps": 1,
+        "logging_steps": max(1, steps // 20),
         "learning_rate": lr,
         "per_device_train_batch_size": 16,
         "report_to": [],
@@ -119,7 +119,7 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
     from datasets import Dataset
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     from glora.integrations.trl import BaseReference
 
@@ -134,7 +134,7 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
         {"prompt": f"What is {word}? ", "chosen": f"A {word}.", "rejected": f"Well, that is {word}, {word}, you know."}
         for word in sorted(topics)
     ]
-    settings = {**arguments(folder, steps, 2e-3, seed), "bf16": False, "per_device_train_batch_size": 8}
+    settings = {**arguments(folder, steps, 2e-5, seed), "bf16": False, "per_device_train_batch_size": 8}
     trainer = Preferences(
         model,
         args=DPOConfig(**settings),
@@ -175,11 +175,11 @@ def main() -> None:
     rows.append(["with the adapter", f"{glora.summary(model).trainable:,}", f"{loss_on(model, held_out):.3f}"])
     glora.save(model, chosen.out / "adapter")
     if chosen.dpo:
-        curves["DPO"] = dpo(model, chosen.out / "dpo", chosen.steps, chosen.seed)
+        curves["DPO, its own loss"] = dpo(model, chosen.out / "dpo", chosen.steps, chosen.seed)
     with glora.disabled(model):
         rows.append(["the base again, adapter disabled", "0", f"{loss_on(model, held_out):.3f}"])
     print(table("text in capitals", ["model", "trained", "loss"], rows))
-    draw(curves, chosen.out / "learning_curve.png")
+    draw(curves, chosen.out / "learning_curve.png", across="twentieths of a training")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install -e ".[examples,files]" diffusers
     python examples/stable_diffusion.py
 
-Half a minute on two CPU cores. Nothing is downloaded: the UNet is small and random, the pictures are drawn.
+One or two minutes on two CPU cores. Nothing is downloaded: the UNet is small and random, the pictures are drawn.
 """
 
 # %% [markdown]
@@ -22,7 +22,7 @@ import copy
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 from shared import draw, options, train
 from torch import Tensor
 
