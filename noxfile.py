@@ -14,6 +14,7 @@ import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["checks", "tests", "docs", "package"]
 
 CONSTRAINTS = Path("constraints.txt")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]

@@ -40,7 +40,7 @@ from glora.text import table
 # %% [markdown]
 # ## Text as numbers
 #
-# A token is one printable ASCII character; the first three are for padding, the start and the end.
+# A token is one printable ASCII character. Four more stand before them: padding, start, end, and what is none of these.
 
 # %%
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
