@@ -38,6 +38,7 @@ import transformers
 from fetch import package_directory
 from rich.console import Console
 from rich.table import Table
+from shared import OUT
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -263,7 +264,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the paths A and B (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, start and order (default: %(default)s)")
-    out = Path(__file__).parent / "out" / "learning_curve.png"
+    out = OUT / "learning_curve.png"
     parser.add_argument("--plot", type=Path, default=out, help="the learning curve, a PNG (default: %(default)s)")
     return parser.parse_args([] if "ipykernel" in sys.modules else None)
 
