@@ -46,6 +46,7 @@ from glora.text import table
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 LENGTH = 64
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def tokens(text: str) -> list[dict[str, Tensor]]:
@@ -110,12 +111,15 @@ def loss_on(model: Any, text: str) -> float:
 # ## DPO, with the base as the reference
 #
 # Preference training compares the model with the one that it started from. `BaseReference` makes the base model, which
-# stands under the adapter anyway, that reference: there is no second model in memory. Here short answers are preferred.
+# stands under the adapter anyway, that reference: there is no second model in memory.
+#
+# The reference must be the model that was trained before. So its adapter is merged first, and preferences train an
+# adapter of their own: the base below it is the merged model. Here short answers are preferred.
 
 
 # %%
 def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
-    """Train on preferences; the losses."""
+    """Merge what was trained, and train an adapter on preferences; the losses, log(2) at the start."""
     from datasets import Dataset
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -131,10 +135,11 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     rows = [
-        {"prompt": f"What is {word}? ", "chosen": f"A {word}.", "rejected": f"Well, that is {word}, {word}, you know."}
-        for word in sorted(topics)
+        {"prompt": f"WHAT IS {word}? ", "chosen": f"A {word}.", "rejected": f"IT IS {word}, {word}."}
+        for word in map(str.upper, sorted(topics))
     ]
-    settings = {**arguments(folder, steps, 2e-5, seed), "bf16": False, "per_device_train_batch_size": 8}
+    settings = {**arguments(folder, steps, 2e-4, seed), "bf16": False, "per_device_train_batch_size": 8}
+    glora.apply(glora.merge(model), TARGETS, glora.GLoRAConfig.lora(rank=8), name="preferences")
     trainer = Preferences(
         model,
         args=DPOConfig(**settings),
@@ -170,14 +175,15 @@ def main() -> None:
     }
     rows = [["the base", "0", f"{loss_on(model, held_out):.3f}"]]
 
-    glora.apply(model, ["q_proj", "v_proj", "up_proj", "down_proj"], glora.GLoRAConfig.lora(rank=8))
+    glora.apply(model, TARGETS, glora.GLoRAConfig.lora(rank=8))
     curves["the adapter, on capitals"] = train(model, second, chosen.out / "run", chosen.steps, 5e-3, chosen.seed)
     rows.append(["with the adapter", f"{glora.summary(model).trainable:,}", f"{loss_on(model, held_out):.3f}"])
     glora.save(model, chosen.out / "adapter")
-    if chosen.dpo:
-        curves["DPO, its own loss"] = dpo(model, chosen.out / "dpo", chosen.steps, chosen.seed)
     with glora.disabled(model):
         rows.append(["the base again, adapter disabled", "0", f"{loss_on(model, held_out):.3f}"])
+    if chosen.dpo:
+        curves["DPO, its own loss"] = dpo(model, chosen.out / "dpo", chosen.steps, chosen.seed)
+        glora.save(model, chosen.out / "preferences")
     print(table("text in capitals", ["model", "trained", "loss"], rows))
     draw(curves, chosen.out / "learning_curve.png", across="twentieths of a training")
 
