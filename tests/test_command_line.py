@@ -23,13 +23,6 @@ from glora.__main__ import main
 from tests.helpers.calls import only, quiet
 from tests.helpers.files import damages, is_reordered, saved_half_precision
 
-
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables as they are where there is room (tests/test_text.py: where there is not)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import xml.etree.ElementTree as ElementTree
+from unittest import mock
 
 import pytest
 from hypothesis import example, given
@@ -64,7 +66,8 @@ def ungrouped(cell: str) -> list[str]:
 @example({f"encoder.layers.{i}.attention.{n}": ("A=lora B=lora C=vector", 9**9) for i in range(2) for n in "qv"})
 def test_a_table_is_of_80_columns_and_keeps_what_it_says(rows: dict[str, tuple[str, int]]) -> None:
     wide = [[path, forms, count] for path, (forms, count) in rows.items()]
-    title, header, *lines = table("title", ["module", "forms", "n"], wide).splitlines()
+    with mock.patch.dict(os.environ, COLUMNS="80"):
+        title, header, *lines = table("title", ["module", "forms", "n"], wide).splitlines()
     widest = max(len(path.split(".")[-1]) + 2 * path.count(".") + 24 for path in rows)
     short = {".".join([*(n if n.isdecimal() else n[0] for n in p.split(".")[:-1]), p.split(".")[-1]]) for p in rows}
     if widest < 40 and len(short) == len(rows):

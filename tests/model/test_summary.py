@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from torch import nn
 
@@ -54,7 +55,8 @@ def test_what_it_reaches_is_what_the_plan_said() -> None:
     assert str(planned.coverage) in str(glora.summary(model))
 
 
-def test_a_notebook_shows_the_same_whole() -> None:
+def test_a_notebook_shows_the_same_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     blocks = [nn.ModuleDict({"attention_of_the_first_kind": nn.ModuleDict({"query": nn.Linear(4, 4)})})]
     model = nn.ModuleDict({"encoder_with_a_long_name": nn.ModuleList(blocks)})
     plan = glora.plan(model)
