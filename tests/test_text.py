@@ -64,6 +64,7 @@ def ungrouped(cell: str) -> list[str]:
 @given(st.dictionaries(PATHS, st.tuples(FORMS | SENTENCES, st.integers(0, 10**12)), min_size=1, max_size=6))
 @example({"a.b": ("A=lora", 1)})
 @example({f"encoder.layers.{i}.attention.{n}": ("A=lora B=lora C=vector", 9**9) for i in range(2) for n in "qv"})
+@example({f"{n}.{'layer' * 9}.query": ("A=lora B=lora C=vector", 9**9) for n in ("encoder", "embedder")})  # the same
 def test_a_table_is_of_80_columns_and_keeps_what_it_says(rows: dict[str, tuple[str, int]]) -> None:
     wide = [[path, forms, count] for path, (forms, count) in rows.items()]
     with mock.patch.dict(os.environ, COLUMNS="80"):
