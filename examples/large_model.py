@@ -6,6 +6,7 @@
 Needs `pip install -e '.[examples,files]'`.
 """
 
+# %%
 from __future__ import annotations
 
 import argparse
@@ -45,6 +46,14 @@ SIZES = {
 CONFIGS = {"LoRA": glora.GLoRAConfig.lora(), "default": glora.GLoRAConfig(create_bias=True)}
 
 
+# %% [markdown]
+# ## Built on the meta device, sharded, filled
+#
+# On the meta device a model has no memory. The adapter is attached there, then the model is sharded, and each rank
+# reads its own part of the weights.
+
+
+# %%
 def sharded(config: LlamaConfig, base: Path, attach: Callable[[nn.Module], object], device: str = "cpu") -> Any:
     """The model with an adapter; no rank ever holds more of it than its part, and one block.
 
@@ -68,6 +77,13 @@ def sharded(config: LlamaConfig, base: Path, attach: Callable[[nn.Module], objec
     return model
 
 
+# %% [markdown]
+# ## Trained, and merged offline
+#
+# The merge goes tensor by tensor, in one process that never holds the model.
+
+
+# %%
 def train(model: Any, batches: Iterable[Tensor]) -> torch.optim.Optimizer:
     """A step for each batch of token ids."""
     optimizer = torch.optim.AdamW(glora.parameters(model), lr=0.01)
@@ -83,6 +99,11 @@ def merge_offline(base: Path, adapter: Path, out: Path) -> None:
     command(["merge", str(base / "model.safetensors"), str(adapter), str(out)])
 
 
+# %% [markdown]
+# ## How much a rank holds, counted and by formula
+
+
+# %%
 def local_bytes(tensors: Iterable[Tensor]) -> int:
     """What this rank holds of some tensors."""
     parts: list[Any] = [tensor.detach() for tensor in tensors]
@@ -126,6 +147,11 @@ def reckon(config: LlamaConfig, adapter: glora.GLoRAConfig, ranks: int, tokens: 
     }
 
 
+# %% [markdown]
+# ## All together
+
+
+# %%
 def run(rank: int, folder: Path) -> None:
     """The whole recipe, in every process of a group."""
     warnings.simplefilter("ignore")

@@ -43,6 +43,9 @@ class TorchRandom:
 TORCH = TorchRandom()  # hypothesis refers to it weakly
 register_random(TORCH)
 
+# Tables as they are where there is room; tests/test_text.py has narrower ones.
+os.environ["COLUMNS"] = "200"
+
 # The matrices are small: more threads are slower.
 torch.set_num_threads(1)
 

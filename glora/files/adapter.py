@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glora.config import FORMS, GLoRAConfig
 from glora.engines.fill import fill_spec, is_filled_by_load
 from glora.engines.fsdp import save_together
+from glora.files.card import card, replaced_cards
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -31,6 +32,7 @@ from glora.files.container import (
 )
 from glora.matrices import Matrix, parse_matrix
 from glora.model.attach import attach_spec
+from glora.model.huggingface import hub_name
 from glora.model.refill import refill
 from glora.model.state import describe
 from glora.model.statistics import warn_of_changed_buffers
@@ -52,13 +54,14 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
-    """Write one adapter into a folder: `adapter_model.safetensors`, and `glora_config.json` for people.
+    """Write one adapter into a folder: `adapter_model.safetensors`; `glora_config.json` and `README.md` are for people.
 
     The first holds the adapter's tensors, heads included, and in its metadata everything that attaching them needs: the
     forms, rank, alpha, product and base shape of each layer, a fingerprint of each frozen tensor, by which `load`
     recognises the base, the version of the format, and a SHA-256 sum of it all. It is written under a temporary name,
     flushed to the disk and renamed: killed at any moment, the folder has the old adapter or the new one.
-    `glora_config.json` is a copy of the description; nothing depends on it.
+    `glora_config.json` is a copy of the description; nothing depends on it. `README.md` is a model card, which
+    hubs show: base, layers, forms, parameters, how to load it. A `README.md` that a person wrote stays as it is.
 
     An `adapter_config.json` in the folder, PEFT's or an older glora's, describes the adapter that is replaced, and is
     removed. PEFT then reports that there is none of its own; `glora.interop.save_peft` writes one.
@@ -91,8 +94,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
     _check_arguments("save", model, directory)
     adapter = describe(model, name)
     warn_of_changed_buffers(owners(model), stacklevel=2)
+    base = hub_name(model)
     save_together(
-        adapter.tensors, lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered))
+        adapter.tensors, lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered), base)
     )
 
 
@@ -186,13 +190,14 @@ def _check_arguments(call: str, model: object, directory: object) -> None:
         )
 
 
-def write(directory: Path, adapter: AdapterSpec) -> None:
-    """Write a described adapter into a folder (Note [Adapter file])."""
+def write(directory: Path, adapter: AdapterSpec, base: str | None = None) -> None:
+    """Write a described adapter into a folder (Notes [Adapter file], [Model card]); `base` is its base's name."""
     fields, tensors = to_json(adapter), plain_tensors(adapter.tensors)
     text, copy = json.dumps(fields, sort_keys=True), json.dumps(fields, indent=2, sort_keys=True) + "\n"
     data = serialize(tensors, {"glora": text, "sha256": digest(text, tensors)})
-    contents = {directory / ADAPTER_FILE: data, directory / CONFIG_FILE: copy.encode()}
-    replace_files(contents, obsolete=[directory / PEFT_CONFIG_FILE])
+    cards = {file: card(adapter, base).encode() for file in replaced_cards(directory)}
+    contents = {directory / ADAPTER_FILE: data, **cards, directory / CONFIG_FILE: copy.encode()}
+    replace_files(contents, obsolete=[directory / PEFT_CONFIG_FILE, *cards])
 
 
 def read(file: Path) -> AdapterSpec:

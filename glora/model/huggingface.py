@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -180,6 +182,16 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
                     continue
                 found += [embedding] if isinstance(embedding, nn.Module) else []
     return found
+
+
+def hub_name(model: nn.Module) -> str | None:
+    """The name on a hub, `owner/name`, that a model was loaded from; None for a folder, and where it is not known."""
+    for module in model.modules():
+        name: object = getattr(getattr(module, "config", None), "_name_or_path", None)
+        if isinstance(name, str) and name:
+            known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII)
+            return name if known and not os.path.lexists(name) else None
+    return None
 
 
 # Note [Exports]

@@ -11,7 +11,7 @@ from torch import nn
 from glora.config import GLoRAConfig
 from glora.model.walk import Owner, Site
 from glora.spec import LayerSpec, join
-from glora.text import shorten, table
+from glora.text import Table, shorten
 
 _MOST = 6  # kinds of modules that a coverage names
 
@@ -196,7 +196,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `glora.apply` does with the same arguments. Printed, a table.
+    """What `glora.apply` does with the same arguments. Printed, and in a notebook, a table.
 
     Attributes:
         name: the adapter's name.
@@ -222,6 +222,12 @@ class Plan:
         return sum(row.parameters for row in (*self.layers, *self.heads))
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         title = f"adapter {self.name!r}: {len(self.layers)} layers, {self.parameters:,} trainable parameters"
         rows: list[Sequence[str | int | None]] = []
         for layer in self.layers:
@@ -229,5 +235,5 @@ class Plan:
             rows.append([layer.path, f"{layer.forms}{no_bias}", layer.rank, layer.parameters])
         rows += [[head.path, "trainable", None, head.parameters] for head in self.heads]
         rows += [[skipped.path, f"skipped: {skipped.reason}", None, None] for skipped in self.skipped]
-        text = table(title, ["module", "forms", "rank", "parameters"], rows)
-        return text if self.coverage is None or not self.coverage.rest else f"{text}\n{self.coverage}"
+        note = "" if self.coverage is None or not self.coverage.rest else str(self.coverage)
+        return Table(title, ["module", "forms", "rank", "parameters"], rows, note)

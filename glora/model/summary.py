@@ -12,7 +12,7 @@ from glora.layer.parametrization import Paths, Store
 from glora.model.huggingface import output_embeddings
 from glora.model.records import Coverage, coverage
 from glora.model.walk import Owner, adapted_sites, owners, sites
-from glora.text import table
+from glora.text import Table
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """The adapters of a model. Printed, a table.
+    """The adapters of a model. Printed, and in a notebook, a table.
 
     Attributes:
         rows: one for each adapter on each module.
@@ -53,13 +53,19 @@ class Summary:
     coverage: Coverage
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         share = self.trainable / self.total if self.total else 0.0
-        text = table(
+        return Table(
             f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.2%})",
             ["module", "adapter", "forms", "rank", "trainable / total"],
             [[row.path, row.adapter, row.forms, row.rank, f"{row.trainable:,} / {row.total:,}"] for row in self.rows],
+            str(self.coverage) if self.coverage.rest and self.rows else "",
         )
-        return f"{text}\n{self.coverage}" if self.coverage.rest and self.rows else text
 
 
 def summary(model: nn.Module) -> Summary:

@@ -104,7 +104,8 @@ def test_a_copy_under_its_earlier_name_is_read_and_goes_at_the_next_save(tmp_pat
     with pytest.warns(UserWarning, match="adapter_config.json does not say"):
         glora.load(small_model(), tmp_path)
     glora.save(made, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_model.safetensors", "glora_config.json"]
+    names = ["README.md", "adapter_model.safetensors", "glora_config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 def test_a_description_of_many_layers_is_read_again(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ except ImportError as error:
 
 def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:
     digits = "0123456789abcdef" * 2
-    stale = [f".adapter_model.safetensors.{digits}", f".glora_config.json.{digits}"]
+    stale = [f".{name}.{digits}" for name in ("adapter_model.safetensors", "README.md", "glora_config.json")]
     others = [
         f".adapter_model.safetensors.{digits[:-1]}",
         f".adapter_model.safetensors.{digits.upper()}",
@@ -127,13 +127,15 @@ def test_a_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) 
             os.utime(tmp_path / name, times=(0, 0))
     saved(tmp_path)
     left = {file.name for file in tmp_path.iterdir()}
-    assert left == {*others, running, "adapter_model.safetensors", "glora_config.json"}
+    assert left == {*others, running, "adapter_model.safetensors", "README.md", "glora_config.json"}
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("count", range(1, 7))
 def test_stopped_anywhere_the_old_adapter_or_the_new_one_is_there(tmp_path: Path, step: str, count: int) -> None:
     saved(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "Of the old one.")
     old = stored_sum(tmp_path)
     real, calls = getattr(os, step), []
 
@@ -147,8 +149,10 @@ def test_stopped_anywhere_the_old_adapter_or_the_new_one_is_there(tmp_path: Path
         saved(tmp_path, seed=1)
     saved(tmp_path / "new", seed=1)
     new = stored_sum(tmp_path / "new")
-    # All bytes are on the disk (two flushes) before the first file is replaced; the copy is never another adapter's.
-    replaced = count > (2 if step == "fsync" else 1)
+    # All bytes are on the disk (three flushes) before the first file is replaced; the copy is never another adapter's.
+    replaced = count > (3 if step == "fsync" else 1)
     assert stored_sum(tmp_path) == (new if replaced else old)
-    assert {file.name for file in tmp_path.iterdir()} <= {"new", "glora_config.json", "adapter_model.safetensors"}
+    names = {"new", "glora_config.json", "README.md", "adapter_model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} <= names
+    assert not card.exists() or card.read_text().endswith("Of the old one.") is not replaced
     glora.load(small_model(seed=1 if replaced else 0), tmp_path)  # with no warning

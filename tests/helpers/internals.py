@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glora.engines import fsdp
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
+from glora.files.card import MARKER as CARD_MARKER
 from glora.files.checkpoint import merge_checkpoint
 from glora.files.container import bytes_of, plain_tensors
 from glora.kernels import blockwise, row_blocks, select
@@ -22,6 +23,7 @@ from glora.kernels.select import Kernel
 from glora.kernels.terms import Terms, terms_of
 
 __all__ = [
+    "CARD_MARKER",
     "Kernel",
     "Terms",
     "bytes_of",

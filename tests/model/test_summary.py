@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from torch import nn
 
@@ -52,3 +53,17 @@ def test_what_it_reaches_is_what_the_plan_said() -> None:
     attach(model, targets=["first"], trainable=["head"])
     assert glora.summary(model).coverage == planned.coverage
     assert str(planned.coverage) in str(glora.summary(model))
+
+
+def test_a_notebook_shows_the_same_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    blocks = [nn.ModuleDict({"attention_of_the_first_kind": nn.ModuleDict({"query": nn.Linear(4, 4)})})]
+    model = nn.ModuleDict({"encoder_with_a_long_name": nn.ModuleList(blocks)})
+    plan = glora.plan(model)
+    summary = glora.summary(glora.apply(model))
+    (row,) = summary.rows
+    for said in (plan, summary):
+        assert f"<td>{row.path}</td>" in said._repr_html_()
+        assert f"<td>{row.forms}</td>" in said._repr_html_()
+        assert max(map(len, str(said).splitlines())) <= 80
+        assert str(said).splitlines()[0] in said._repr_html_().replace("&#x27;", "'")

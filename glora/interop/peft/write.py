@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from glora.files.card import replaced_cards
 from glora.files.container import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG_FILE, replace_files
 from glora.interop.base import Base, with_statistics
 from glora.interop.peft.lora import Written, write_lora
@@ -61,7 +62,7 @@ def write_peft(
         directory / ADAPTER_FILE: tensor_file(tensors, adapter.base),
         directory / PEFT_CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    replace_files(contents, obsolete=[directory / CONFIG_FILE])
+    replace_files(contents, obsolete=[directory / CONFIG_FILE, *replaced_cards(directory)])
     return errors
 
 

