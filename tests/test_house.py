@@ -27,20 +27,20 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9837,
-    "ground": 1045,
+    "all": 10017,
+    "ground": 1115,
     "kernels": 561,
     "layer": 1330,
     "model": 2201,
     "engines": 194,
-    "files": 669,
+    "files": 761,
     "arithmetic": 487,
-    "interop": 2382,
+    "interop": 2383,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 108,
+    "all": 109,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
