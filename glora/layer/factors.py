@@ -199,9 +199,9 @@ def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
 #
 # k = sqrt(1 + 2 in / (pi out)): a step that goes through W0 aligns with the outputs.
 #
-# Weights of trained layers have rms(W0) of 0.02 to 0.1: beside B, an elementwise low-rank A stands still. So its product
-# is divided by rms(W0), and that of a matrix A by sqrt(in) rms(W0): then a step of A does what a step of B of the same
-# rank does. sqrt(in) rms(W0) is about 1 in trained layers, and the vectors are left as they are.
+# Weights of trained layers have rms(W0) of 0.02 to 0.1: beside B, an elementwise low-rank A stands still. So it is
+# divided by rms(W0), and a matrix A by sqrt(in) rms(W0): then a step of A does what a step of B of the same rank does.
+# sqrt(in) rms(W0) is about 1 in trained layers, and the vectors are left as they are.
 #
 # The number is taken when the adapter starts, and is one of its tensors from then on (a buffer: it does not train), in
 # every state dict and file: they depend on no base at hand. A start of `right` that is larger by as much needs no

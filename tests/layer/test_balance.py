@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,20 +49,29 @@ def first_step(layer: nn.Linear, config: glora.GLoRAConfig, spread: float) -> fl
     return rms(layer(unseen).detach() - before)
 
 
-# Note [Balance]: an output moves by this, given r, rms(W0), rms(x) and rms(b0).
-DERIVED = {
-    "B lora": ({"B": "lora"}, lambda r, w, x, b: math.sqrt(r / 3) * x),
-    "A lora": ({"A": "lora"}, lambda r, w, x, b: math.sqrt(r / 3) * x * w),
+class Sizes(NamedTuple):
+    """The rank, and the root mean squares of W0, the inputs and b0."""
+
+    rank: int
+    weight: float
+    inputs: float
+    bias: float
+
+
+# What Note [Balance] says that an output moves by, as a multiple of the learning rate.
+DERIVED: dict[str, tuple[dict[str, Any], Callable[[Sizes], float]]] = {
+    "B lora": ({"B": "lora"}, lambda of: math.sqrt(of.rank / 3) * of.inputs),
+    "A lora": ({"A": "lora"}, lambda of: math.sqrt(of.rank / 3) * of.inputs * of.weight),
     "A lora matmul": (
         {"A": "lora", "product": "matmul"},
-        lambda r, w, x, b: math.sqrt(r / 3) * x * math.sqrt(IN) * w * ALIGNED,
+        lambda of: math.sqrt(of.rank / 3) * of.inputs * math.sqrt(IN) * of.weight * ALIGNED,
     ),
-    "B vector": ({"B": "vector"}, lambda r, w, x, b: math.sqrt(IN) * x),
-    "A vector": ({"A": "vector"}, lambda r, w, x, b: math.sqrt(IN) * w * x),
-    "A vector matmul": ({"A": "vector", "product": "matmul"}, lambda r, w, x, b: math.sqrt(IN) * w * x),
-    "C vector": ({"C": "vector"}, lambda r, w, x, b: math.sqrt(IN) * w * ALIGNED),
-    "D vector": ({"D": "vector"}, lambda r, w, x, b: b),
-    "E vector": ({"E": "vector"}, lambda r, w, x, b: 1.0),
+    "B vector": ({"B": "vector"}, lambda of: math.sqrt(IN) * of.inputs),
+    "A vector": ({"A": "vector"}, lambda of: math.sqrt(IN) * of.weight * of.inputs),
+    "A vector matmul": ({"A": "vector", "product": "matmul"}, lambda of: math.sqrt(IN) * of.weight * of.inputs),
+    "C vector": ({"C": "vector"}, lambda of: math.sqrt(IN) * of.weight * ALIGNED),
+    "D vector": ({"D": "vector"}, lambda of: of.bias),
+    "E vector": ({"E": "vector"}, lambda _: 1.0),
 }
 
 
@@ -70,9 +80,9 @@ DERIVED = {
 def test_a_first_step_moves_the_outputs_as_derived(path: str, rank: int, size: float, spread: float) -> None:
     forms, derived = DERIVED[path]
     layer = layer_of(size)
-    sizes = rms(layer.weight), rms(layer.bias)
+    sizes = Sizes(rank, rms(layer.weight), spread, rms(layer.bias))
     moved = first_step(layer, glora.GLoRAConfig(**NONE | forms, rank=rank, balance="none"), spread)
-    assert moved == pytest.approx(RATE * derived(rank, sizes[0], spread, sizes[1]), rel=0.2)
+    assert moved == pytest.approx(RATE * derived(sizes), rel=0.2)
 
 
 @pytest.mark.parametrize("product", ["hadamard", "matmul"])
