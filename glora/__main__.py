@@ -12,7 +12,7 @@ from glora.arithmetic.combine import combine_files, error_table
 from glora.arithmetic.extract import extract_checkpoint, fit_table
 from glora.config import GLoRAConfig
 from glora.files.adapter import read, write
-from glora.files.checkpoint import frozen_tensors, merge_checkpoint
+from glora.files.checkpoint import checkpoint_file, frozen_tensors, merge_checkpoint
 from glora.files.container import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     merge = commands.add_parser("merge", help="bake an adapter into a checkpoint, tensor by tensor", parents=[lycoris])
-    merge.add_argument("base", type=Path, help="a .safetensors file, or a sharded one's .safetensors.index.json")
+    merge.add_argument("base", type=Path, help="a .safetensors file, the .index.json of several, or a folder")
     merge.add_argument("adapter", type=Path, help="glora's folder, PEFT's folder or LyCORIS's file")
     merge.add_argument("out", type=Path, help="a .safetensors file, or for a sharded base an .index.json")
     merge.add_argument("--strict", action="store_true", help="an error for another base than the adapter's, no warning")
@@ -139,10 +139,12 @@ def _read(options: argparse.Namespace) -> AdapterSpec:
 
 def _merge(options: argparse.Namespace) -> None:
     base, out = options.base, options.out
-    if base.is_dir() or (base.suffix == ".safetensors" and base.is_file() and "glora" in read_header(base).metadata):
-        is_adapter = not base.is_dir() or (base / ADAPTER_FILE).exists()
-        found = "an adapter, {}, as the base" if is_adapter else "a folder, {}: name the checkpoint's file in it"
-        raise ValueError(f"`merge` takes BASE ADAPTER OUT, in this order; found {found.format(base)}.")
+    is_adapter = (base / ADAPTER_FILE).exists()
+    if not is_adapter:
+        file = checkpoint_file(base)
+        is_adapter = file.suffix == ".safetensors" and file.is_file() and "glora" in read_header(file).metadata
+    if is_adapter:
+        raise ValueError(f"`merge` takes BASE ADAPTER OUT, in this order; found an adapter, {base}, as the base.")
     if not out.name.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(f"A merged checkpoint is a .safetensors file, or the .index.json of several; found {out}.")
     adapter = _read(options)

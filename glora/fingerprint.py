@@ -24,9 +24,15 @@ Fingerprint: TypeAlias = tuple[float, ...]
 # each number by 2^-8 of it at most, and so a sum by less than 2^-8 n (standard deviation), a quarter of the tolerance.
 # Float16 also rounds what is below its smallest number: 2^-25 a number at most. The price: another tensor that differs
 # by less than 1 to 2% of n (a short training on, say) is taken for the same one.
+#
+# To convert a tensor takes longer than to sum it up. So float32 on the CPU is multiplied as it is, a block at a time,
+# which leaves errors of about 2^-23 n; the blocks are added up in float64. Where squares might leave the range of
+# float32, and for all other dtypes, each block is copied to float64, into memory that all blocks share: made anew, its
+# pages would be cleared each time, which takes longer than both.
 _ANGLES = ((1.0, 2.0), (2.0, 4.0), (4.0, 1.0))
 _TOLERANCE, _SMALLEST = 2.0**-6, 2.0**-24
-_CHUNK = 2**19  # numbers that stand in memory as float64: about what a cache holds
+_CHUNK = 2**19  # numbers of a block: about what a cache holds
+_SQUARES = 1e-20, 1e30  # sums of squares of which float32 loses nothing that counts
 
 # Note [Fingerprints remembered]
 # A frozen tensor is read once, and not again at each `save` and `load`: its fingerprint is kept as long as the tensor
@@ -75,19 +81,31 @@ def _computed(tensor: Tensor) -> Fingerprint | None:
     device = tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
     matrix = tensor.detach()
     matrix = matrix if is_quantised(tensor) else matrix.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    narrow = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    sums = _sums(matrix, device, torch.float32 if narrow else torch.float64)
+    if narrow and not _SQUARES[0] < sums[0] < _SQUARES[1]:
+        sums = _sums(matrix, device, torch.float64)
+    numbers = [float(f"{number.item():.6g}") for number in (sums[0].sqrt(), *sums[1:])]
+    return tuple(numbers) if all(map(math.isfinite, numbers)) else None
+
+
+def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The sum of squares, and that of each pair of angles, `(4,)`, with blocks multiplied in this dtype."""
     count, columns = matrix.shape
     angles = torch.tensor(_ANGLES, dtype=torch.float64, device=device)
-    right = torch.outer(angles[:, 1], _positions(0, columns, device)).cos()  # (3, columns)
-    square, sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(angles[:, 0])
-    step = max(1, _CHUNK // columns)
+    right = torch.outer(angles[:, 1], _positions(0, columns, device)).cos().to(dtype)  # (3, columns)
+    sums = torch.zeros(1 + len(angles), dtype=torch.float64, device=device)
+    step = min(max(1, _CHUNK // columns), count)
+    there = (dtype, device) == (matrix.dtype, matrix.device)
+    memory = None if there else torch.empty(step, columns, dtype=dtype, device=device)
     for start in range(0, count, step):
-        block = rows(matrix, slice(start, min(start + step, count))).to(device, torch.float64)
+        block = rows(matrix, slice(start, min(start + step, count)))
+        block = block if memory is None else memory[: len(block)].copy_(block)
         left = torch.outer(angles[:, 0], _positions(start, start + len(block), device)).cos()  # (3, rows)
-        square += torch.dot(block.reshape(-1), block.reshape(-1))
+        sums[0] += torch.dot(block.reshape(-1), block.reshape(-1))
         # Three vectors one by one: a product with a matrix of three columns takes five times as long.
-        sums += (left * torch.stack([block @ vector for vector in right])).sum(1)
-    numbers = [float(f"{number.item():.6g}") for number in (square.sqrt(), *sums.cpu())]
-    return tuple(numbers) if all(map(math.isfinite, numbers)) else None
+        sums[1:] += (left * torch.stack([block @ vector for vector in right])).sum(1)
+    return sums.cpu()
 
 
 _ROWS = 32

@@ -161,6 +161,7 @@ def files_of_all_kinds(folder: Path) -> Path:
     (folder / "model").mkdir(parents=True)
     save_file(base.state_dict(), folder / "base.safetensors")
     save_file(base.state_dict(), folder / "model" / "model.safetensors")
+    (folder / "empty").mkdir()
     (folder / "train.py").write_text("import glora")
     glora.save(glora.apply(base), folder / "adapter")
     return folder
@@ -195,7 +196,7 @@ def test_what_is_no_adapter_is_named(
     [
         (("adapter", "base.safetensors", "out.safetensors"), "BASE ADAPTER OUT, in this order; found an adapter"),
         (("adapter/adapter_model.safetensors", "base.safetensors", "out.safetensors"), "found an adapter"),
-        (("model", "adapter", "out.safetensors"), "name the checkpoint's file in it"),
+        (("empty", "adapter", "out.safetensors"), "A checkpoint's folder has one .safetensors file"),
         (("base.safetensors", "adapter", "out.pt"), "A merged checkpoint is a .safetensors file"),
         (("base.safetensors", "adapter", "out"), "A merged checkpoint is a .safetensors file"),
     ],

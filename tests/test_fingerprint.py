@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora.fingerprint import _computed, _remembered, agrees, fingerprint
 
@@ -116,21 +118,40 @@ def test_what_cannot_be_summed_has_none_and_agrees_with_all() -> None:
         assert agrees(tensor, known)
 
 
-def test_no_wide_copy_of_the_whole_stands_in_memory() -> None:
-    weight = torch.randn(512, 256).bfloat16()
-    sizes: list[int] = []
-    to = Tensor.to
+class _Made(TorchDispatchMode):
+    """How many numbers the tensors have that operations make anew; not what is written into memory that is there."""
 
-    def counting(self: Tensor, *given: object, **named: object) -> Tensor:
-        made = to(self, *given, **named)
-        sizes.append(made.numel())
-        return made
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
 
-    with mock.patch("glora.fingerprint._CHUNK", 4096), mock.patch.object(Tensor, "to", counting):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.made.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_wide_copy_of_the_whole_stands_in_memory(dtype: torch.dtype) -> None:
+    """One block of a tensor stands in memory, once for all of them; of a float32 one none does."""
+    weight, counting = torch.randn(512, 256).to(dtype), _Made()
+    with mock.patch("glora.fingerprint._CHUNK", 4096), counting:
         found = fingerprint(weight)
-    assert found == fingerprint(weight)
-    assert max(sizes) == 4096
-    assert len(sizes) == 512 * 256 // 4096
+    assert found is not None
+    assert found == pytest.approx(fingerprint(weight), rel=2e-6)
+    if dtype != torch.float32:
+        assert found == fingerprint(weight)
+    large = [numbers for numbers in counting.made if numbers >= 4096]
+    assert large == ([4096] if dtype in (torch.bfloat16, torch.float16) else [])
+
+
+@given(st.integers(-37, 37), tensors())
+def test_float32_that_has_no_squares_is_summed_as_float64(exponent: int, tensor: Tensor) -> None:
+    """Of huge numbers and tiny ones the squares are infinite, or 0."""
+    tensor = (tensor * 10.0**exponent).float()
+    assert fingerprint(tensor) == pytest.approx(fingerprint(tensor.double()), rel=1e-5, abs=1e-5 * tensor.norm().item())
 
 
 CHANGES: dict[str, Callable[[nn.Parameter], object]] = {

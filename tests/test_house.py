@@ -27,20 +27,20 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 9679,
-    "ground": 1033,
+    "all": 9837,
+    "ground": 1045,
     "kernels": 561,
     "layer": 1330,
     "model": 2184,
     "engines": 194,
-    "files": 667,
+    "files": 669,
     "arithmetic": 487,
-    "interop": 2238,
+    "interop": 2382,
     "integrations": 346,
     "search": 639,
 }
 FILES = {
-    "all": 107,
+    "all": 108,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
@@ -48,7 +48,7 @@ FILES = {
     "engines": 4,
     "files": 5,
     "arithmetic": 5,
-    "interop": 21,
+    "interop": 22,
     "integrations": 6,
     "search": 10,
 }
@@ -57,7 +57,7 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (27, 238, 561),
-    "load": (30, 303, 964),
+    "load": (30, 303, 968),
     "route": (20, 343, 621),
     "merge": (25, 352, 642),
 }

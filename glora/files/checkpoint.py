@@ -97,7 +97,8 @@ def merge_checkpoint(
     """Bake an adapter into a checkpoint: the same bits as `glora.merge` on the model, and then saving it.
 
     Args:
-        base: a `.safetensors` file, or the `.safetensors.index.json` of a sharded one. It is not changed.
+        base: a `.safetensors` file, the `.safetensors.index.json` of a sharded one, or the folder of either. It is not
+            changed.
         adapter: the adapter; its layers are the checkpoint's keys without `.weight`, or differ from them by one
             component in front (Note [Backbones]).
         source: the adapter's file, for messages.
@@ -111,6 +112,7 @@ def merge_checkpoint(
         ValueError: a W' that is not finite; out in place of the base.
         FileNotFoundError: no base.
     """
+    base = checkpoint_file(base)
     entries, metadata, index_metadata = _read_base(base)
     merging = _Merging(entries, as_in_checkpoint(adapter, entries), source)
     plan = merging.plan()
@@ -222,16 +224,26 @@ def checkpoint_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def checkpoint_file(path: Path) -> Path:
+    """The file of a checkpoint, or the index of several, where a folder is given; else the path itself.
+
+    Raises:
+        FileNotFoundError: the folder has none, or more than one.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*.safetensors{_INDEX}")) or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"A checkpoint's folder has one .safetensors file, or one {_INDEX} of several; found "
+            f"{format_names(file.name for file in found) or 'none'} in {str(path)!r}."
+        )
+    return found[0]
+
+
 def _read_base(base: Path) -> tuple[dict[str, _Entry], dict[str, str], dict[str, Any]]:
     """Key to entry of every tensor of a checkpoint; the metadata of its files, and those of its index."""
-    if base.is_dir():
-        found = sorted(base.glob(f"*.safetensors{_INDEX}")) or sorted(base.glob("*.safetensors"))
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"A checkpoint's folder has one .safetensors file, or one {_INDEX} of several; found "
-                f"{format_names(file.name for file in found) or 'none'} in {str(base)!r}."
-            )
-        base = found[0]
+    base = checkpoint_file(base)
     weight_map, index_metadata = _read_index(base) if base.name.endswith(_INDEX) else ({}, {})
     entries, metadata = dict[str, _Entry](), dict[str, str]()
     for file in [base.parent / name for name in sorted(set(weight_map.values()))] or [base]:

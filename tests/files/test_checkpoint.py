@@ -28,14 +28,17 @@ from tests.helpers.kinds import experts
 from tests.helpers.strategies import Case, cases
 
 
+@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("shape", ["one file", "sharded", "sharded into one"])
-def test_merge_gives_the_bits_of_glora_merge(shape: str, tmp_path: Path) -> None:
+def test_merge_gives_the_bits_of_glora_merge(shape: str, folder: bool, tmp_path: Path) -> None:
+    """The base by its file or index, or by the folder that it is in."""
     model = saved_half_precision(tmp_path / "adapter", create_bias=True)
     save_file(half_precision_model().state_dict(), tmp_path / "base.safetensors")
     base = tmp_path / "base.safetensors" if shape == "one file" else sharded(tmp_path / "base", half_precision_model())
     before = {file: file.read_bytes() for file in base.parent.glob("*.safetensors")}
     out = tmp_path / "out" / ("model.safetensors.index.json" if shape == "sharded" else "model.safetensors")
-    assert main(["merge", str(base), str(tmp_path / "adapter"), str(out)]) == 0
+    given = base.parent if folder else base
+    assert main(["merge", str(given), str(tmp_path / "adapter"), str(out)]) == 0
     wanted = glora.merge(model).state_dict()
     files = sorted(out.parent.glob("*.safetensors"))
     found = {key: tensor for file in files for key, tensor in load_file(file).items()}

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 import glora
 from glora import interop
-from glora.interop.patterns import matches
+from glora.interop.patterns import _letters, _parse, _ways_on, matches
 
 PATH = "a" * 40 + "!"
 HOSTILE = [
@@ -34,7 +35,26 @@ HOSTILE = [
     r"(\w+\.?)*-",
     "(?=(a+)+b)a",
     "(?!(a|a)*b)c",
+    r"(\w+\w)*b",
+    r"(\w+!?)*b",
+    r"(.*\.)*b",
+    r"(\w+a)*b",
+    r"([^.]+(\.|a))*b",
+    r"(\w+(?=a))*b",
+    r"(a!?|\w!?)*b",
+    r"(?i)(b*A)*b",
+    r"(\w*\b)*b",
 ]
+
+
+ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", r"\w", "(a|ab)", "(?:b|)"])
+PARTS = st.tuples(ATOMS, st.sampled_from(["", "", "*", "+", "?", "{2}", "{1,3}", "*?"])).map("".join)
+PATTERNS = st.lists(st.lists(PARTS, max_size=5).map("".join), min_size=1, max_size=3).map("|".join)
+# Groups that are repeated: with a separator that tells where one ends, and without.
+INSIDE = st.lists(PARTS, min_size=1, max_size=3).map("".join)
+NESTED = st.tuples(st.lists(INSIDE, min_size=1, max_size=2).map("|".join), st.sampled_from(["", "*", "+", "?"])).map(
+    lambda drawn: f"({drawn[0]}){drawn[1]}"
+)
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
@@ -46,9 +66,50 @@ def test_a_regex_that_would_take_for_ever_is_refused_at_once(pattern: str, end: 
     assert time.monotonic() - began < 5
 
 
-ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", r"\w", "(a|ab)", "(?:b|)"])
-PARTS = st.tuples(ATOMS, st.sampled_from(["", "", "*", "+", "?", "{2}", "{1,3}", "*?"])).map("".join)
-PATTERNS = st.lists(st.lists(PARTS, max_size=5).map("".join), min_size=1, max_size=3).map("|".join)
+class _Steps:
+    """A matcher of parsed regexes that tries every way, as `re` does where there is no match, and counts its steps."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.count = path, 0
+
+    def ends(self, parts: list[Any], start: int) -> Iterator[int]:
+        if not parts:
+            yield start
+            return
+        for end in self.part(*parts[0], start):
+            yield from self.ends(parts[1:], end)
+
+    def part(self, kind: Any, of: Any, start: int) -> Iterator[int]:
+        self.count += 1
+        if str(kind).endswith("REPEAT"):
+            yield from self.repeat(*of[:2], list(of[2]), start)
+        elif str(kind) == "BRANCH":
+            for body in of[1]:
+                yield from self.ends(list(body), start)
+        elif str(kind) == "SUBPATTERN":
+            yield from self.ends(list(of[3]), start)
+        elif start < len(self.path) and _letters(str(kind), of) >> ord(self.path[start]) & 1:
+            yield start + 1
+
+    def repeat(self, least: int, most: int, body: list[Any], start: int) -> Iterator[int]:
+        if most:
+            for end in self.ends(body, start):
+                if end > start or least:  # an empty repetition is tried once
+                    yield from self.repeat(max(0, least - 1), most - 1, body, end)
+        if not least:
+            yield start
+
+
+@pytest.mark.parametrize("letters_tell", [False, True])
+@settings(max_examples=200)
+@given(st.lists(NESTED, min_size=1, max_size=3).map("".join), st.text("ab.", max_size=10))
+def test_a_regex_takes_no_more_steps_than_its_ways(letters_tell: bool, pattern: str, path: str) -> None:
+    """Counted, not timed: each way passes through each part at each letter at most, and looks at the next letters."""
+    bound = _ways_on(pattern, len(path), letters_tell)
+    assume(bound < 1e4)
+    steps = _Steps(path)
+    assert sum(1 for end in steps.ends(list(_parse(pattern)), 0) if end == len(path)) <= bound
+    assert steps.count <= bound * (len(pattern) + 1) * (len(path) + 1) * 2
 
 
 @given(PATTERNS, st.text("ab.", max_size=12))
@@ -71,9 +132,17 @@ def test_it_matches_as_re_does_or_refuses(pattern: str, path: str) -> None:
         r".*self_attn.*(q|k)_proj",
         "|".join(re.escape(f"model.layers.{layer}.q_proj") for layer in range(2000)),
         r"^model\.layers\.7\.q_proj",
+        r".*\.(q|v)_proj",
+        r"(\w+\.)*q_proj",
+        r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        r"model(\.\w+)*\.q_proj",
+        r"(?:[^.]+\.)+(q|k|v|o)_proj",
+        r"^(.*\.)?(q|k|v|o)_proj$",
+        r"((model|layers|self_attn|\d+)\.)*q_proj",
     ],
 )
 def test_what_people_write_is_matched(pattern: str) -> None:
+    assert matches(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+", "model.layers.7.self_attn.dense")
     assert not matches(pattern, "model.layers.7.self_attn.dense", end=True)
     matches(pattern, "base.text_model.encoder.layers.11.self_attn.q_proj", end=True)
 

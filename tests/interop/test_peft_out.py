@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import GLoRAConfig, interop
+from glora.__main__ import main
 from tests.helpers.calls import FORMS, quiet
 from tests.helpers.peers import IDS, assert_same, every
 
@@ -263,6 +264,25 @@ def test_servers_and_converters_read_the_keys(tmp_path: Path) -> None:
         for name in ("q_proj", "v_proj")
         for factor in "AB"
     }
+
+
+def test_servers_read_what_is_converted_without_the_model(tmp_path: Path) -> None:
+    """A list, not a regex; where a path ends another one, PEFT's own start there does nothing."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+    model = glora.apply(build(), {"0": (config := GLoRAConfig.lora(rank=4, init="random")), r"1\.1": config})
+    glora.save(model, tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "peft-lora"]) == 0
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    fields = ("target_modules", "r", "lora_alpha", "bias", "modules_to_save", "use_dora", "rank_pattern")
+    wanted = [["0", "1.1"], 4, 4, "none", None, False, {}]
+    assert [config[field] for field in fields] == wanted
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "out")).eval()
+    x = torch.randn(3, 2)
+    assert_same(model(x), theirs(x), build()(x))
 
 
 @pytest.mark.parametrize("targets", [["0"], ["block.0"], ["block.0", "other.0"], ["block.0", "0"]])

@@ -38,12 +38,16 @@ def load_peft(
     | ADALORA, VERA, VBLORA, MISS | B |
     | LOHA, LOKR, RANDLORA | B, of the rank of W0 at most |
     | modules_to_save, LN_TUNING, embeddings that were resized | heads, as by `trainable=` |
-    | trainable_token_indices, TRAINABLE_TOKENS | a head: the embedding with those rows |
+    | trainable_token_indices, TRAINABLE_TOKENS | B of rank k, the number of rows: `left` picks them, `right` adds |
     | bias="all", "lora_only" | E; the module of a bias without weights that can be adapted is a head |
 
     on linear layers, Conv1D, convolutions, embeddings and experts (`target_parameters`) as PEFT has them. PEFT itself
     is not needed. Dropout of the input (lora_dropout, in training only) is left out. Files of torch.save
     (`adapter_model.bin`) are read as tensors alone, and run no code.
+
+    Trained rows take k * (tokens + features) numbers; where that is more than the embedding has, and where it is tied
+    to other modules or has a forward of its own, they are a head, the whole embedding. Trained further here, either
+    moves the rows of other tokens too.
 
     Args:
         model: the base model that PEFT wrapped.
@@ -84,6 +88,7 @@ def save_peft(
 
     | as_ | what it holds |
     |---|---|
+    | "tokens" | trained rows of embeddings as `load_peft` reads them; "lora" for the other layers |
     | "lora" | B; a low-rank A of a matrix product, as $W_0 L R$; C, D and E as one `lora_bias`; any ranks, alphas |
     | "hira" | a low-rank A, elementwise, alone |
     | "ia3" | A and D the same vector (outputs), or a vector A of the matrix product (inputs) |

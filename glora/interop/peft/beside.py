@@ -1,4 +1,4 @@
-"""What PEFT's files hold beside a method's layers: biases, whole modules, rows of embeddings."""
+"""What PEFT's files hold beside a method's layers: biases, and whole modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_biases(
 ) -> None:
     """Add trained biases, module path to bias, to what was read (Note [PEFT's biases])."""
     for path, trained in biases.items():
-        owner = _owner(base, path)
+        owner = owner_at(base, path)
         if "bias" not in owner.tensors or owner.tensors["bias"].shape != trained.shape:
             raise ValueError(f"{path!r} has no bias of {tuple(trained.shape)} here")
         site = base.sites.get(path)
@@ -55,39 +55,6 @@ def add_biases(
             change = change + wide(tensors[join(path, "E.value")])
         layers[path] = replace(layer, config=replace(layer.config, E="vector"))
         tensors[join(path, "E.value")] = change
-
-
-def add_rows(
-    path: str,
-    rows: Tensor,
-    indices: list[int],
-    base: Base,
-    heads: dict[str, tuple[str, ...]],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Add rows of an embedding that were trained, as a head: the module's weight with those rows."""
-    owner = _owner(base, path)
-    weight = owner.tensors.get("weight")
-    if weight is None or weight.ndim != 2 or rows.shape != (len(indices), weight.shape[1]):
-        raise ValueError(f"{path!r} has {tuple(rows.shape)} as {len(indices)} rows of its weight")
-    if not all(type(index) is int and -len(weight) <= index < len(weight) for index in indices):
-        raise ValueError(f"{path!r} has {len(weight)} rows here, and others are in the config")
-    whole = weight.detach().clone()
-    whole[indices] = rows.to(whole)
-    heads[path] = tuple(owner.tensors)
-    tensors |= {join(path, name): tensor.detach() for name, tensor in owner.tensors.items()}
-    tensors[join(path, "weight")] = whole
-
-
-def row_indices(config: Mapping[str, Any], path: str) -> list[int]:
-    """The indices that the config has for an embedding."""
-    indices: Any = config.get("trainable_token_indices") or config.get("token_indices")
-    if isinstance(indices, dict):
-        named = [value for name, value in cast("dict[str, Any]", indices).items() if path.endswith(name)]
-        indices = named[0] if named else None
-    if not isinstance(indices, list):
-        raise ValueError(f"{path!r} has trained rows, and the config does not say which")
-    return cast("list[int]", indices)
 
 
 def is_embedding(base: Base, path: str) -> bool:
@@ -130,7 +97,12 @@ def tie(
     return ties
 
 
-def _owner(base: Base, path: str) -> Any:
+def owner_at(base: Base, path: str) -> Any:
+    """The module at a path.
+
+    Raises:
+        ValueError: there is none.
+    """
     if base.model is None:
         raise ValueError(f"what was trained of {path!r} is told from the base model's own: give the base model")
     if path not in base.owners:

@@ -243,15 +243,17 @@ def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def target_modules(paths: list[str], base: Base) -> list[str] | str:
     """PEFT's `target_modules` for these modules and no other.
 
-    A list of suffixes where that says it, which is what servers read: last components, or whole paths. A regex of the
-    whole paths otherwise.
+    A list of suffixes where that says it, which is what servers read (SGLang no other): last components, or whole
+    paths. A regex of the whole paths otherwise. Without the model, whole paths: where another module's path ends in
+    one, PEFT gives it a LoRA of its own start, which does nothing.
     """
+    if base.model is None:
+        return sorted(set(paths))
     for names in ([path.rpartition(".")[2] for path in paths], paths):
         suffixes = sorted(set(names))
-        if base.model is not None:
-            reached = {p for p in base.owners if any(p == s or p.endswith(f".{s}") for s in suffixes)}
-            if reached == set(paths):
-                return suffixes
+        reached = {p for p in base.owners if any(p == s or p.endswith(f".{s}") for s in suffixes)}
+        if reached == set(paths):
+            return suffixes
     return "|".join(re.escape(path) for path in paths)
 
 

@@ -14,8 +14,9 @@ from glora.files.container import ADAPTER_FILE, PEFT_CONFIG_FILE, parse_json
 from glora.fingerprint import Fingerprint
 from glora.interop.base import Base
 from glora.interop.peft import methods, updates
-from glora.interop.peft.beside import add_biases, add_rows, is_embedding, row_indices, tie
+from glora.interop.peft.beside import add_biases, is_embedding, tie
 from glora.interop.peft.methods import PREFIX, Given, Reader
+from glora.interop.peft.rows import add_rows, as_layer, row_indices
 from glora.interop.tensors import read_tensors
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, join
 from glora.text import format_names
@@ -222,15 +223,25 @@ class _File:
             found[module if name == "weight" else join(module, name)] = parts
         return found
 
+    def _rows(self, module: str, rows: Tensor) -> None:
+        indices = row_indices(self.config, module, rows, self.base)
+        read = as_layer(module, rows, indices, self.base)
+        if read is None:
+            add_rows(module, rows, indices, self.base, self.heads, self.tensors)
+            self.rows.add(module)
+        else:
+            self.layers[module], tensors = read
+            self.tensors |= {join(module, key): tensor for key, tensor in tensors.items()}
+
     def _layer(self, path: str, parts: dict[str, Tensor], paths: list[str]) -> None:
         for key in list(parts):
             if key.startswith("ln_tuning_layers."):
                 self._head(path, key.removeprefix("ln_tuning_layers."), parts.pop(key))
             elif key == "trainable_tokens_delta":
                 module = path.removesuffix(".token_adapter").removesuffix("token_adapter")
-                indices = row_indices(self.config, module)
-                add_rows(module, parts.pop(key), indices, self.base, self.heads, self.tensors)
-                self.rows.add(module)
+                if path != module and module in paths:
+                    raise ValueError(f"{module!r} has trained rows and another adapter, which PEFT puts on none")
+                self._rows(module, parts.pop(key))
         if not parts:
             return
         for key, tensor in parts.items():

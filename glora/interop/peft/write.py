@@ -14,14 +14,16 @@ from glora.interop.base import Base, with_statistics
 from glora.interop.peft.lora import Written, write_lora
 from glora.interop.peft.methods import PREFIX
 from glora.interop.peft.others import write_dora, write_glora, write_hira, write_ia3
+from glora.interop.peft.rows import write_rows
 from glora.interop.tensors import tensor_file
 from glora.spec import AdapterSpec, join
 from glora.text import format_problems, table
 
 Writer = Callable[[AdapterSpec, Base], Written]
 
-# In the order that "auto" tries them: what most other programs read comes first.
+# In the order that "auto" tries them: what most other programs read comes first, after what is no other's.
 WRITERS: dict[str, Writer] = {
+    "tokens": write_rows,
     "lora": write_lora,
     "hira": write_hira,
     "ia3": write_ia3,
