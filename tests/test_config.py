@@ -34,6 +34,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "E": "vector",
         "rank": 8,
         "alpha": None,
+        "balance": "rms",
         "product": "hadamard",
         "init": "identity",
         "rank_dropout": 0.0,

@@ -74,7 +74,7 @@ class Adapter:
         tensors = self.tensors
         if f"{layer}.{path}.left" in tensors:
             left, right = tensors[f"{layer}.{path}.left"].double(), tensors[f"{layer}.{path}.right"].double()
-            return left @ right * self.scaling(layer)
+            return left @ right * self.scaling(layer) * tensors.get(f"{layer}.{path}.balance", 1)
         value = tensors.get(f"{layer}.{path}.value")
         return None if value is None else value.double()
 

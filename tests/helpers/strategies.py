@@ -143,7 +143,8 @@ def factors(layer: nn.Module, name: str, config: glora.GLoRAConfig) -> dict[str,
     paths: dict[str, reference.Path] = {}
     for path in FORMS:
         if f"{path}.left" in tensors:
-            paths[path] = (tensors[f"{path}.left"] * config.scaling, tensors[f"{path}.right"])
+            scale = config.scaling * tensors.get(f"{path}.balance", 1)
+            paths[path] = (tensors[f"{path}.left"] * scale, tensors[f"{path}.right"])
         else:
             paths[path] = tensors.get(f"{path}.value")
     return paths

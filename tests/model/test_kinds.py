@@ -34,7 +34,10 @@ def expected(kind: Kind, W0: Tensor, b0: Tensor | None, config: GLoRAConfig, giv
 
     def path(name: str, at: tuple[int, ...]) -> Any:
         if f"{kind.path}.{name}.left" in given:
-            scale = 1.0 if config.alpha is None else config.alpha / config.rank
+            balance = given.get(f"{kind.path}.{name}.balance")
+            scale = (1.0 if config.alpha is None else config.alpha / config.rank) * (
+                1 if balance is None else balance[at]
+            )
             return given[f"{kind.path}.{name}.left"][at] * scale, given[f"{kind.path}.{name}.right"][at]
         value = given.get(f"{kind.path}.{name}.value")
         return None if value is None else value[at].detach()
