@@ -1,4 +1,4 @@
-"""benchmarks.accuracy: parts of the data, runs that a file remembers, tables that say what they are over."""
+"""studies.accuracy: parts of the data, runs that a file remembers, tables that say what they are over."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
-from benchmarks.accuracy import data, tables
-from benchmarks.accuracy.data import SEEDS, Task, splits
-from benchmarks.accuracy.runs import LEARNING_RATES, PROBE, Plan, Run, Runs, chosen_rate
+from studies.accuracy import data, tables
+from studies.accuracy.data import SEEDS, Task, splits
+from studies.accuracy.runs import LEARNING_RATES, PROBE, Plan, Run, Runs, chosen_rate
 
 
 def outcome(task: str, method: str, seed: int, lr: float, test: float) -> Run:

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.model import Pretrained
+from studies.accuracy.model import Pretrained
 from benchmarks.peers import needs
 from examples.fetch import package_directory
 

@@ -1,4 +1,4 @@
-"""benchmarks.causal: windows, the file of runs, the choice of a learning rate."""
+"""studies.causal: windows, the file of runs, the choice of a learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("tqdm")
 
 from benchmarks import causal
-from benchmarks.causal import LEARNING_RATES, TOKENS, Row
+from studies.causal import LEARNING_RATES, TOKENS, Row
 
 
 def row(method: str, seed: int, lr: float, validation: float, test: float) -> Row:

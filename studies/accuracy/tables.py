@@ -1,4 +1,4 @@
-"""Tables and plots of the runs in `accuracy.csv`: `python -m benchmarks.accuracy --report`."""
+"""Tables and plots of the runs in `accuracy.csv`: `python -m studies.accuracy --report`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from statistics import fmean, stdev, variance
 
 from scipy import stats
 
-from benchmarks.accuracy.data import TASKS
-from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.runs import LEARNING_RATES, PROBE, Run
+from studies.accuracy.data import TASKS
+from studies.accuracy.methods import METHODS
+from studies.accuracy.runs import LEARNING_RATES, PROBE, Run
 from benchmarks.report import read_csv
 
 # The LoRA that a method of this budget is compared with; without a budget, or before it is run: the first one.
