@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,10 +13,10 @@ from studies.accuracy.model import EPOCHS, Encoded, Pretrained, accuracy, train
 
 MODELS: dict[str, Callable[[], Pretrained]] = {"text": text.pretrained, "vision": vision.pretrained}
 
-# A factor of 2 apart. These first; then beyond the end that is best, until the best has a worse one on either side.
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-STEP = 2.0
-CHOOSING = 2  # seeds
+# A factor of 2 apart; the one that is best on the validation sets of the first seeds is the one that counts.
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+CHOOSING = 2
+LOWER = {"full fine-tuning": 0.05}  # methods whose rates are another multiple
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,23 @@ class _Sets:
 
 
 class Trainer:
-    """Makes the runs of a task."""
+    """Makes the runs of a task; `sizes` are those of its training, validation and test examples."""
 
     def __init__(self, task: str, sizes: tuple[int, int, int], epochs: int = EPOCHS) -> None:
         self.task, self.sizes, self.epochs = task, sizes, epochs
         self._pretrained: Pretrained | None = None
         self._sets: dict[int, _Sets] = {}
+
+    def run(self, name: str, method: Method, seed: int, lr: float) -> Run:
+        """Train a copy of the model, and measure it on both held-out sets."""
+        pretrained, sets = self._of(seed)
+        model = pretrained.classifier(sets.classes, seed)
+        groups = method(model)
+        losses, seconds = train(model, groups, sets.train, lr=lr, seed=seed, epochs=self.epochs)
+        trainable = sum(p.numel() for group in groups for p in group.parameters)
+        examples, loss, found = self.sizes[0], fmean(losses[-5:]), [accuracy(model, sets.validation)]
+        found.append(accuracy(model, sets.test))
+        return Run(self.task, name, seed, lr, examples, self.epochs, trainable, seconds, loss, *found)
 
     def _of(self, seed: int) -> tuple[Pretrained, _Sets]:
         if self._pretrained is None:
@@ -69,70 +80,49 @@ class Trainer:
             self._sets = {seed: _Sets(parts.classes, *encoded)}
         return self._pretrained, self._sets[seed]
 
-    def run(self, name: str, method: Method, seed: int, lr: float) -> Run:
-        """Train a copy of the model, and read both sets."""
-        pretrained, sets = self._of(seed)
-        model = pretrained.classifier(sets.classes, seed)
-        groups = method.attach(model)
-        losses, seconds = train(model, groups, sets.train, lr=lr, seed=seed, epochs=self.epochs)
-        trainable = sum(p.numel() for group in groups for p in group.parameters)
-        found = accuracy(model, sets.validation), accuracy(model, sets.test)
-        examples = self.sizes[0]
-        return Run(
-            self.task, name, seed, lr, examples, self.epochs, trainable, seconds, fmean(losses[-5:]), *found
-        )
 
-
-def next_rate(scores: dict[float, float]) -> float | None:
-    """The learning rate that is to be tried next, given the scores of others; None where the best is bracketed.
-
-    Example:
-        >>> next_rate({1e-3: 70.0, 2e-3: 71.0, 4e-3: 72.0})
-        0.008
-        >>> next_rate({1e-3: 70.0, 2e-3: 72.0, 4e-3: 71.0}) is None
-        True
-    """
-    for lr in LEARNING_RATES:
-        if lr not in scores:
-            return lr
-    best = best_rate(scores)
-    if best == max(scores):
-        return best * STEP
-    return best / STEP if best == min(scores) else None
-
-
-def best_rate(scores: dict[float, float]) -> float:
-    """The one with the best score; the lower of two equals."""
-    return max(sorted(scores), key=lambda lr: scores[lr])
-
-
-def scores(runs: Sequence[Run], task: str, method: str) -> dict[float, float]:
-    """Learning rate to mean validation accuracy, of those that were tried with every seed that chooses."""
-    found: dict[float, dict[int, float]] = {}
-    for run in runs:
-        if (run.task, run.method) == (task, method) and run.seed < CHOOSING:
-            found.setdefault(run.lr, {})[run.seed] = run.validation
-    return {lr: fmean(each.values()) for lr, each in found.items() if len(each) == CHOOSING}
+def rates(method: str) -> list[float]:
+    """The learning rates that a method is tried with."""
+    return [lr * LOWER.get(method, 1.0) for lr in LEARNING_RATES]
 
 
 def chosen_rate(runs: Sequence[Run], task: str, method: str) -> float | None:
-    """The learning rate of a method on a task; None before its best is bracketed."""
-    found = scores(runs, task, method)
-    return best_rate(found) if found and next_rate(found) is None else None
+    """The learning rate of the best mean validation accuracy over the seeds that choose, the lower of two equals.
+
+    None before each rate was tried with each of them.
+    """
+    found: Mapping[tuple[float, int], float] = {
+        (run.lr, run.seed): run.validation for run in runs if (run.task, run.method) == (task, method)
+    }
+    tried = {lr: [found.get((lr, seed)) for seed in range(CHOOSING)] for lr in rates(method)}
+    means = {lr: fmean(s for s in each if s is not None) for lr, each in tried.items() if None not in each}
+    return max(means, key=lambda lr: (means[lr], -lr)) if len(means) == len(tried) else None
 
 
-def wanted(runs: Sequence[Run], tasks: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[tuple[str, str, int, float]]:
-    """The runs (task, method, seed, learning rate) to be made next: choices first, then a seed of all at a time."""
+def wanted(
+    runs: Sequence[Run], tasks: Sequence[str], methods: Sequence[str], seeds: int
+) -> Iterator[tuple[str, str, int, float]]:
+    """Task, method, seed and learning rate of the runs that are still to be made, in their order.
+
+    First those that choose; then one seed of every task and method after the other, so that what is there at any time
+    compares like with like.
+    """
     done = {(run.task, run.method, run.seed, run.lr) for run in runs}
     for task in tasks:
         for method in methods:
-            lr = next_rate(scores(runs, task, method))
-            if lr is not None:
-                yield from ((task, method, seed, lr) for seed in range(CHOOSING) if (task, method, seed, lr) not in done)
-                return
+            for lr in rates(method):
+                for seed in range(min(CHOOSING, seeds)):
+                    if (task, method, seed, lr) not in done:
+                        yield task, method, seed, lr
     for seed in range(seeds):
         for task in tasks:
             for method in methods:
                 lr = chosen_rate(runs, task, method)
                 if lr is not None and (task, method, seed, lr) not in done:
                     yield task, method, seed, lr
+
+
+def tested(runs: Sequence[Run], task: str, method: str) -> dict[int, Run]:
+    """Seed to run, at the learning rate that was chosen; empty before it is."""
+    lr = chosen_rate(runs, task, method)
+    return {run.seed: run for run in runs if (run.task, run.method, run.lr) == (task, method, lr)}
