@@ -19,6 +19,7 @@ from glora.model.adapters import activate, adapters, disabled, named_parameters,
 from glora.model.attach import apply
 from glora.model.merge import delete, merge, merged, remove
 from glora.model.plan import plan
+from glora.model.rates import parameter_groups
 from glora.model.records import Plan
 from glora.model.route import route
 from glora.model.state import base_state_dict, load_state_dict, state_dict
@@ -51,6 +52,7 @@ __all__ = [
     "merge",
     "merged",
     "named_parameters",
+    "parameter_groups",
     "parameters",
     "plan",
     "register_matrix",

@@ -14,6 +14,7 @@ PromptForm: TypeAlias = Literal["lora", "vector", "none"]
 BiasForm: TypeAlias = Literal["vector", "constant", "none"]
 Product: TypeAlias = Literal["hadamard", "matmul"]
 Init: TypeAlias = Literal["identity", "random"]
+Balance: TypeAlias = Literal["rms", "none"]
 
 # The forms that each path may take, from the most expressive to nothing.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -50,6 +51,9 @@ class GLoRAConfig:
         E: shifts the bias: vector, constant or none.
         rank: width r of every lora factor, at least 1.
         alpha: `left @ right` is multiplied by `alpha / rank`; None means `alpha = rank`, a factor of 1.
+        balance: `"rms"` multiplies a low-rank A by a number of each layer that does not train, 1 / rms(W0) (of a matrix
+            product 1 / (sqrt(in_features) rms(W0))), so that one learning rate serves A and B alike (Note [Balance]);
+            `"none"` does not. Without a low-rank A they are the same.
         product: how A meets the weight: `"hadamard"` (elementwise: the authors' code, PEFT) or `"matmul"` (`W0 @ A`:
             the paper's figure, LyCORIS).
         init: `"identity"` starts as the base model (left = 0, right Kaiming-uniform with a = sqrt(5), the rest 0);
@@ -87,6 +91,7 @@ class GLoRAConfig:
     E: BiasForm = "vector"
     rank: int = 8
     alpha: float | None = None
+    balance: Balance = "rms"
     product: Product = "hadamard"
     init: Init = "identity"
     rank_dropout: float = 0.0
@@ -97,6 +102,7 @@ class GLoRAConfig:
             _one_of(path, getattr(self, path), allowed)
         _one_of("product", self.product, ("hadamard", "matmul"))
         _one_of("init", self.init, ("identity", "random"))
+        _one_of("balance", self.balance, ("rms", "none"))
         if type(self.rank) is not int or not 1 <= self.rank < 2**63:
             raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
         if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
@@ -124,6 +130,11 @@ class GLoRAConfig:
         """The paths that are not `"none"`, A to E."""
         return tuple([path for path in FORMS if getattr(self, path) != "none"])
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether A has a balance (Note [Balance])."""
+        return self.A == "lora" and self.balance == "rms"
+
     def shapes(
         self, out_features: int, in_features: int, paths: Iterable[str] | None = None, batch: tuple[int, ...] = ()
     ) -> dict[str, tuple[int, ...]]:
@@ -143,6 +154,8 @@ class GLoRAConfig:
             if form == "lora":
                 rows, columns = (i, 1) if path == "C" else (i, i) if scales_inputs else (o, i)
                 shapes[f"{path}.left"], shapes[f"{path}.right"] = (rows, r), (r, columns)
+                if path == "A" and self.is_balanced:
+                    shapes["A.balance"] = (1, 1) if batch else (1,)
             elif form == "constant":
                 shapes[f"{path}.value"] = (1, 1) if batch and path in "AB" else (1,)
             elif form == "vector":

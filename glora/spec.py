@@ -14,6 +14,7 @@ from torch import Tensor
 from glora.config import GLoRAConfig
 from glora.fingerprint import Fingerprint
 from glora.matrices import Matrix
+from glora.precision import wide
 from glora.text import format_names
 
 
@@ -90,7 +91,8 @@ class LayerSpec:
     @property
     def parameters(self) -> int:
         """How many numbers its paths have; the sizes must be known."""
-        return sum(math.prod(spec.shape or ()) for spec in self.tensors().values())  # pyright: ignore
+        tensors = self.tensors().items()
+        return sum(math.prod(spec.shape or ()) for key, spec in tensors if key != "A.balance")  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,16 @@ class AdapterSpec:
         for path, names in (*self.heads.items(), *self.statistics.items()):
             wanted |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
         return wanted
+
+    def folded(self) -> AdapterSpec:
+        """The same adapter without balances (Note [Balance]): multiplied into A's left factors."""
+        layers, tensors = dict(self.layers), dict(self.tensors)
+        for path, layer in self.layers.items():
+            if layer.config.is_balanced:
+                layers[path] = replace(layer, config=replace(layer.config, balance="none"))
+                left = wide(tensors[join(path, "A.left")])
+                tensors[join(path, "A.left")] = left * tensors.pop(join(path, "A.balance"))
+        return replace(self, layers=layers, tensors=tensors) if layers != self.layers else self
 
     def renamed(self, rename: Callable[[str], str]) -> AdapterSpec:
         """The same adapter on modules of other paths; `rename` goes from a path or key to the new one."""
@@ -175,7 +187,10 @@ def _function(layer: LayerSpec) -> LayerSpec:
     """The fields that must match: no rank where no path is low rank, no product where there is no A."""
     rank, product = layer.rank or 1, "hadamard" if layer.config.A == "none" else layer.config.product
     alpha = layer.config.scaling * rank if layer.rank else 1.0
-    config = replace(layer.config, init="identity", rank_dropout=0.0, rank=rank, alpha=alpha, product=product)
+    balance = "rms" if layer.config.is_balanced else "none"
+    config = replace(
+        layer.config, init="identity", rank_dropout=0.0, rank=rank, alpha=alpha, product=product, balance=balance
+    )
     return replace(layer, config=config, matrix=None, batch=layer.batch or ())
 
 

@@ -154,6 +154,7 @@ def combined(
     if any(tensor.is_meta for _, adapter in adapters for tensor in adapter.tensors.values()):
         raise ValueError("Adapters must have memory to be added up; found tensors on the meta device.")
     parts: dict[str, list[_Part]] = {}
+    adapters = [(weight, adapter.folded()) for weight, adapter in adapters]
     for weight, adapter in adapters:
         for path, layer in adapter.layers.items():
             tensors = {key: adapter.tensors[join(path, key)] for key in _held(path, layer, adapter)}

@@ -19,6 +19,7 @@ from glora.arithmetic.low_rank import double, norm
 from glora.config import GLoRAConfig
 from glora.files.checkpoint import checkpoint_readers, renaming
 from glora.fingerprint import Fingerprint, fingerprint
+from glora.layer.factors import balance_of
 from glora.model.attach import attach, warn_of
 from glora.model.change import change
 from glora.model.plan import plan_targets
@@ -191,7 +192,7 @@ def _layer(
         bias = None if b0 is None else b0.reshape(-1, out_features)[index]
         paths, rest = fit_weight(W0s[index], changes[index], config)
         more, rest_of_bias = fit_bias(W0s[index], bias, db[index], config)
-        found.append(dict(_tensors({**paths, **more}, config)))
+        found.append(dict(_tensors({**paths, **more}, config, balance_of(config, W0s[index]))))
         left += [norm(rest), norm(rest_of_bias)]
     shapes = config.shapes(out_features, in_features, None, tuple(batch))
     values = {key: torch.stack([each[key] for each in found]).reshape(shape) for key, shape in shapes.items()}
@@ -200,13 +201,18 @@ def _layer(
     )
 
 
-def _tensors(paths: Mapping[str, Tensor | tuple[Tensor, Tensor]], config: GLoRAConfig) -> Iterator[tuple[str, Tensor]]:
-    """Key to tensor; the scale is divided out of the left factors."""
+def _tensors(
+    paths: Mapping[str, Tensor | tuple[Tensor, Tensor]], config: GLoRAConfig, balance: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Key to tensor; the scale is divided out of the left factors, and A's balance too."""
+    if balance is not None:
+        yield "A.balance", balance
     for name, path in paths.items():
         if isinstance(path, Tensor):
             yield f"{name}.value", path
         else:
-            yield f"{name}.left", path[0] / config.scaling
+            divided = config.scaling if name != "A" or balance is None else config.scaling * balance
+            yield f"{name}.left", path[0] / divided
             yield f"{name}.right", path[1]
 
 

@@ -239,6 +239,8 @@ def to_json(adapter: AdapterSpec) -> dict[str, Any]:
     for path, layer in adapter.layers.items():
         fields = dataclasses.asdict(layer.config)
         forms = {name: fields.pop(name) for name in FORMS}
+        if not layer.config.is_balanced:  # as for `matrix` below
+            del fields["balance"]
         layers[path] = {
             "forms": {name: form for name, form in forms.items() if form != "none"},
             **fields,
@@ -298,7 +300,7 @@ def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
         raise ValueError(f"a bias {bias!r}")
     matrix = None if matrix is None else parse_matrix(**matrix)
     forms = {**dict.fromkeys(FORMS, "none"), **fields.pop("forms")}
-    return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias, matrix, tuple(batch))
+    return LayerSpec(GLoRAConfig(**forms, **{"balance": "none", **fields}), *shape, bias, matrix, tuple(batch))
 
 
 def _compare_copy(file: Path, text: str) -> None:

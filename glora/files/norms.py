@@ -38,7 +38,8 @@ def paths_of(adapter: AdapterSpec, path: str, layer: LayerSpec) -> dict[str, Fac
     paths: dict[str, Factored] = {}
     for name in layer.config.paths:
         if f"{name}.left" in tensors:
-            paths[name] = tensors[f"{name}.left"] * layer.config.scaling, tensors[f"{name}.right"]
+            scale = layer.config.scaling * tensors.get(f"{name}.balance", 1)
+            paths[name] = tensors[f"{name}.left"] * scale, tensors[f"{name}.right"]
         elif f"{name}.value" in tensors:
             paths[name] = tensors[f"{name}.value"]
     return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def read_official(
     positions = {path: number for number, path in enumerate(order)}
     paths = sorted(by_path, key=lambda path: (positions.get(path, len(order)), path))
     for path, config in _configs(forms, paths).items():
+        config = replace(config, balance="none")  # theirs has none
         parts = by_path[path]
         layers[path] = layer = LayerSpec(config, parts["Ad"].shape[0], parts["Au"].shape[1])
         rank = parts["Ad"].shape[1]
@@ -134,4 +136,4 @@ def _authors_config(choice: Mapping[str, str]) -> GLoRAConfig:
     if set(choice) != set("ABCDE") or ranks or not rank.isdecimal():
         raise ValueError(f"A layer's forms must be A to E, with one rank; found {dict(choice)!r}.")
     config: dict[str, Any] = {path: "lora" if form.startswith("LoRA_") else form for path, form in choice.items()}
-    return GLoRAConfig(**config, rank=int(rank))
+    return GLoRAConfig(**config, rank=int(rank), balance="none")

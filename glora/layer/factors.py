@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from glora.config import GLoRAConfig
 from glora.functional import Factors
 from glora.precision import wide, working_dtype
-from glora.tensors import dense, gathered, is_sharded, sharded_like
+from glora.tensors import dense, gathered, is_sharded, sharded_like, write_into
 from glora.torch_internals import is_exporting
 
 
 class LowRank(nn.Module):
-    """`left @ right`, of rank r at most, times `scaling`.
+    """`left @ right`, of rank r at most, times `scaling`, and times `balance` where there is one.
 
     Args:
         left: (..., rows, r).
         right: (..., r, columns).
         config: gives `alpha / rank` and the rate of rank dropout.
+        balance: `(1,)`, or (..., 1, 1) for a batch (Note [Balance]).
     """
 
     left: Tensor
@@ -33,11 +34,16 @@ class LowRank(nn.Module):
     scaling: float
     dropout: float
     compiled_scaling: nn.Parameter
+    balance: Tensor | None
 
-    def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig) -> None:
+    def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig, balance: Tensor | None = None) -> None:
         super().__init__()
         self.register_parameter("left", nn.Parameter(left))
         self.register_parameter("right", nn.Parameter(right))
+        if balance is None:
+            vars(self)["balance"] = None
+        else:
+            self.register_buffer("balance", balance)
         self.take(config)
 
     # Note [Scales of compiled graphs]
@@ -66,6 +72,9 @@ class LowRank(nn.Module):
             scale = adapter_weight * self.compiled_scaling
         else:
             scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
+        balance = self.balance
+        if balance is not None:
+            scale = scale * balance
         if dropout and self.dropout:
             kept = 1 - self.dropout
             drawn = torch.empty(left.shape[-1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)
@@ -78,8 +87,10 @@ class LowRank(nn.Module):
     # reads as the expectation, so that a merge bakes in nothing that was dropped.
 
     @torch.no_grad()
-    def reset_parameters(self, size: float | None) -> None:
+    def reset_parameters(self, size: float | None, balance: Tensor | None = None) -> None:
         """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
+        if balance is not None and self.balance is not None:
+            write_into(self.balance, balance)
         if size is None:
             self.left.zero_()
             _fill(self.right, _kaiming)
@@ -87,6 +98,8 @@ class LowRank(nn.Module):
             each = math.sqrt(size / (self.scaling * math.sqrt(self.left.shape[-1])))
             _draw(self.left, each)
             _draw(self.right, each)
+            if self.balance is not None:
+                self.left.div_(self.balance)
 
     def extra_repr(self) -> str:
         """Shapes and scaling, for `print(layer)`."""
@@ -165,6 +178,51 @@ def init_size(path: str, config: GLoRAConfig, weight: Tensor) -> float | None:
     norm = wide(weight).square().sum().sqrt().item() / math.sqrt(math.prod(batch))
     norm = norm if norm > 0 else math.sqrt(out_features)  # of zeros: about the norm of nn.Linear's own start
     return 0.1 * norm / math.sqrt(out_features * (in_features if path == "B" else 1))
+
+
+# Note [Balance]
+# Adam moves each number of a factor by about the learning rate eta, whatever the size of its gradient. What a first
+# step does to the outputs is thus up to the form (left = 0, right uniform with variance 1 / (3 in) at the start; rms:
+# root mean square; entries of one tensor taken as independent):
+#
+# | path             | moves                 | an output by about                            |
+# |------------------|-----------------------|-----------------------------------------------|
+# | B lora           | left @ right          | eta sqrt(r / 3) rms(x)                        |
+# | A lora           | W0 * (left @ right)   | eta sqrt(r / 3) rms(x) rms(W0)                |
+# | A lora, matmul   | W0 @ left @ right     | eta sqrt(r / 3) rms(x) sqrt(in) rms(W0) k     |
+# | B vector         | each row alike        | eta sqrt(in) rms(x), where x is of mean 0     |
+# | A vector         | W0, row by row        | eta |W0 x|, about eta sqrt(in) rms(W0) rms(x) |
+# | A vector, matmul | W0, column by column  | eta sqrt(in) rms(W0) rms(x)                   |
+# | C vector         | W0 C                  | eta sqrt(in) rms(W0) k                        |
+# | D vector         | b0 * D                | eta |b0|                                      |
+# | E vector         | E                     | eta                                           |
+#
+# k = sqrt(1 + 2 in / (pi out)): a step that goes through W0 aligns with the outputs.
+#
+# Weights of trained layers have rms(W0) of 0.02 to 0.1: beside B, an elementwise low-rank A stands still. So it is
+# divided by rms(W0), and a matrix A by sqrt(in) rms(W0): then a step of A does what a step of B of the same rank does.
+# sqrt(in) rms(W0) is about 1 in trained layers, and the vectors are left as they are.
+#
+# The number is taken when the adapter starts, and is one of its tensors from then on (a buffer: it does not train), in
+# every state dict and file: they depend on no base at hand. A start of `right` that is larger by as much needs no
+# number, and does the same to the first step; but then `right` itself stands still.
+
+
+def balance_of(config: GLoRAConfig, weight: Tensor) -> Tensor | None:
+    """What A is multiplied by on this frozen weight as a matrix, `(1,)`, or (..., 1, 1) for a batch of matrices.
+
+    It is 1 where rms(W0) is 0 or not finite. None where there is none (Note [Balance]), or W0 is on the meta device.
+    """
+    if not config.is_balanced or weight.is_meta:
+        return None
+    weight = dense(gathered(weight.detach()))
+    size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=working_dtype(weight))
+    size = size / math.sqrt(weight.shape[-2] * (1 if config.product == "matmul" else weight.shape[-1]))
+    balance = torch.where(size.isfinite() & (size > _SMALLEST), 1 / size, 1.0)
+    return balance if weight.ndim > 2 else balance.flatten()
+
+
+_SMALLEST = 1e-30  # of a size that is not taken for 0: float32 holds what it divides
 
 
 def _draw(factor: Tensor, size: float) -> None:

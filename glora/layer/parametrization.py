@@ -21,7 +21,7 @@ from glora import functional
 from glora.config import GLoRAConfig, Product
 from glora.functional import Factors, WeightFactors
 from glora.kernels.row_blocks import thin_product
-from glora.layer.factors import FrozenPrompt, LowRank, Vector, init_size
+from glora.layer.factors import FrozenPrompt, LowRank, Vector, balance_of, init_size
 from glora.matrices import LINEAR, Matrix
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, is_sharded, replicated_like
@@ -137,7 +137,9 @@ class Paths(nn.Module):
             tensors = {key: replicated_like(weight, tensor) for key, tensor in tensors.items()}
         for name in names:
             if getattr(config, name) == "lora":
-                path = LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"], config)
+                path = LowRank(
+                    tensors[f"{name}.left"], tensors[f"{name}.right"], config, tensors.get(f"{name}.balance")
+                )
             else:
                 path = Vector(tensors[f"{name}.value"])
             self.add_module(name, path)
@@ -190,7 +192,11 @@ class Paths(nn.Module):
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again as `config.init` says, on this frozen weight as a matrix."""
         for name, path in self.paths().items():
-            path.reset_parameters(init_size(name, self.config, weight))
+            size = init_size(name, self.config, weight)
+            if name == "A" and isinstance(path, LowRank):
+                path.reset_parameters(size, balance_of(self.config, weight))
+            else:
+                path.reset_parameters(size)
 
 
 def other_description(given: Mapping[str, float | str], own: Mapping[str, float | str]) -> Iterator[str]:

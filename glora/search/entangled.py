@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -89,7 +90,7 @@ class Entangled(Paths):
         names = tuple([path for path in self.paths() if getattr(config, path) != "none"])
         if not names:
             return None
-        plain = Paths(config, names, torch.empty(self.weight_shape, device="meta"))
+        plain = Paths(replace(config, balance="none"), names, torch.empty(self.weight_shape, device="meta"))
         # Strides of their own: a corner of one number keeps those of the whole, which no file takes.
         copies = {
             key: tensor.detach().clone(memory_format=torch.contiguous_format)

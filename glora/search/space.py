@@ -51,7 +51,7 @@ class Space:
                 GLoRAConfig(**{path: form})
             object.__setattr__(self, path, tuple([form for form in known if form in forms]))
         for rank in self._listed("ranks"):
-            GLoRAConfig(rank=rank, alpha=self.alpha, product=self.product)
+            GLoRAConfig(rank=rank, alpha=self.alpha, product=self.product, balance="none")
         object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
 
     def _listed(self, field: str) -> Collection[Any]:
@@ -89,7 +89,7 @@ class Space:
         """
         full: dict[str, Any] = {path: forms.get(path, "none") for path in FORMS}
         rank = rank if "lora" in full.values() else min(self.ranks)
-        return GLoRAConfig(**full, rank=rank, alpha=self.alpha, product=self.product)
+        return GLoRAConfig(**full, rank=rank, alpha=self.alpha, product=self.product, balance="none")
 
     @functools.cache  # noqa: B019 - spaces are few and small
     def only(self, *paths: str) -> Space:

@@ -20,6 +20,7 @@ from glora.kernels import blockwise, row_blocks, select
 from glora.kernels.factored import fused
 from glora.kernels.select import Kernel
 from glora.kernels.terms import Terms, terms_of
+from glora.model.state import describe
 
 __all__ = [
     "Kernel",
@@ -27,6 +28,7 @@ __all__ = [
     "bytes_of",
     "chosen_kernel",
     "computed_updates",
+    "describe",
     "entries_of_a_block",
     "force_kernel",
     "fully_sharded_groups",

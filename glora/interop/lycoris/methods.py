@@ -264,7 +264,9 @@ def read_glora(held: Held, parts: dict[str, Tensor], rs_lora: bool) -> Read:
         a1, a2 = (torch.kron(factor, eye.to(factor)) for factor in within(wide(a1), wide(a2)))
         b1, b2 = padded(*within(wide(b1), wide(b2)), a1.shape[1])
         alpha, rank = alpha / rank * a1.shape[1], a1.shape[1]
-    layer = LayerSpec(GLoRAConfig(**GLORA_FORMS, rank=rank, alpha=alpha), *held.sizes, matrix=held.matrix)
+    layer = LayerSpec(
+        GLoRAConfig(**GLORA_FORMS, rank=rank, alpha=alpha, balance="none"), *held.sizes, matrix=held.matrix
+    )
     return Read(layer, dict(zip(GLORA, (a1, a2, b1, b2), strict=True)))
 
 

@@ -40,7 +40,8 @@ def write_lycoris(
     names: set[str] = set()
     tensors: dict[str, Tensor] = {}
     base: dict[str, Fingerprint] = {}
-    for prefix, adapter in adapters.items():
+    for prefix, balanced in adapters.items():
+        adapter = balanced.folded()
         problems += [f"{path!r} is a head" for path in adapter.heads]
         known = (bases or {}).get(prefix, Base())
         for path, layer in adapter.layers.items():

@@ -86,7 +86,9 @@ def read_glora(given: Given, theirs: dict[str, Tensor]) -> Read:
     # PEFT leaves C, D and E out where there is no bias; a config without them does not say whether there is one.
     configured = any(config[FIELDS[name]] != "none" for name in "CDE")
     bias = any(forms[name] != "none" for name in "CDE") if configured else None
-    return LayerSpec(GLoRAConfig(**forms, rank=rank or config["r"]), out_features, in_features, bias), tensors
+    return LayerSpec(
+        GLoRAConfig(**forms, rank=rank or config["r"], balance="none"), out_features, in_features, bias
+    ), tensors
 
 
 def read_lora(given: Given, theirs: dict[str, Tensor]) -> Read:

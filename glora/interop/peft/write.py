@@ -43,7 +43,7 @@ def write_peft(
     Raises:
         ValueError: the method cannot hold it, or not nearly enough; nothing is written.
     """
-    adapter = with_statistics(adapter, base)
+    adapter = with_statistics(adapter.folded(), base)
     written = _written(adapter, base, as_, rank)
     errors = {path: written.errors.get(path, 0.0) for path in adapter.layers}
     _check(errors, tolerance)

@@ -1,0 +1,72 @@
+"""`parameter_groups`: an adapter's parameters for an optimizer, each with a learning rate that suits it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from glora.layer.factors import LowRank, balance_of
+from glora.layer.heads import Head
+from glora.layer.parametrization import Paths, Weight
+from glora.model.adapters import named_parameters, resolve_name
+from glora.model.change import walk_to_read
+from glora.spec import join
+
+
+def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> list[dict[str, Any]]:
+    """The trainable parameters of an adapter, as groups for an optimizer of torch.
+
+    Args:
+        model: the model.
+        lr: the learning rate of paths that are balanced, or need not be, and of heads.
+        name: the adapter; None for the only one.
+
+    Returns:
+        `[{"name": "adapter", "lr": lr, "params": [...]}, {"name": "heads", ...}, ...]`, in an order that is that of the
+        model's layers, so that an optimizer's state dict goes into another optimizer made alike. Groups that would be
+        empty are left out. A low-rank A without a balance (`balance="none"`: PEFT's HiRA, files from before there was
+        one) has a group for each layer, whose left factor trains at `lr / rms(W0)` (Note [Balance]). It has to be as
+        much slower otherwise: Adam moves every number by about `lr`, and W0 multiplies what it moves.
+
+    Raises:
+        ValueError: an lr that is not positive; None, and not exactly one adapter.
+        KeyError: no adapter of that name.
+
+    Source: Adam, arXiv 1412.6980, section 2.1 (the size of a step); the derivation is Note [Balance].
+
+    Example:
+        >>> import torch, glora
+        >>> layer = glora.apply(torch.nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(glora.parameter_groups(layer, lr=2e-3))
+        >>> [(group["name"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
+        [('adapter', 0.002, 7)]
+    """
+    if not lr > 0:
+        raise ValueError(f"lr must be a positive number; found {lr!r}.")
+    walk = walk_to_read(model)
+    name = resolve_name(walk, name)
+    own, heads = {"name": "adapter", "lr": lr, "params": []}, {"name": "heads", "lr": lr, "params": []}
+    groups: list[dict[str, Any]] = [own, heads]
+    of_heads = {
+        join(owner.path, tensor) for owner in walk for tensor, store in owner.stores.items() if isinstance(store, Head)
+    }
+    faster: dict[str, float] = {}
+    for owner in walk:
+        for tensor, store in owner.stores.items():
+            part = store.parts().get(name)
+            if not isinstance(store, Weight) or not isinstance(part, Paths):
+                continue
+            A = part.paths().get("A")
+            if isinstance(A, LowRank) and A.balance is None:
+                W0 = store.matrix.read(owner.tensors[tensor])
+                balance = balance_of(replace(part.config, balance="rms"), W0)
+                key = join(store.matrix.path(owner.path), "A.left")
+                faster[key] = 1.0 if balance is None else cast("float", balance.mean().item())
+    for key, parameter in named_parameters(model, name):
+        if key in faster:
+            groups.append({"name": key, "lr": lr * faster[key], "params": [parameter]})
+        else:
+            (heads if key in of_heads else own)["params"].append(parameter)
+    return [group for group in groups if group["params"]]
