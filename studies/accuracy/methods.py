@@ -55,7 +55,7 @@ def _plus(config: glora.GLoRAConfig, ratio: float) -> Method:
 _C = glora.GLoRAConfig
 _NONE: dict[str, Any] = dict.fromkeys("CDE", "none")
 
-# The model of texts has 22.7 million parameters. Rank 8 of one factored path on its 36 layers has 331,776 numbers, 1.5%.
+# The model of texts has 22.7 million parameters; rank 8 of one path on its 36 layers has 331,776 numbers, 1.5%.
 METHODS: dict[str, Method] = {
     "LoRA r8": _glora(_C.lora(rank=8)),
     "A r8": _glora(_C.hira(rank=8)),

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import glora
+from benchmarks.peers import peft_model
 from studies.accuracy.data import TASKS, splits
 from studies.accuracy.model import Classifier, Group, features, train
 from studies.accuracy.runs import MODELS
-from benchmarks.peers import peft_model
 
 SIZES = (400, 300, 600)
 LOSSES, LOGITS = 1e-4, 1e-3

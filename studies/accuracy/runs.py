@@ -122,7 +122,7 @@ def wanted(
                     yield task, method, seed, lr
 
 
-def tested(runs: Sequence[Run], task: str, method: str) -> dict[int, Run]:
+def runs_at_chosen_rate(runs: Sequence[Run], task: str, method: str) -> dict[int, Run]:
     """Seed to run, at the learning rate that was chosen; empty before it is."""
     lr = chosen_rate(runs, task, method)
     return {run.seed: run for run in runs if (run.task, run.method, run.lr) == (task, method, lr)}

@@ -7,7 +7,7 @@ from statistics import fmean, variance
 
 from scipy import stats
 
-from studies.accuracy.runs import Run, tested
+from studies.accuracy.runs import Run, runs_at_chosen_rate
 
 Interval = tuple[float, float, float]  # middle, low, high
 
@@ -42,13 +42,13 @@ def interval(strata: Sequence[Sequence[float]]) -> Interval | None:
 
 def differences(runs: Sequence[Run], task: str, method: str) -> list[float]:
     """Test accuracy less that of the LoRA of equal parameters, of each seed that both have."""
-    mine, theirs = tested(runs, task, method), tested(runs, task, LORAS.get(method, LORA))
+    mine, theirs = runs_at_chosen_rate(runs, task, method), runs_at_chosen_rate(runs, task, LORAS.get(method, LORA))
     return [mine[seed].test - theirs[seed].test for seed in sorted(mine.keys() & theirs.keys())]
 
 
 def row(runs: Sequence[Run], tasks: Sequence[str], method: str) -> dict[str, str] | None:
     """A method's row; None where a task has no run of it. Each mean is over the seeds that LoRA has too."""
-    found = [tested(runs, task, method) for task in tasks]
+    found = [runs_at_chosen_rate(runs, task, method) for task in tasks]
     if not all(found):
         return None
     cells = {"method": method, "trainable": f"{next(iter(found[0].values())).trainable:,}"}

@@ -1,4 +1,4 @@
-"""studies.accuracy: parts of the data, runs that a file remembers, tables that say what they are over."""
+"""studies.accuracy: parts of the data, which runs are wanted, tables that say what they are over."""
 
 from __future__ import annotations
 
@@ -13,26 +13,35 @@ pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
 from studies.accuracy import data, tables
-from studies.accuracy.data import SEEDS, Task, splits
-from studies.accuracy.runs import LEARNING_RATES, PROBE, Plan, Run, Runs, chosen_rate
+from studies.accuracy.data import Task, splits
+from studies.accuracy.runs import CHOOSING, LEARNING_RATES, Run, chosen_rate, runs_at_chosen_rate, wanted
+
+LORA, OTHER = "LoRA r8", "A r8"
 
 
-def outcome(task: str, method: str, seed: int, lr: float, test: float) -> Run:
-    return Run(task, method, "test", seed, lr, 1, 8, 10, 1.0, 0.5, 50.0, test)
+def run(task: str, method: str, seed: int, lr: float, validation: float = 50.0, test: float = 60.0) -> Run:
+    return Run(task, method, seed, lr, 8, 1, 10, 1.0, 0.5, validation, test)
 
 
-def attempt(task: str, method: str, seed: int, lr: float, validation: float) -> Run:
-    return Run(task, method, "choose", seed, lr, 1, 8, 10, 1.0, 0.5, validation)
-
-
-def test_no_example_is_in_two_parts_and_texts_that_differ_in_case_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [(f"{word} {i}", str(i % 2)) for i in range(60) for word in ("text", "TEXT")]
+def test_no_example_is_in_two_parts_of_a_seed_and_texts_that_differ_in_case_are_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = [(f"{word} {i}", str(i % 2)) for i in range(20) for word in ("text", "TEXT")]
     monkeypatch.setitem(data.TASKS, "made", Task(lambda: pairs, "text"))
-    found = [splits("made", seed, (10, 4, 6)) for seed in range(SEEDS)]
-    texts = [text for each in found for part in (each.train, each.validation, each.test) for text in part.inputs]
-    assert len(texts) == len(set(texts)) == 60
-    with pytest.raises(ValueError, match="60 examples"):
+    found = [splits("made", seed, (10, 4, 6)) for seed in range(2)]
+    for each in found:
+        texts = [text for part in (each.train, each.validation, each.test) for text in part.inputs]
+        assert len(texts) == len(set(texts)) == 20
+    assert found[0].train.inputs != found[1].train.inputs
+    with pytest.raises(ValueError, match="20 examples"):
         splits("made", 0, (10, 5, 6))
+
+
+def test_digits_are_squares_of_28_pixels() -> None:
+    pairs = data.TASKS["digits"].read()
+    assert {len(image) for image, _ in pairs} == {28 * 28}
+    assert {label for _, label in pairs} == {str(digit) for digit in range(10)}
+    assert max(max(image) for image, _ in pairs[:20]) == 255
 
 
 def test_fashion_mnist_is_read_from_the_folder_that_the_variable_names(
@@ -57,45 +66,41 @@ def test_an_absent_folder_is_named_with_what_to_do(folder: str | None, monkeypat
         data.TASKS["fashion"].read()
 
 
-def test_a_file_of_runs_reads_as_written_and_loses_the_line_that_was_cut_off(tmp_path: Path) -> None:
-    runs = [attempt("trec6", "LoRA r8", 0, 1e-3, 75.5), outcome("trec6", "LoRA r8", 0, 1e-3, 70.25)]
-    store = Runs(tmp_path / "accuracy.csv", "about")
-    for run in runs:
-        store.add(run)
-    with store.path.open("a") as file:
-        file.write("trec6,LoRA r8,test,1,0.0")
-    assert Runs(store.path, "about").read() == runs
+def all_runs(better: float = LEARNING_RATES[0]) -> list[Run]:
+    """Every run of two methods on two tasks and four seeds, as they are asked for one after the other."""
+    runs: list[Run] = []
+    while (each := next(wanted(runs, ["trec6", "tweets"], [LORA, OTHER], 4), None)) is not None:
+        task, method, seed, lr = each
+        runs.append(run(task, method, seed, lr, 51.0 if lr == better else 50.0, 60.0 + seed * (method == OTHER)))
+    return runs
 
 
-def test_the_learning_rate_is_chosen_once_every_rate_has_its_seeds_and_the_lower_of_equals() -> None:
-    plan = Plan(seeds=2, choosing=2)
-    runs = [attempt("trec6", "m", seed, lr, 50.0) for seed in (0, 1) for lr in LEARNING_RATES]
-    assert chosen_rate(runs, "trec6", "m", plan) == LEARNING_RATES[0]
-    assert chosen_rate(runs[1:], "trec6", "m", plan) is None
-    better = [*runs[:-1], attempt("trec6", "m", 1, LEARNING_RATES[-1], 51.0)]
-    assert chosen_rate(better, "trec6", "m", plan) == LEARNING_RATES[-1]
+@pytest.mark.parametrize("better", LEARNING_RATES)
+def test_each_run_is_made_once_and_further_seeds_at_the_chosen_rate_alone(better: float) -> None:
+    runs = all_runs(better)
+    assert len({(each.task, each.method, each.seed, each.lr) for each in runs}) == len(runs)
+    assert len(runs) == 4 * (CHOOSING * len(LEARNING_RATES) + 4 - CHOOSING)
+    assert {each.lr for each in runs if each.seed >= CHOOSING} == {better}
+    assert chosen_rate(runs, "trec6", LORA) == better
+    later = [each.seed for each in runs if each.seed >= CHOOSING]
+    assert later == sorted(later)  # a seed of all before the next
 
 
-def test_a_mean_is_over_the_tasks_of_one_model_and_of_the_methods_run_on_each() -> None:
-    runs = [outcome(task, "LoRA r8", seed, 1e-3, 70.0) for task in ("trec6", "tweets", "fashion") for seed in (0, 1)]
-    runs += [outcome("trec6", "IA3", seed, 1e-3, 60.0 + seed) for seed in (0, 1)]
-    runs += [outcome("tweets", "IA3", 0, 1e-3, 60.0), outcome("fashion", "SSF", 0, 1e-3, 60.0)]
-    tests = tables.Tests.of(runs)
-    assert tests.alike == [["trec6", "tweets"]]
-    assert [row["method"] for row in tables.mean_rows(tests, ["trec6", "tweets"])] == ["LoRA r8"]
-    assert tests.missing(["trec6", "tweets"]) == {"IA3": ["tweets"]}
+def test_a_rate_is_chosen_by_validation_once_each_has_its_seeds_and_the_lower_of_equals() -> None:
+    runs = [run("trec6", "m", seed, lr) for seed in range(CHOOSING) for lr in LEARNING_RATES]
+    assert chosen_rate(runs, "trec6", "m") == LEARNING_RATES[0]
+    assert chosen_rate(runs[1:], "trec6", "m") is None
+    assert runs_at_chosen_rate(runs[1:], "trec6", "m") == {}
+    tempting = [*runs, run("trec6", "m", CHOOSING, LEARNING_RATES[-1], 99.0, 99.0)]
+    assert chosen_rate(tempting, "trec6", "m") == LEARNING_RATES[0]
 
 
-def test_a_learning_rates_mean_is_over_the_seeds_that_tried_each_rate() -> None:
-    runs = [attempt("trec6", "m", 0, lr, 50.0) for lr in LEARNING_RATES]
-    runs += [attempt("trec6", "m", 1, lr, 90.0) for lr in LEARNING_RATES[:2]]
-    tests = tables.Tests.of([*runs, *(outcome("trec6", "m", seed, 1e-3, 1.0) for seed in (0, 1))])
-    assert tests.validation("trec6", "m") == dict.fromkeys(LEARNING_RATES, 50.0)
-    assert tests.validation("trec6", "another") == {}
-    assert tables.task_rows(tests, "trec6")[0]["learning rate (seeds)"] == "0.001 (1)"
-
-
-def test_the_probe_has_no_learning_rate_and_one_that_was_given_is_said_to_be() -> None:
-    runs = [outcome("trec6", method, seed, 1e-3, 1.0) for method in (PROBE, "IA3") for seed in (0, 1)]
-    rows = tables.task_rows(tables.Tests.of(runs), "trec6")
-    assert {row["method"]: row["learning rate (seeds)"] for row in rows} == {PROBE: "", "IA3": "0.001 (given)"}
+def test_a_row_is_of_methods_that_ran_on_every_task_with_paired_differences() -> None:
+    runs = all_runs()
+    rows = tables.rows(runs, ["trec6", "tweets"], [LORA, OTHER])
+    assert [row["method"] for row in rows] == [LORA, OTHER]
+    assert tables.differences(runs, "trec6", OTHER) == [0.0, 1.0, 2.0, 3.0]
+    assert rows[0]["less LoRA (95%)"] == ""
+    assert rows[1]["less LoRA (95%)"].startswith("+1.5 [")
+    alone = [each for each in runs if (each.task, each.method) != ("tweets", OTHER)]
+    assert [row["method"] for row in tables.rows(alone, ["trec6", "tweets"], [LORA, OTHER])] == [LORA]
