@@ -2,5 +2,6 @@
 
 Each has one command, takes hours, keeps every run in a file of `studies/results` (`studies.store`), and goes on where it
 was stopped. `python -m studies.accuracy` trains classifiers of texts and images, `python -m studies.causal` a language
-model. With `--report` they run nothing, and make their tables and plots from the runs that are there.
+model. `python -m studies.extraction` takes minutes: it fits adapters to what full fine-tuning changed. With `--report`
+they run nothing, and make their tables and plots from the runs that are there.
 """
