@@ -45,8 +45,8 @@ FORMS, _WITH_VECTOR = (B, A, A_AND_B, B_AND_E, A_VECTOR), (B_AND_E, A_VECTOR)
 TUNED, LAYERS, BASE = "tuned", "its linear layers alone", "base, tuned head"
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-# An elementwise A of rank 64 takes ten times as long to fit as one of 16: each of its rows is a problem of 64 x 64.
-HIGHEST_RANK_OF_A = 32
+# An elementwise A of rank 32 takes five times as long to fit as one of 16: each of its rows is a problem of 32 x 32.
+HIGHEST_RANK_OF_A = 16
 EXAMPLES, TEST, EPOCHS, LR = 1000, 1000, 5, 1e-4
 
 _NO_BIAS_PATHS: dict[str, Any] = dict.fromkeys("CDE", "none")
