@@ -59,7 +59,8 @@ class Run:
     Attributes:
         rank: of B alone of as many parameters (Note [Equal parameters]).
         error: what is left, as a share of what the fine-tuning changed in all adapted layers.
-        best: of B, A, and A and B, the layers in which this one leaves least, in percent; nan for other forms.
+        best: of B, A, and A and B, the layers in which this one leaves least, in percent; nan for other forms, and
+            where B is alone.
         test: accuracy in percent.
         cpu_s: seconds of the processor in extracting.
     """
@@ -195,7 +196,7 @@ def at_rank(task: str, tuned: Tuned, rank: int, forms: Sequence[str] = FORMS) ->
         runs.append(Run(task, form, rank, parameters, error, 0.0, test, seconds))
     equal = [form for form in left if form not in _WITH_VECTOR]
     best = [min(equal, key=lambda form: left[form][path]) for path in layers]
-    shares = {form: 100 * best.count(form) / len(best) for form in equal}
+    shares = {form: 100 * best.count(form) / len(best) for form in equal} if len(equal) > 1 else {}
     return [replace(run, best=shares.get(run.form, math.nan)) for run in runs]
 
 
@@ -235,12 +236,13 @@ def tables(runs: Sequence[Run]) -> None:
             row: dict[str, Any] = {"rank": rank, "parameters": mine[rank, B].parameters}
             for form in FORMS:
                 run = mine.get((rank, form))
-                share = "" if run is None or form in _WITH_VECTOR else f" {run.best:3.0f}%"
+                share = "" if run is None or math.isnan(run.best) else f" {run.best:3.0f}%"
                 row[form] = f"{run.error:.3f}{share} {run.test:.1f}" if run else "-"
             rows.append(row)
         others = ", ".join(f"{form} {run.test:.1f}" for (rank, form), run in mine.items() if not rank)
         title = f"{task}: relative error, layers in which it is least, test accuracy (%); beside them {others}"
-        report.table(title, rows)
+        if rows:
+            report.table(title, rows)
 
 
 _STYLES = {
