@@ -3,7 +3,7 @@
 `python -m benchmarks.layer` measures one layer, `benchmarks.model` a transformer, `benchmarks.route` a mixed batch,
 `benchmarks.scale` how costs grow, `benchmarks.families` and `benchmarks.search` real architectures and a supernet, and
 `benchmarks.report` draws the plots of a layer from its CSV; products and saved bytes are counted exactly, by what
-the tests count with (`tests.helpers.counting`). `benchmarks.accuracy` asks whether GLoRA helps: it trains on real texts
+the tests count with (`tests.helpers.counting`). `studies.accuracy` asks whether GLoRA helps: it trains on real texts
 and images.
-`benchmarks.accuracy.parity` trains beside PEFT; `benchmarks.accuracy.memory` measures the memory of a step.
+`studies.accuracy.parity` trains beside PEFT; `studies.accuracy.memory` measures the memory of a step.
 """

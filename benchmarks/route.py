@@ -1,9 +1,16 @@
-"""A batch for several adapters and the base: `glora.route` beside PEFT's `adapter_names`, and one adapter for all."""
+"""A batch for several adapters and the base: `glora.route` beside PEFT's `adapter_names`, and one adapter for all.
+
+And a batch for adapters of five kinds, from five folders that PEFT saved (Note [PEFT's loop]).
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +18,7 @@ from torch import nn
 
 import glora
 from benchmarks import report
-from benchmarks.peers import peft_model
+from benchmarks.peers import needs, peft_model
 from benchmarks.timing import interleaved
 
 
@@ -52,9 +59,94 @@ def subjects(
     return calls
 
 
+# Note [PEFT's loop]
+# PEFT's `adapter_names` takes one method for the whole batch, so that a batch of several methods is a loop there: a
+# PeftModel for each, and each on its own samples. The loop is given what makes it fast: the samples of an adapter stand
+# together, so that its part is a view of the batch; the base's samples do not go through an adapter; all models share
+# one W0; eval mode, no gradients, and PEFT's cache of DoRA's norms. glora takes the same batch. What it is ahead by, or
+# behind, is then the price of six passes over W0, and of PEFT's arithmetic against that of a route.
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"init_lora_weights": False}),
+    "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True}),
+    "ia3": ("IA3Config", {"init_ia3_weights": False, "feedforward_modules": ["2"]}),
+    "hira": ("HiraConfig", {"init_weights": False}),
+    "glora": ("GloraConfig", {"init_weights": False}),
+}
+LOOP = "PEFT, a loop"
+
+
+def kinds(width: int, batch: int, tokens: int, rank: int, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name to a forward of three layers, each sixth of the batch through an adapter of its own kind or the base.
+
+    The outputs of glora and PEFT are compared first.
+    """
+    peft = needs("peft")
+    plain: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(3))).to(device).eval()
+
+    def sharing() -> nn.Module:
+        return copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+
+    ours, peers = sharing(), list[nn.Module]()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a base whose hub name a PEFT's file does not know
+        for kind, (config, options) in _KINDS.items():
+            options = options | ({} if kind == "ia3" else {"r": rank})
+            made = getattr(peft, config)(target_modules=["0", "1", "2"], **options)
+            peer: Any = peft.get_peft_model(sharing(), made).eval()
+            peer.save_pretrained(Path(folder) / kind)
+            glora.interop.load_peft(ours, Path(folder) / kind, kind, trainable=False)
+            peers.append(peer)
+    x = torch.randn(batch, tokens, width, device=device)
+    names = [name for name in (*_KINDS, None) for _ in range(batch // 6)]
+    parts = x.split(batch // 6)
+    caching = peft.helpers.DoraCaching
+
+    def routed() -> torch.Tensor:
+        with torch.no_grad(), glora.route(ours, names):
+            return ours(x)
+
+    def loop() -> torch.Tensor:
+        with torch.no_grad(), caching():
+            return torch.cat([model(part) for model, part in zip([*peers, plain], parts, strict=True)])
+
+    def base() -> torch.Tensor:
+        with torch.no_grad():
+            return plain(x)
+
+    torch.testing.assert_close(routed(), loop(), rtol=1e-4, atol=1e-4 * (loop() - base()).abs().max().item())
+    return {"glora, routed": routed, LOOP: loop, "the base alone": base}
+
+
 def main() -> None:
-    options = report.start(report.options_of("route", __doc__))
-    width, batch, seconds = (256, 10, 2.0) if options.quick else (1024, 64, 20.0)
+    parser = report.options_of("route", __doc__)
+    parser.add_argument("--kinds", action="store_true", help="only the batch for adapters of five kinds")
+    parser.add_argument("--seconds", type=float, help="for each size (default: 20; quick: 2)")
+    options = report.start(parser)
+    seconds = options.seconds or (2.0 if options.quick else 20.0)
+    if not options.kinds:
+        _adapters(options, seconds)
+    _of_five_kinds(options, seconds)
+
+
+def _of_five_kinds(options: Any, seconds: float) -> None:
+    rows: list[dict[str, Any]] = []
+    width, batch = (256, 12) if options.quick else (1024, 60)
+    for tokens in [8] if options.quick else [64, 1]:
+        size = {"width": width, "batch": batch, "tokens": tokens, "rank": 8}
+        times = interleaved(kinds(**size, device=options.device), seconds=seconds, device=options.device)
+        found: list[dict[str, Any]] = []
+        for name, timing in times.items():
+            low, ratio, high = timing.ratio(times[LOOP])
+            row = {**size, "call": name, "rounds": len(timing.samples), "forward_ms": 1e3 * timing.median}
+            found.append(row | {"forward_to_PEFT": ratio, "from": low, "to": high})
+        title = f"a forward of 3 layers of {width}, batch {batch} x {tokens}, five kinds and the base"
+        report.table(title, found, leave_out=list(size))
+        rows += found
+    report.write_csv(options.out / "route-kinds.csv", rows, options.about)
+
+
+def _adapters(options: Any, seconds: float) -> None:
+    width, batch = (256, 10) if options.quick else (1024, 64)
     rows: list[dict[str, Any]] = []
     for tokens, adapters in itertools.product([8] if options.quick else [64, 1], [4] if options.quick else [1, 4, 16]):
         size = {"width": width, "batch": batch, "tokens": tokens, "adapters": adapters, "rank": 8}

@@ -1,4 +1,4 @@
-"""DINOv2-S as benchmarks.accuracy loads it, against ONNX Runtime on the file that it is loaded from."""
+"""DINOv2-S as studies.accuracy loads it, against ONNX Runtime on the file that it is loaded from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from benchmarks.accuracy import vision
+from studies.accuracy import vision
 
 pytestmark = [
     pytest.mark.integration,

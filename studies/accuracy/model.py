@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.data import Split
 from benchmarks.peers import needs
+from studies.accuracy.data import Split
 
-BATCH, EPOCHS = 32, 4
+BATCH, EPOCHS = 32, 5
 # The new head needs another learning rate than what is pretrained, and the same one whatever the method.
 HEAD_LR = 5e-3
 

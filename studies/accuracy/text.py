@@ -12,9 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.model import Pretrained
 from benchmarks.peers import needs
 from examples.fetch import package_directory
+from studies.accuracy.model import Pretrained
 
 MAX_TOKENS = 32
 # Whole dotted components from the end: "output.dense" is the attention's output as well as the feed-forward's. The

@@ -1,4 +1,4 @@
-"""Does glora train as PEFT's GLoRA does? From equal tensors, the same steps: `python -m benchmarks.accuracy.parity`.
+"""Does glora train as PEFT's GLoRA does? From equal tensors, the same steps: `python -m studies.accuracy.parity`.
 
 Two classifiers get the same tensors (PEFT's start, read by `glora.interop.load_peft`), the same batches and the same
 optimizer, without dropout. Reported: the largest difference of the losses, and of the logits once both are merged.
@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 import glora
-from benchmarks.accuracy.data import TASKS, splits
-from benchmarks.accuracy.model import Classifier, Group, features, train
-from benchmarks.accuracy.runs import MODELS
 from benchmarks.peers import peft_model
+from studies.accuracy.data import TASKS, splits
+from studies.accuracy.model import Classifier, Group, features, train
+from studies.accuracy.runs import MODELS
 
 SIZES = (400, 300, 600)
 LOSSES, LOGITS = 1e-4, 1e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.parity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.accuracy.parity", description=__doc__)
     parser.add_argument("--task", choices=list(TASKS), default="trec6", metavar="TASK")
     parser.add_argument("--rank", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)

