@@ -27,24 +27,24 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10017,
-    "ground": 1115,
+    "all": 10125,
+    "ground": 1138,
     "kernels": 561,
-    "layer": 1330,
-    "model": 2201,
+    "layer": 1357,
+    "model": 2241,
     "engines": 194,
-    "files": 761,
-    "arithmetic": 487,
-    "interop": 2383,
+    "files": 764,
+    "arithmetic": 494,
+    "interop": 2390,
     "integrations": 346,
-    "search": 639,
+    "search": 640,
 }
 FILES = {
-    "all": 109,
+    "all": 110,
     "ground": 13,
     "kernels": 8,
     "layer": 16,
-    "model": 19,
+    "model": 20,
     "engines": 4,
     "files": 6,
     "arithmetic": 5,
@@ -56,8 +56,8 @@ IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
-    "apply": (27, 238, 561),
-    "load": (30, 303, 968),
+    "apply": (27, 250, 588),
+    "load": (30, 303, 1006),
     "route": (20, 343, 621),
     "merge": (25, 352, 642),
 }
