@@ -37,6 +37,7 @@ from glora.model.statistics import warn_of_changed_buffers
 from glora.model.walk import Model, owners
 from glora.spec import AdapterFileError, AdapterSpec, LayerSpec, mismatches
 from glora.text import format_problems
+from glora.undo import uncollected
 from glora.version import __version__
 
 FORMAT_VERSION = 1
@@ -89,11 +90,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         True
     """
     _check_arguments("save", model, directory)
-    adapter = describe(model, name)
-    warn_of_changed_buffers(owners(model), stacklevel=2)
-    save_together(
-        adapter.tensors, lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered))
-    )
+    with uncollected():
+        adapter = describe(model, name)
+        warn_of_changed_buffers(owners(model), stacklevel=2)
+        save_together(
+            adapter.tensors, lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered))
+        )
 
 
 def load(
@@ -161,14 +163,15 @@ def load(
     if strict and not check:
         raise ValueError("strict=True is about what check=False leaves out: the base. Pass one of them.")
     file = adapter_file(directory)
-    spec = read(file)
-    if not check:
-        spec = dataclasses.replace(spec, base={}, outside={})
-    if is_filled_by_load(model, name):
-        return fill_spec(model, spec, file, name, trainable=trainable)
-    if replace:
-        return refill(model, spec, file, name, trainable=trainable, strict=strict)
-    return attach_spec(model, spec, file, name=name, trainable=trainable, strict=strict)
+    with uncollected():
+        spec = read(file)
+        if not check:
+            spec = dataclasses.replace(spec, base={}, outside={})
+        if is_filled_by_load(model, name):
+            return fill_spec(model, spec, file, name, trainable=trainable)
+        if replace:
+            return refill(model, spec, file, name, trainable=trainable, strict=strict)
+        return attach_spec(model, spec, file, name=name, trainable=trainable, strict=strict)
 
 
 def _check_arguments(call: str, model: object, directory: object) -> None:
