@@ -108,7 +108,7 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
         # Three vectors one by one: a product with a matrix of three columns takes five times as long.
         products = [torch.dot(a, torch.mv(block, b).to(a.dtype)) for a, b in zip(left, right, strict=True)]
         sums += torch.stack([torch.dot(flat, flat).to(sums.dtype), *products])
-    return sums.tolist()
+    return cast("Any", sums).tolist()
 
 
 def _cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -28,11 +28,13 @@ def undone(undo: Callable[[], None]) -> Generator[None]:
 def uncollected() -> Generator[None]:
     """Keep Python's garbage collector off inside the `with` block (Note [Garbage collector]), in every thread."""
     on = gc.isenabled()
-
-    def give_back() -> None:
+    try:
+        try:
+            gc.disable()
+            yield
+        finally:
+            if on:
+                gc.enable()
+    finally:  # twice, as `undone` does it
         if on:
             gc.enable()
-
-    with undone(give_back):
-        gc.disable()
-        yield
