@@ -67,16 +67,17 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 
 
 def can_mix(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]]) -> bool:
-    """Whether samples of several groups of adapters can go through W0 together: where none of them needs a W'."""
-    if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
+    """Whether samples of several groups of adapters can go through W0 together: of two that need no W', or more."""
+    if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1] or is_traced():
         return False
-    return not is_traced() and all(choose(x, W0, adapters) == "factored" for adapters in groups)
+    kernels = [choose(x, W0, adapters) for adapters in groups]
+    return "dense" not in kernels and kernels.count("factored") > 1
 
 
 def linear_per_sample(
     x: Tensor, W0: Tensor, biases: Sequence[Tensor | None], groups: Sequence[Sequence[WeightFactors]], owner: Tensor
 ) -> Tensor:
-    """`linear` with other adapters for each sample, where `can_mix`.
+    """`linear` with other adapters for each sample, where `can_mix`; those that need a W' each on its own samples.
 
     Args:
         x: `(samples, ..., in)`, or `(samples * rows, in)`, one sample's rows after the other's.
@@ -89,8 +90,16 @@ def linear_per_sample(
         As `linear`.
     """
     rows, dtype = x.reshape(len(owner), -1, W0.shape[1]), cast("torch.dtype", result_dtype(x, W0))
-    terms = [terms_of(W0, adapters) for adapters in groups]
-    y = samplewise.linear(rows, W0, biases, terms, owner.to(x.device), dtype)
+    apart = [number for number, adapters in enumerate(groups) if choose(x, W0, adapters) != "factored"]
+    terms = [terms_of(W0, () if number in apart else adapters) for number, adapters in enumerate(groups)]
+    if not apart:
+        y = samplewise.linear(rows, W0, biases, terms, owner.to(x.device), dtype)
+        return y.reshape(*x.shape[:-1], W0.shape[0])
+    own = [(owner == number).nonzero().flatten() for number in apart]
+    rest = torch.isin(owner, torch.tensor(apart), invert=True).nonzero().flatten()
+    parts = [linear(rows[these], W0, biases[n], groups[n]) for n, these in zip(apart, own, strict=True)]
+    parts.append(samplewise.linear(rows[rest], W0, biases, terms, owner[rest].to(x.device), dtype))
+    y = torch.cat(parts)[torch.cat([*own, rest]).argsort()]
     return y.reshape(*x.shape[:-1], W0.shape[0])
 
 
