@@ -126,4 +126,7 @@ def test_what_needs_no_adapted_weight_shares_one_product_beside_what_needs_one()
         with glora.route(layer, names), count_products() as count:
             found = layer(x)
     torch.testing.assert_close(found, wanted)
+    with torch.no_grad(), glora.route(layer, names[:4] + names[4:] * 2), count_products() as many:
+        layer(torch.randn(12, 32, 128))
+    assert many.calls == 2 + 3 + 1 + 1  # with many rows each on its own
     assert count.calls == 3 + 2  # x W0^T and B's thin two; W' of hira's and the product with it
