@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any, TypeAlias, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glora.precision import outside_autocast
 from glora.tensors import is_quantised, rows
 from glora.torch_internals import is_view, writes_to
 
@@ -82,30 +84,48 @@ def _computed(tensor: Tensor) -> Fingerprint | None:
     matrix = tensor.detach()
     matrix = matrix if is_quantised(tensor) else matrix.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     narrow = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-    sums = _sums(matrix, device, torch.float32 if narrow else torch.float64)
-    if narrow and not _SQUARES[0] < sums[0] < _SQUARES[1]:
-        sums = _sums(matrix, device, torch.float64)
-    numbers = [float(f"{number.item():.6g}") for number in (sums[0].sqrt(), *sums[1:])]
+    with outside_autocast(matrix):
+        sums = _sums(matrix, device, torch.float32 if narrow else torch.float64)
+        if narrow and not _SQUARES[0] < sums[0] < _SQUARES[1]:
+            sums = _sums(matrix, device, torch.float64)
+    numbers = [float(f"{number:.6g}") for number in (math.sqrt(sums[0]), *sums[1:])]
     return tuple(numbers) if all(map(math.isfinite, numbers)) else None
 
 
-def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The sum of squares, and that of each pair of angles, `(4,)`, with blocks multiplied in this dtype."""
+def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[float]:
+    """The sum of squares, and that of each pair of angles, with blocks multiplied in this dtype."""
     count, columns = matrix.shape
-    angles = torch.tensor(_ANGLES, dtype=torch.float64, device=device)
-    right = torch.outer(angles[:, 1], _positions(0, columns, device)).cos().to(dtype)  # (3, columns)
-    sums = torch.zeros(1 + len(angles), dtype=torch.float64, device=device)
+    right = _cosines(1, 0, columns, device, dtype)
+    sums = torch.zeros(1 + len(_ANGLES), dtype=torch.float64, device=device)
     step = min(max(1, _CHUNK // columns), count)
     there = (dtype, device) == (matrix.dtype, matrix.device)
     memory = None if there else torch.empty(step, columns, dtype=dtype, device=device)
     for start in range(0, count, step):
-        block = rows(matrix, slice(start, min(start + step, count)))
-        block = block if memory is None else memory[: len(block)].copy_(block)
-        left = torch.outer(angles[:, 0], _positions(start, start + len(block), device)).cos()  # (3, rows)
-        sums[0] += torch.dot(block.reshape(-1), block.reshape(-1))
+        stop = min(start + step, count)
+        block = matrix if there and step == count else rows(matrix, slice(start, stop))
+        block = block if memory is None else memory[: stop - start].copy_(block)
+        left, flat = _cosines(0, start, stop, device, torch.float64), block.reshape(-1)
         # Three vectors one by one: a product with a matrix of three columns takes five times as long.
-        sums[1:] += (left * torch.stack([block @ vector for vector in right])).sum(1)
-    return sums.cpu()
+        products = [torch.dot(a, torch.mv(block, b).to(a.dtype)) for a, b in zip(left, right, strict=True)]
+        sums += torch.stack([torch.dot(flat, flat).to(sums.dtype), *products])
+    return cast("Any", sums).tolist()
+
+
+def _cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`cos(a i)` of the rows (side 0) or columns (side 1) i from start to stop, for each of `_ANGLES`."""
+    # Most layers of a model have a few sizes, and of small ones the cosines take longest.
+    make = _kept_cosines if stop - start <= _MOST_KEPT else _kept_cosines.__wrapped__
+    return make(side, start, stop, device, dtype)
+
+
+_MOST_KEPT = 4096
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    angles = torch.tensor([pair[side] for pair in _ANGLES], dtype=torch.float64, device=device)
+    positions = torch.arange(start, stop, dtype=torch.float64, device=device)
+    return tuple(torch.outer(angles, positions).cos().to(dtype).unbind())
 
 
 _ROWS = 32
@@ -134,7 +154,3 @@ def alike(numbers: Sequence[float], known: Sequence[float], count: int) -> bool:
     """Whether two fingerprints may be of one tensor of so many numbers, up to rounding to half precision."""
     allowed = _TOLERANCE * max(numbers[0], known[0]) + _SMALLEST * math.sqrt(count)
     return len(numbers) == len(known) and all(abs(a - b) <= allowed for a, b in zip(numbers, known, strict=True))
-
-
-def _positions(start: int, stop: int, device: torch.device) -> Tensor:
-    return torch.arange(start, stop, dtype=torch.float64, device=device)

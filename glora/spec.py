@@ -253,4 +253,6 @@ def mismatches(
 
 
 def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    if shape == wanted:
+        return True
     return len(shape) == len(wanted) and all(w in (None, size) for w, size in zip(wanted, shape, strict=True))

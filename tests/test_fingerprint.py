@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glora.fingerprint import _computed, _remembered, agrees, fingerprint
+from glora.fingerprint import _computed, _kept_cosines, _remembered, agrees, fingerprint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -51,6 +51,22 @@ def test_it_is_the_formula_whatever_the_blocks(tensor: Tensor, block: int) -> No
     with mock.patch("glora.fingerprint._CHUNK", block):
         found = fingerprint(tensor)
     assert found == pytest.approx(independent(tensor), rel=1e-4, abs=1e-5 * (1e-9 + tensor.norm().item()))
+
+
+@given(tensors(), st.sampled_from(DTYPES))
+def test_autocast_changes_nothing(tensor: Tensor, dtype: torch.dtype) -> None:
+    tensor = tensor.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fingerprint(tensor)
+    assert found == _computed(tensor)
+
+
+def test_cosines_of_small_matrices_are_computed_once() -> None:
+    kept = _kept_cosines.cache_info().currsize
+    for columns in (3, 7, 3, 7):
+        fingerprint(torch.randn(1009, columns))
+        fingerprint(torch.randn(1009, 5000))  # of large ones each time
+    assert _kept_cosines.cache_info().currsize <= kept + 3  # 1009 rows, 3 and 7 columns
 
 
 @given(tensors(), st.permutations(DTYPES), st.booleans())

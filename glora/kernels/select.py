@@ -66,17 +66,28 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W0.shape[0])
 
 
-def can_mix(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]]) -> bool:
-    """Whether samples of several groups of adapters can go through W0 together: where none of them needs a W'."""
-    if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1]:
-        return False
-    return not is_traced() and all(choose(x, W0, adapters) == "factored" for adapters in groups)
+def needing_a_call(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]]) -> list[int] | None:
+    """The numbers of the groups of adapters that need a W', where samples of the others can go through W0 together.
+
+    None where no two can, or do not gain by it (Note [One product for all samples]).
+    """
+    if x.is_nested or is_quantised(W0) or result_dtype(x, W0) is None or x.shape[-1] != W0.shape[1] or is_traced():
+        return None
+    kernels = [choose(x, W0, adapters) for adapters in groups]
+    apart = [number for number, kernel in enumerate(kernels) if kernel != "factored"]
+    many = x.numel() // max(1, x.shape[-1]) > samplewise.SPLIT
+    return None if "dense" in kernels or len(kernels) - len(apart) < 2 or (apart and many) else apart
 
 
 def linear_per_sample(
-    x: Tensor, W0: Tensor, biases: Sequence[Tensor | None], groups: Sequence[Sequence[WeightFactors]], owner: Tensor
+    x: Tensor,
+    W0: Tensor,
+    biases: Sequence[Tensor | None],
+    groups: Sequence[Sequence[WeightFactors]],
+    owner: Tensor,
+    apart: Sequence[int],
 ) -> Tensor:
-    """`linear` with other adapters for each sample, where `can_mix`.
+    """`linear` with other adapters for each sample.
 
     Args:
         x: `(samples, ..., in)`, or `(samples * rows, in)`, one sample's rows after the other's.
@@ -84,13 +95,21 @@ def linear_per_sample(
         biases: for each group the adapted bias, `(out,)`, or None.
         groups: for each group the paths of the adapters that act.
         owner: `(samples,)`, the number of each sample's group.
+        apart: the groups that need a call of their own, by `needing_a_call`.
 
     Returns:
         As `linear`.
     """
     rows, dtype = x.reshape(len(owner), -1, W0.shape[1]), cast("torch.dtype", result_dtype(x, W0))
-    terms = [terms_of(W0, adapters) for adapters in groups]
-    y = samplewise.linear(rows, W0, biases, terms, owner.to(x.device), dtype)
+    terms = [terms_of(W0, () if number in apart else adapters) for number, adapters in enumerate(groups)]
+    if apart:
+        own = [(owner == number).nonzero().flatten() for number in apart]
+        rest = torch.isin(owner, torch.tensor(apart), invert=True).nonzero().flatten()
+        parts = [linear(rows[these], W0, biases[n], groups[n]) for n, these in zip(apart, own, strict=True)]
+        parts.append(samplewise.linear(rows[rest], W0, biases, terms, owner[rest].to(x.device), dtype))
+        y = torch.cat(parts)[torch.cat([*own, rest]).argsort()]
+    else:
+        y = samplewise.linear(rows, W0, biases, terms, owner.to(x.device), dtype)
     return y.reshape(*x.shape[:-1], W0.shape[0])
 
 

@@ -38,12 +38,12 @@ class LowRank(nn.Module):
 
     def __init__(self, left: Tensor, right: Tensor, config: GLoRAConfig, balance: Tensor | None = None) -> None:
         super().__init__()
-        self.register_parameter("left", nn.Parameter(left))
-        self.register_parameter("right", nn.Parameter(right))
+        # Note [Thousands of modules]
+        self._parameters.update(left=nn.Parameter(left), right=nn.Parameter(right))
         if balance is None:
             vars(self)["balance"] = None
         else:
-            self.register_buffer("balance", balance)
+            self._buffers["balance"] = balance
         self.take(config)
 
     # Note [Scales of compiled graphs]
@@ -62,8 +62,9 @@ class LowRank(nn.Module):
 
     # Note [Thousands of modules]
     # An adapted layer has a dozen small modules, and a model has thousands of layers. nn.Module's `__setattr__` looks
-    # for parameters, modules and buffers first, which takes as long as to make a small tensor. So constructors set
-    # plain attributes past it.
+    # for parameters, modules and buffers first, and `register_parameter` and `add_module` let an attribute be missed
+    # first, which take as long as to make a small tensor. So constructors set plain attributes past the one, and put
+    # parameters and modules where the others put them.
 
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:
         """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r numbers."""
@@ -86,9 +87,11 @@ class LowRank(nn.Module):
     # left @ right is the product without dropout. Only the layer's forward draws, and only in training. `layer.weight`
     # reads as the expectation, so that a merge bakes in nothing that was dropped.
 
-    @torch.no_grad()
     def reset_parameters(self, size: float | None, balance: Tensor | None = None) -> None:
-        """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`."""
+        """Start at zero with a Kaiming-uniform `right` (None), or with entries of the product of about `size`.
+
+        Inside of `torch.no_grad`, as for the other forms.
+        """
         if balance is not None and self.balance is not None:
             write_into(self.balance, balance)
         if size is None:
@@ -113,13 +116,12 @@ class Vector(nn.Module):
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.register_parameter("value", nn.Parameter(value))
+        self._parameters["value"] = nn.Parameter(value)  # Note [Thousands of modules]
 
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:  # noqa: ARG002 - no rank, no dropout
         """The value and its scale."""
         return Factors(self.value, adapter_weight)
 
-    @torch.no_grad()
     def reset_parameters(self, size: float | None) -> None:
         """Start at zero (None), or with entries of about `size`."""
         if size is None:
@@ -218,7 +220,7 @@ def balance_of(config: GLoRAConfig, weight: Tensor) -> Tensor | None:
     weight = dense(gathered(weight.detach()))
     size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=working_dtype(weight))
     size = size / math.sqrt(weight.shape[-2] * (1 if config.product == "matmul" else weight.shape[-1]))
-    balance = torch.where(size.isfinite() & (size > _SMALLEST), 1 / size, 1.0)
+    balance = torch.where((size > _SMALLEST) & (size < math.inf), 1 / size, 1.0)
     return balance if weight.ndim > 2 else balance.flatten()
 
 

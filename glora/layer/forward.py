@@ -91,10 +91,11 @@ def per_sample_forward(matrix: Matrix) -> Callable[..., Tensor | None]:
             return None
         W0 = matrix.read(parametrizations["weight"].original)
         groups = [store.factors(adapter_weights, dropout) for adapter_weights in acting]
-        if not select.can_mix(input, W0, groups):
+        apart = select.needing_a_call(input, W0, groups)
+        if apart is None:
             return None
         biases = [tensor_of(self, parametrizations, "bias", adapter_weights, dropout) for adapter_weights in acting]
-        return select.linear_per_sample(input, W0, biases, groups, owner)
+        return select.linear_per_sample(input, W0, biases, groups, owner, apart)
 
     return forward
 

@@ -36,6 +36,10 @@ class HeadCopy(nn.Module):
         """What the module reads: a parameter in the base's dtype, the copy itself where it has it."""
         return as_dtype(self.value, dtype) if "value" in self._parameters else self.value
 
+    def held(self) -> dict[str, Tensor]:
+        """Key to tensor: one."""
+        return {"value": self.value}
+
     @torch.no_grad()
     def reset_parameters(self, original: Tensor) -> None:
         """Start again from the base model's tensor."""

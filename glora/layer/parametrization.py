@@ -142,11 +142,17 @@ class Paths(nn.Module):
                 )
             else:
                 path = Vector(tensors[f"{name}.value"])
-            self.add_module(name, path)
+            self._modules[name] = path
 
     def paths(self) -> dict[str, LowRank | Vector]:
         """Path to module; a `FrozenPrompt` may be in the place of C."""
         return cast("dict[str, LowRank | Vector]", self._modules)
+
+    def held(self) -> dict[str, Tensor]:
+        """Key to tensor, `A.left`: parameters first, and then buffers."""
+        paths = self._modules.items()
+        parameters = {f"{name}.{key}": t for name, path in paths for key, t in path._parameters.items()}  # pyright: ignore
+        return parameters | {f"{name}.{key}": t for name, path in paths for key, t in path._buffers.items()}  # pyright: ignore
 
     def take(self, config: GLoRAConfig) -> None:
         """Be those of another config, of the same forms and of this rank at most (Note [Hot swap])."""
@@ -189,6 +195,7 @@ class Paths(nn.Module):
         cast("list[str]", rest[-1]).extend(f"{prefix[:-1]}: {found}" for found in others)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # pyright: ignore
 
+    @torch.no_grad()
     def reset_parameters(self, weight: Tensor) -> None:
         """Start again as `config.init` says, on this frozen weight as a matrix."""
         for name, path in self.paths().items():
@@ -371,11 +378,6 @@ def stores_of(module: nn.Module) -> dict[str, Store]:
         if isinstance(first, Store):
             stores[name] = first
     return stores
-
-
-def adapter_names_of(module: nn.Module) -> set[str]:
-    """The adapters that are on any tensor of the module."""
-    return {name for store in stores_of(module).values() for name in store.parts()}
 
 
 def biases_of(module: nn.Module) -> dict[str, Bias]:

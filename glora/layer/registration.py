@@ -22,7 +22,7 @@ def register(module: nn.Module, name: str, store: Store) -> None:
     parametrizations = module._modules.get("parametrizations")
     parametrizations = nn.ModuleDict() if parametrizations is None else cast("nn.ModuleDict", parametrizations)
     place = cast("dict[str, Tensor | None]", module._parameters if name in module._parameters else module._buffers)
-    parametrizations[name] = _parametrization(store, cast("Tensor", place[name]))
+    parametrizations._modules[name] = _parametrization(store, cast("Tensor", place[name]))
     order = [*module._parameters, *module._buffers]
     parametrizations._modules = dict(sorted(parametrizations._modules.items(), key=lambda item: order.index(item[0])))
     # In this order, since a forward pass may be running (Note [Never torn]).
@@ -39,12 +39,11 @@ def _parametrization(store: Store, original: Tensor) -> parametrize.Parametrizat
     for a tensor of a subclass that a graph still holds.
     """
     parametrization = parametrize.ParametrizationList.__new__(parametrize.ParametrizationList)
-    nn.ModuleList.__init__(parametrization, [store])
+    nn.ModuleList.__init__(parametrization)
     vars(parametrization).update(unsafe=True, is_tensor=True, ntensors=1)
-    if isinstance(original, nn.Parameter):
-        parametrization.register_parameter("original", original)
-    else:
-        parametrization.register_buffer("original", original)
+    parametrization._modules["0"] = store  # Note [Thousands of modules]
+    place = parametrization._parameters if isinstance(original, nn.Parameter) else parametrization._buffers
+    cast("dict[str, Tensor | None]", place)["original"] = original
     return parametrization
 
 

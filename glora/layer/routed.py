@@ -170,7 +170,8 @@ class Routing:
         kwargs: Any,
     ) -> Any:
         """The module's forward on each group of samples with its adapter; the results in the batch's order."""
-        path, stores = route.paths[id(module)], list(stores_of(module).values())
+        path, by_name = route.paths[id(module)], stores_of(module)
+        stores = list(by_name.values())
         if stores and stores[0].acting.adapter_weights is DISABLED:
             with enter(Route(route.paths, None, DISABLED)):
                 return forward(module, *args, **kwargs)
@@ -182,7 +183,7 @@ class Routing:
             raise RuntimeError(
                 f"{deleted[0]!r} was deleted from {path!r} while a glora.route sends samples through it."
             )
-        if module.training and len(self.groups) > 1 and any(name in module._buffers for name in stores_of(module)):
+        if module.training and len(self.groups) > 1 and any(name in module._buffers for name in by_name):
             raise RuntimeError(
                 f"Running statistics of several adapters cannot be trained in one batch; {path!r} keeps some, and is "
                 f"in training mode. Call .eval() on it, or run each adapter's samples with glora.activate."

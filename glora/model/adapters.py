@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.layer.heads import Head, HeadCopy, SharedCopy
-from glora.layer.parametrization import DISABLED, AdapterWeights, Bias, Paths, Weight, adapter_names_of, stores_of
+from glora.layer.parametrization import DISABLED, AdapterWeights, Bias, Paths, Weight, stores_of
 from glora.model import flags
 from glora.model.change import change, refuse_while_merged
 from glora.model.replaced import warn_of_replaced
@@ -134,7 +134,7 @@ def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
     """Let these adapters act, as far as the module has them; `requires_grad` follows."""
     stores = list(stores_of(owner.module).values())
     if stores:
-        names = adapter_names_of(owner.module)
+        names = {name for store in stores for name in store.parts()}
         acting = {name: weight for name, weight in adapter_weights.items() if name in names}
         stores[0].acting.adapter_weights = acting
     for store in stores:
@@ -202,8 +202,7 @@ def adapter_tensors(walk: Iterable[Owner], name: str) -> dict[str, Tensor]:
             part = store.parts().get(name)
             if isinstance(part, Paths):
                 prefix = join(cast("Weight | Bias", store).matrix.path(owner.path), "")
-                held = (*part.named_parameters(), *part.named_buffers())
-                tensors |= {prefix + key: tensor for key, tensor in held}
+                tensors |= {prefix + key: tensor for key, tensor in part.held().items()}
             elif isinstance(part, HeadCopy):
                 tensors[join(owner.path, tensor_name)] = part.value
     return tensors

@@ -257,7 +257,7 @@ def _build(
             if values is None:
                 content.reset_parameters(weight)
             else:
-                _fill(content, {key: values[prefix + key] for key in content.state_dict()})
+                _fill(content, values, prefix)
             if paths == WEIGHT_PATHS:
                 parts.append(_Part(site.owner, name, content, partial(Weight, matrix=matrix)))
                 continue
@@ -282,14 +282,12 @@ def _created_bias(weight: Tensor, device: torch.device | str) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _fill(content: nn.Module, values: Mapping[str, Tensor]) -> None:
-    tensors = content.state_dict()
-    if any(tensor.is_meta for tensor in tensors.values()):
-        # Keep loaded values on the CPU until the model has memory.
-        content.to_empty(device="cpu")
-        tensors = content.state_dict()
-    for key, tensor in tensors.items():
-        write_into(tensor, values[key])
+def _fill(content: Paths | HeadCopy, values: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Write values, whose keys have this prefix, into a part."""
+    if any(tensor.is_meta for tensor in content.held().values()):
+        content.to_empty(device="cpu")  # keep loaded values on the CPU until the model has memory
+    for key, tensor in content.held().items():
+        write_into(tensor, values[prefix + key])
 
 
 def _register(part: _Part, adapter: str) -> None:
@@ -299,12 +297,12 @@ def _register(part: _Part, adapter: str) -> None:
     if store is None:
         acting = next(iter(stores.values())).acting if stores else None
         store = part.make_store(acting)
-        store.add_module(adapter, part.content)
+        store.parts()[adapter] = part.content
         if part.created is not None:
             module._parameters[part.name] = part.created
         register(module, part.name, store)
     else:
-        store.add_module(adapter, part.content)
+        store.parts()[adapter] = part.content
 
 
 def warn_of(planned: Plan, *, everything: bool = False) -> None:

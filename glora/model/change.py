@@ -15,6 +15,7 @@ from glora.layer.parametrization import Store, parametrizations_of, stashed
 from glora.model.flags import watch_again
 from glora.model.replaced import warn_of_replaced
 from glora.model.walk import Owner, owners
+from glora.undo import uncollected
 
 # Note [One door]
 # A call that changes a model is refused inside `glora.merged` and `glora.route`, leaves the model as it was where it
@@ -61,7 +62,7 @@ def change(model: nn.Module, *, taking_off: bool = False, reversible: bool = Tru
     """
     refuse_while_swapped(model)
     walk = walk_to_take_off(model, for_good=True) if taking_off else walk_to_read(model)
-    with torch.inference_mode(False), _all_or_nothing(walk if reversible else []):
+    with torch.inference_mode(False), uncollected(), _all_or_nothing(walk if reversible else []):
         yield walk
         for engine in engines:
             engine.leave(model)

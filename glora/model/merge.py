@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -254,8 +255,9 @@ def _check_mergeable(walk: list[Owner], *, if_quantised: str | None) -> None:
                 )
             with torch.no_grad():
                 value = read(owner.module, name)
-                # Gathered: the ranks refuse together.
-                unfit = 0 if value.is_meta else int(gathered((~torch.isfinite(value)).sum()))
+                # By the sum first, which takes a fifth of the time. Gathered: the ranks refuse together.
+                fit = value.is_meta or math.isfinite(gathered(value.sum()).item())
+                unfit = 0 if fit else int(gathered((~torch.isfinite(value)).sum()))
             if unfit:
                 raise ValueError(
                     f"A merged tensor must be finite; `{name}` of {owner.place!r} has {unfit} entries in {value.dtype} "

@@ -56,7 +56,7 @@ def test_each_sample_is_as_with_its_adapter_alone(
 
 @settings(max_examples=60)
 @given(
-    cases(dtypes=[torch.float64], min_adapters=2, elementwise=False),
+    cases(dtypes=[torch.float64], min_adapters=2),
     st.lists(st.integers(-1, 2), min_size=2, max_size=6),
     st.booleans(),
 )
@@ -113,3 +113,20 @@ def test_one_token_of_each_sample_needs_no_adapted_weight_for_the_default_forms(
         layer(x)
     copies = 3
     assert count.flops < 1.5 * 2 * 8 * copies * 64**2
+
+
+def test_what_needs_no_adapted_weight_shares_one_product_beside_what_needs_one() -> None:
+    kinds = {"lora": LORA, "ia3": glora.GLoRAConfig.ia3(init="random"), "hira": glora.GLoRAConfig.hira(init="random")}
+    layer, names = nn.Linear(128, 128), ["hira", "lora", None, "ia3", "lora", "hira", "ia3", None]
+    for name, config in kinds.items():
+        glora.apply(layer, config=config, name=name)
+    x = torch.randn(len(names), 32, 128)
+    with torch.no_grad():
+        wanted = one_after_the_other(layer, x, names)
+        with glora.route(layer, names), count_products() as count:
+            found = layer(x)
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad(), glora.route(layer, names[:4] + names[4:] * 2), count_products() as many:
+        layer(torch.randn(12, 32, 128))
+    assert many.calls == 2 + 3 + 1 + 1  # with many rows each on its own
+    assert count.calls == 3 + 2  # x W0^T and B's thin two; W' of hira's and the product with it

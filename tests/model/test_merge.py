@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import glora
-from tests.helpers.calls import RANDOM, attach, quiet
+from tests.helpers.calls import LORA, RANDOM, attach, quiet
 from tests.helpers.models import ATTACH, TOKENS, Residual, build, three_adapters, two
 from tests.helpers.state import snapshot, unchanged, values_apart
 from tests.helpers.strategies import Case, cases
@@ -85,6 +85,15 @@ def test_a_merge_that_is_not_finite_changes_nothing(case: Case, data: st.DataObj
         assert [type(module) for module in model] == types
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "entry"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1e308)])
+def test_finite_entries_are_merged_where_their_sum_is_not_finite(dtype: torch.dtype, entry: float) -> None:
+    layer = nn.Linear(8, 8, dtype=dtype)
+    nn.init.constant_(layer.weight, entry)
+    nn.init.constant_(layer.bias, -entry)
+    glora.merge(glora.apply(layer, config=LORA))
+    assert bool((layer.weight == torch.tensor(entry, dtype=dtype)).all())
 
 
 def test_a_cast_that_overflows_is_not_merged() -> None:
