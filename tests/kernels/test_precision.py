@@ -275,7 +275,7 @@ def updates(name: str, mode: str, size: float, bias: float | None = None) -> tup
         zero = torch.zeros(256, 1)
         scale = tensors.get("A.value", zero).expand(256, 256)
         if "A.left" in tensors:
-            scale = tensors["A.left"] @ tensors["A.right"]
+            scale = tensors["A.left"] @ tensors["A.right"] * tensors["A.balance"]  # Note [Balance]
         shift = tensors["B.left"] @ tensors["B.right"] if "B.left" in tensors else tensors.get("B.value", zero)
         return (W0 @ scale if name == "matmul" else W0 * scale) + shift
 
