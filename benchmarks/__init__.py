@@ -5,5 +5,6 @@
 `benchmarks.report` draws the plots of a layer from its CSV; products and saved bytes are counted exactly, by what
 the tests count with (`tests.helpers.counting`). `benchmarks.accuracy` asks whether GLoRA helps: it trains on real texts
 and images.
+`benchmarks.device` is the prepared run for whoever has a CUDA device: correctness, steps, memory, decoding.
 `benchmarks.accuracy.parity` trains beside PEFT; `benchmarks.accuracy.memory` measures the memory of a step.
 """
