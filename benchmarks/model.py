@@ -54,6 +54,8 @@ class Size:
     rank: int = 8
     mode: str = "float32"
     compiled: bool = False
+    blocks: str = ""
+    """Compile each block by itself: a mode of torch.compile, or "aot_eager" for that backend."""
 
 
 TINY = Size(layers=1, hidden=16, heads=2, batch=1, length=4, rank=2)
@@ -74,15 +76,21 @@ def prepare_step(name: str, size: dict[str, Any], device: str) -> Callable[[], o
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    bert = transformers.BertModel(config, add_pooling_layer=False)
+    with torch.device(device):  # a large one would take minutes elsewhere
+        bert = transformers.BertModel(config, add_pooling_layer=False)
     bert = bert.to(device, torch.bfloat16 if s.mode == "bfloat16" else torch.float32)
     model = WAYS[name](bert, s.rank).train()
     tokens = torch.randint(1000, (s.batch, s.length), device=device)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
 
     run: Any = torch.compile(model) if s.compiled else model
+    how: dict[str, Any] = {"backend": s.blocks} if s.blocks == "aot_eager" else {"mode": s.blocks}
+    for block in bert.encoder.layer if s.blocks else ():
+        block.compile(**how)
 
     def step() -> None:
+        if s.blocks == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=s.mode == "autocast"):
             loss = run(input_ids=tokens).last_hidden_state.square().mean()

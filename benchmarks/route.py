@@ -23,11 +23,17 @@ from benchmarks.timing import interleaved
 
 
 def subjects(
-    width: int, batch: int, tokens: int, adapters: int, rank: int, device: str
+    width: int,
+    batch: int,
+    tokens: int,
+    adapters: int,
+    rank: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Callable[[], object]]:
     """Name to a forward of three layers; each sample's adapter goes round."""
     names = [f"adapter{number}" for number in range(adapters)]
-    x = torch.randn(batch, tokens, width, device=device)
+    x = torch.randn(batch, tokens, width, dtype=dtype, device=device)
     ours: list[str | None] = [[*names, None][i % (adapters + 1)] for i in range(batch)]
     theirs = [name or "__base__" for name in ours]
     calls: dict[str, Callable[[], object]] = {}
@@ -35,10 +41,12 @@ def subjects(
         ("LoRA", glora.GLoRAConfig.lora(rank=rank), "LoraConfig"),
         ("GLoRA", glora.GLoRAConfig(rank=rank), "GloraConfig"),
     ):
-        model: nn.Module = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
+        model: nn.Module = nn.Sequential(
+            *(nn.Linear(width, width, dtype=dtype, device=device) for _ in range(3))
+        ).eval()
         for name in names:
             glora.apply(model, config=config, name=name)
-        plain = nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(3))).eval()
+        plain = nn.Sequential(*(nn.Linear(width, width, dtype=dtype, device=device) for _ in range(3))).eval()
         peer: Any = peft_model(plain, peft_config, rank, target_modules=["0", "1", "2"]).eval()
         for name in names:
             peer.add_adapter(name, peer.peft_config["default"])

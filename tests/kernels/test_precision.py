@@ -295,7 +295,7 @@ def updates(name: str, mode: str, size: float, bias: float | None = None) -> tup
 @pytest.mark.parametrize(("name", "mode", "size"), SURVIVAL)
 def test_a_small_update_survives_half_precision(name: str, mode: str, size: float) -> None:
     estimate, dW = updates(name, mode, size)  # invariant 7
-    assert (estimate - dW).norm() / dW.norm() <= {0.01: 0.05, 0.003: 0.12}[size]
+    assert (estimate - dW).norm() / dW.norm() <= {0.01: 0.05, 0.003: 0.1}[size]
 
 
 @pytest.mark.parametrize("size", [0.01, 0.003])
@@ -304,4 +304,4 @@ def test_a_small_update_survives_half_precision(name: str, mode: str, size: floa
 def test_it_survives_beside_a_large_bias(mode: str, name: str, size: float) -> None:
     # The outputs' own rounding, which every layer has, is too coarse for each entry of the update: the share that acts.
     estimate, dW = updates(name, mode, size, bias=2.0)
-    assert abs((estimate * dW).sum() / dW.square().sum() - 1) <= {0.01: 0.05, 0.003: 0.12}[size]
+    assert abs((estimate * dW).sum() / dW.square().sum() - 1) <= {0.01: 0.05, 0.003: 0.1}[size]

@@ -156,7 +156,7 @@ def test_an_adapter_at_its_start_changes_little_and_a_merge_rounds_once() -> Non
 @pytest.mark.parametrize("bias", [None, 2.0])
 def test_a_small_update_survives_half_precision(bias: float | None, grad: bool, autocast: bool, size: float) -> None:
     estimate, dW = updates(bias, grad, autocast, size)  # invariant 7
-    limit = {0.01: 0.05, 0.003: 0.12}[size]
+    limit = {0.01: 0.05, 0.003: 0.1}[size]
     if bias is None:
         assert (estimate - dW).norm() / dW.norm() <= limit
     else:  # the outputs' own rounding is too coarse for each entry: the share that acts
