@@ -93,7 +93,7 @@ def attach(model: nn.Module, **options: Any) -> nn.Module:
     """With default targets and forms; the warnings on biases and heads are known."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return glora.apply(model, config=GLoRAConfig(init="random", rank=2), **options)
+        return glora.apply(model, config=GLoRAConfig.glora(init="random", rank=2), **options)
 
 
 def _linear_share(model: nn.Module) -> float:

@@ -131,7 +131,7 @@ def attach_and_merge(run: str, layers: int, rounds: int, device: str) -> list[di
     """Time to adapt and to merge a model of many small layers, where what is done for each layer tells."""
 
     def ours(model: nn.Module) -> nn.Module:
-        return glora.apply(model, config=glora.GLoRAConfig())
+        return glora.apply(model, config=glora.GLoRAConfig.glora())
 
     def peft(config: str) -> Callable[[nn.Module], Any]:
         names = [str(number) for number in range(layers)]

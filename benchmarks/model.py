@@ -26,9 +26,9 @@ GLORA_FACTORED = "glora A=vector B=lora C, D, E"
 
 WAYS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     GLORA_A: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig.hira(rank=rank)),
-    GLORA_DEFAULT: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig(rank=rank)),
+    GLORA_DEFAULT: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig.glora(rank=rank)),
     GLORA_B: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig.lora(rank=rank)),
-    GLORA_FACTORED: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig(A="vector", rank=rank)),
+    GLORA_FACTORED: lambda model, rank: glora.apply(model, config=glora.GLoRAConfig.glora(A="vector", rank=rank)),
     PEFT_GLORA: lambda model, rank: peft_model(model, "GloraConfig", rank, target_modules="all-linear"),
     PEFT_LORA: lambda model, rank: peft_model(model, "LoraConfig", rank, target_modules="all-linear"),
     FULL: lambda model, _: model,

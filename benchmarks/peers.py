@@ -43,7 +43,7 @@ def _linear(in_features: int, out_features: int, dtype: torch.dtype, device: tor
 def _glora(*, adapters: int = 1, merged: bool = False, **options: Any) -> Factory:
     def make(in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
         layer: nn.Module = _linear(in_features, out_features, dtype, device)
-        config = glora.GLoRAConfig(**options, rank=rank)
+        config = glora.GLoRAConfig.glora(**options, rank=rank)
         names = [f"adapter{number}" for number in range(adapters)]
         for name in names:
             glora.apply(layer, config=config, name=name)

@@ -39,7 +39,7 @@ def subjects(
     calls: dict[str, Callable[[], object]] = {}
     for label, config, peft_config in (
         ("LoRA", glora.GLoRAConfig.lora(rank=rank), "LoraConfig"),
-        ("GLoRA", glora.GLoRAConfig(rank=rank), "GloraConfig"),
+        ("GLoRA", glora.GLoRAConfig.glora(rank=rank), "GloraConfig"),
     ):
         model: nn.Module = nn.Sequential(
             *(nn.Linear(width, width, dtype=dtype, device=device) for _ in range(3))

@@ -26,8 +26,8 @@ from benchmarks.report import milliseconds
 from benchmarks.timing import interleaved
 
 FORMS = {
-    "default": glora.GLoRAConfig(),
-    "A vector, B lora": glora.GLoRAConfig(A="vector"),
+    "five paths": glora.GLoRAConfig.glora(),
+    "A vector, B lora": glora.GLoRAConfig.glora(A="vector"),
     "B lora": glora.GLoRAConfig.lora(),
 }
 RANKS, ADAPTERS, WIDTHS, LAYERS = (

@@ -76,7 +76,7 @@ def extracted(base: nn.Module, tuned: Path, config: glora.GLoRAConfig) -> nn.Mod
 # %% [markdown]
 # ## How small can it be?
 #
-# The default forms also take the change of the biases; a LoRA leaves it out. The last line does the same on the command
+# All five paths also take the change of the biases; a LoRA leaves it out. The last line does the same on the command
 # line, where no model is needed.
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     whole = sum(p.numel() for p in base.parameters())
     rows: list[list[str | int]] = [["the base", 0, f"{error(base, x):.4f}"]]
     configs = {f"LoRA, rank {rank}": glora.GLoRAConfig.lora(rank=rank) for rank in (1, 2, 4, 8)}
-    configs["default forms, rank 4"] = glora.GLoRAConfig(rank=4)
+    configs["five paths, rank 4"] = glora.GLoRAConfig.glora(rank=4)
     for name, config in configs.items():
         model = extracted(base, chosen.out / "tuned.safetensors", config)
         count = sum(tensor.numel() for tensor in glora.state_dict(model).values())

@@ -262,7 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=500, help="test questions (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over them (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="rank of the paths A and B (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, start and order (default: %(default)s)")
     out = OUT / "learning_curve.png"
     parser.add_argument("--plot", type=Path, default=out, help="the learning curve, a PNG (default: %(default)s)")

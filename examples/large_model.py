@@ -43,7 +43,7 @@ SIZES = {
         num_key_value_heads=8,
     ),
 }
-CONFIGS = {"LoRA": glora.GLoRAConfig.lora(), "default": glora.GLoRAConfig(create_bias=True)}
+CONFIGS = {"LoRA": glora.GLoRAConfig.lora(), "five paths": glora.GLoRAConfig.glora(create_bias=True)}
 
 
 # %% [markdown]

@@ -38,7 +38,7 @@ from glora.text import table
 KINDS = {
     "lora": glora.GLoRAConfig.lora(rank=4),
     "vectors": glora.GLoRAConfig.ssf(),
-    "default": glora.GLoRAConfig(rank=2),
+    "glora": glora.GLoRAConfig.glora(rank=2),
     "hira": glora.GLoRAConfig.hira(rank=4),
 }
 

@@ -9,7 +9,7 @@ each of three seeds and for budgets of 0.1% and 0.5% of the model's parameters:
 1. A supernet of all forms is trained, once for a seed and budget.
 2. Evolution and random search choose forms by the inherited weights, with as many evaluations each.
 3. Each choice is extracted and trained on; the forms that evolution found are also trained anew, as are fixed forms at
-   equal parameters: GLoRA's default, LoRA, and vectors, each in as many layers as fit, the last layers first.
+   equal parameters: all five paths, LoRA, and vectors, each in as many layers as fit, the last layers first.
 
 The search sees validation questions alone. Test questions are read once for each row, after its last step of training.
 """
@@ -189,9 +189,9 @@ def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
             if pictures is not None:
                 plot_front(found, pictures / f"search-front-{share:.1%}.png")
                 plot_forms(found.targets, pictures / f"search-forms-{share:.1%}.png")
-    anew("default", fixed(model, highest_rank(model, lambda rank: GLoRAConfig(rank=rank), budget), budget))
+    anew("five paths", fixed(model, highest_rank(model, lambda rank: GLoRAConfig.glora(rank=rank), budget), budget))
     anew("LoRA", fixed(model, highest_rank(model, lambda rank: GLoRAConfig.lora(rank=rank), budget), budget))
-    vectors = GLoRAConfig(A="vector", B="vector", C="vector", D="vector", E="vector")
+    vectors = GLoRAConfig.glora(A="vector", B="vector", C="vector", D="vector", E="vector")
     anew("vectors", fixed(model, vectors, budget))
     return rows
 

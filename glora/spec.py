@@ -71,8 +71,8 @@ class LayerSpec:
 
         Example:
             >>> import glora
-            >>> list(LayerSpec(glora.GLoRAConfig(A="vector", B="lora")).tensors())
-            ['A.value', 'B.left', 'B.right', 'C.value', 'D.value', 'E.value']
+            >>> list(LayerSpec(glora.GLoRAConfig(A="vector")).tensors())
+            ['A.value', 'B.left', 'B.right']
         """
         # Unknown sizes are passed as -1 and -2.
         shapes = self.config.shapes(self.out_features or -1, self.in_features or -2, paths, self.batch or ())

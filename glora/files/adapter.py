@@ -89,7 +89,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     glora.save(layer, directory)
         ...     other = glora.load(base, directory, strict=True)
-        >>> torch.equal(glora.state_dict(other)["A.left"], glora.state_dict(layer)["A.left"])
+        >>> torch.equal(glora.state_dict(other)["B.left"], glora.state_dict(layer)["B.left"])
         True
     """
     _check_arguments("save", model, directory)

@@ -64,7 +64,7 @@ def apply(
             the layers that it is first to match. A list reaches embeddings, and a regex that matches nothing else; a
             predicate does not see them. A matrix that is not called `weight` has its own path,
             `experts.gate_up_proj`.
-        config: the forms of the paths; `GLoRAConfig()` if None.
+        config: the forms of the paths; `GLoRAConfig()` if None, which is LoRA of rank 8.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.
         trainable: modules that train as a whole beside the adapter (a new head): the same grammar over all modules, the
             modules themselves, or `"auto"`, what a task class of transformers has beside its backbone (a classifier
@@ -96,7 +96,7 @@ def apply(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = glora.apply(model, targets=["0"], trainable=["2"])
         >>> [name for name, _ in glora.named_parameters(model)]
-        ['0.A.left', '0.A.right', '0.B.left', '0.B.right', '0.C.value', '0.D.value', '0.E.value', '2.weight', '2.bias']
+        ['0.B.left', '0.B.right', '2.weight', '2.bias']
     """
     with change(model) as walk:
         planned = plan_targets(walk, targets, config, exclude=exclude, trainable=trainable, name=name)

@@ -48,7 +48,7 @@ def plan(
     Example:
         >>> import torch, glora
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False))
-        >>> print(glora.plan(model, config=glora.GLoRAConfig(A="none", rank=2)))
+        >>> print(glora.plan(model, config=glora.GLoRAConfig.glora(A="none", rank=2)))
         adapter 'default': 2 layers, 64 trainable parameters
         module  forms                              rank  parameters
         0       B=lora C=vector D=vector E=vector  2             44

@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         >>> layer = glora.apply(torch.nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(glora.parameter_groups(layer, lr=2e-3))
         >>> [(group["name"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
-        [('adapter', 0.002, 7)]
+        [('adapter', 0.002, 2)]
     """
     if not lr > 0:
         raise ValueError(f"lr must be a positive number; found {lr!r}.")
