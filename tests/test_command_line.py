@@ -42,7 +42,7 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
     save_file(model.state_dict(), tmp_path / "base.safetensors")
     for there, product in (("peft", "hadamard"), ("lycoris", "matmul")):
-        glora.apply(model, config=glora.GLoRAConfig(init="random", rank=2, alpha=3, product=product, **forms))
+        glora.apply(model, config=glora.GLoRAConfig.glora(init="random", rank=2, alpha=3, product=product, **forms))
         glora.save(model, tmp_path / "a")
         out = tmp_path / (f"{there}.safetensors" if there == "lycoris" else there)
         assert main(["convert", str(tmp_path / "a"), str(out), "--to", there]) == 0
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_an_error_and_no_traceback(tmp_path_factory: Any, rng:
     model = nn.Sequential(nn.Linear(3, 2))
     save_file(model.state_dict(), folder / "base.safetensors")
     product = "matmul" if which == "lycoris" else "hadamard"
-    glora.apply(model, config=glora.GLoRAConfig(init="random", rank=2, product=product, **forms))
+    glora.apply(model, config=glora.GLoRAConfig.glora(init="random", rank=2, product=product, **forms))
     glora.save(model, folder / "base")
     adapter = folder / {"lycoris": "lycoris.safetensors", "base": "base"}.get(which, which)
     if which != "base":
@@ -141,7 +141,7 @@ def test_the_version() -> None:
 
 def test_convert_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig(), trainable=["1"]), tmp_path / "a")
+    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig.glora(), trainable=["1"]), tmp_path / "a")
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "glora"]) == 0
     assert capsys.readouterr().out == f"Wrote 1 layers and 1 heads to {tmp_path / 'b'}, as glora has them.\n"
 
@@ -164,7 +164,7 @@ def files_of_all_kinds(folder: Path) -> Path:
     save_file(base.state_dict(), folder / "model" / "model.safetensors")
     (folder / "empty").mkdir()
     (folder / "train.py").write_text("import glora")
-    glora.save(glora.apply(base), folder / "adapter")
+    glora.save(glora.apply(base, config=glora.GLoRAConfig.glora()), folder / "adapter")
     return folder
 
 

@@ -39,9 +39,9 @@ def test_a_kind_that_is_registered_is_reached_by_name_and_its_file_needs_no_regi
 
     monkeypatch.setattr(matrices, "_registered", [])
     with pytest.raises(ValueError, match=r"'kernel' matches none that can be adapted, only Mixer .*register_matrix"):
-        glora.apply(Mixer(), ["kernel"])
+        glora.apply(Mixer(), ["kernel"], config=glora.GLoRAConfig.glora())
     glora.register_matrix(Mixer, {"kernel": "shift"}, "h o i -> (h o) i")
-    model = glora.apply(Mixer(), ["kernel"], GLoRAConfig(init="random"))
+    model = glora.apply(Mixer(), ["kernel"], GLoRAConfig.glora(init="random"))
     assert glora.state_dict(model)["kernel.A.left"].shape == (6, 8)
     x = torch.randn(5, 4)
     y = model(x)
@@ -74,10 +74,10 @@ def test_a_registration_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(matrices, "_registered", [])
     glora.register_matrix(lambda module: isinstance(module, Mixer), "kernel", "i o -> o i")
     with pytest.raises(ValueError, match=r"its kernel has the shape \(2, 3, 4\), and 'i o -> o i' was registered"):
-        glora.apply(Mixer(), ["kernel"])
+        glora.apply(Mixer(), ["kernel"], config=glora.GLoRAConfig.glora())
     glora.register_matrix(Mixer, {"kernel": "shift"}, "e o i -> e o i")
     with pytest.raises(ValueError, match="its shift has the shape"):
-        glora.apply(Mixer(), ["kernel"])
+        glora.apply(Mixer(), ["kernel"], config=glora.GLoRAConfig.glora())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -91,7 +91,7 @@ def test_another_base_is_a_warning_or_an_error_and_no_key_is_neither() -> None:
 
 
 def test_forms_rank_and_parameters_of_a_layer_are_those_of_the_plan() -> None:
-    config = glora.GLoRAConfig(A="vector", B="lora", rank=2)
+    config = glora.GLoRAConfig.glora(A="vector", B="lora", rank=2)
     planned = {layer.path: layer for layer in glora.plan(build(), ["first"], config).layers}
     described = describe(attach(build(), config, targets=["first"]), None).layers
     assert described.keys() == planned.keys()

@@ -52,7 +52,7 @@ def test_in_half_precision_too(bias: bool, config: GLoRAConfig, rows: int) -> No
 
 
 @blocks
-@pytest.mark.parametrize("config", [LORA, RANDOM, GLoRAConfig(A="vector", init="random")])
+@pytest.mark.parametrize("config", [LORA, RANDOM, GLoRAConfig.glora(A="vector", init="random")])
 def test_its_own_kernel_need_not_take_autocasts_dtype(config: GLoRAConfig, rows: int) -> None:
     model, x = attach(quantised(), config), torch.randn(3, 64)
     wanted = model(x)
@@ -112,14 +112,14 @@ def test_the_whole_life_of_an_adapter(tmp_path: Path) -> None:
     x, W0, flags = torch.randn(3, 64), model[0].weight, [p.requires_grad for p in model.parameters()]
     keys, before = list(model.state_dict()), model(x)
     pending = model(given := x.clone().requires_grad_())  # a graph that holds W0
-    glora.apply(model, name="a")
+    glora.apply(model, name="a", config=glora.GLoRAConfig.glora())
     pending.sum().backward()
     assert given.grad is not None
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
-    glora.apply(model, config=GLoRAConfig(rank=2, init="random"), name="b")
+    glora.apply(model, config=GLoRAConfig.glora(rank=2, init="random"), name="b")
     changed = model(x)
     assert not torch.allclose(changed, before, atol=1e-2)
-    assert glora.plan(model, name="c").layers[0].path == "0"
+    assert glora.plan(model, name="c", config=glora.GLoRAConfig.glora()).layers[0].path == "0"
     assert "A=lora" in str(glora.summary(model))
     assert torch.equal(copy.deepcopy(model)(x), changed)
     with glora.disabled(model):

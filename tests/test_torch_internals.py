@@ -85,7 +85,7 @@ def test_a_private_name_is_there(name: str) -> None:
 
 
 def test_a_parametrization_has_the_attributes_that_torchs_constructor_gives_it() -> None:
-    layer = glora.apply(nn.Linear(3, 2))
+    layer = glora.apply(nn.Linear(3, 2), config=glora.GLoRAConfig.glora())
     ours = layer.parametrizations.weight
     torchs = parametrize.ParametrizationList([nn.Identity()], nn.Parameter(torch.ones(2, 3)), unsafe=True)
     assert vars(ours).keys() == vars(torchs).keys()

@@ -98,7 +98,7 @@ def test_calls_that_go_through_all_layers_are_not_collected(tmp_path: Path) -> N
     gc.callbacks.append(note)
     try:
         for call in (
-            lambda: glora.apply(plain),
+            lambda: glora.apply(plain, config=glora.GLoRAConfig.glora()),
             lambda: glora.save(plain, tmp_path),
             lambda: glora.remove(plain),
             lambda: glora.load(same, tmp_path),

@@ -36,16 +36,16 @@ def test_it_writes_the_file_and_lets_it_alone_act(trainable: bool) -> None:
 
 
 def test_how_it_started_and_what_it_drops_out_may_differ() -> None:
-    model = attach(block(), GLoRAConfig(rank=2, rank_dropout=0.5), name="a")
-    fill(model, attach(block(), GLoRAConfig(rank=2, init="random")))
+    model = attach(block(), GLoRAConfig.glora(rank=2, rank_dropout=0.5), name="a")
+    fill(model, attach(block(), GLoRAConfig.glora(rank=2, init="random")))
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"config": GLoRAConfig(rank=3)}, "'0' is GLoRAConfig.*in the model and GLoRAConfig"),
-        ({"config": GLoRAConfig(rank=2, alpha=5)}, "'0' is GLoRAConfig"),
-        ({"config": GLoRAConfig(rank=2, product="matmul")}, "'0' is GLoRAConfig"),
+        ({"config": GLoRAConfig.glora(rank=3)}, "'0' is GLoRAConfig.*in the model and GLoRAConfig"),
+        ({"config": GLoRAConfig.glora(rank=2, alpha=5)}, "'0' is GLoRAConfig"),
+        ({"config": GLoRAConfig.glora(rank=2, product="matmul")}, "'0' is GLoRAConfig"),
         ({"targets": ["0"]}, "'2' is adapted in the file alone"),
         ({"targets": ["0"], "trainable": ["2"]}, "heads .* tied to .* in the model, .* in the file"),
     ],
@@ -58,7 +58,7 @@ def test_another_description_is_refused_and_nothing_has_changed(arguments: Any, 
 
 
 def test_a_bias_that_was_created_and_has_no_memory_yet_is_zeros_again() -> None:
-    config = GLoRAConfig(rank=2, create_bias=True, init="random")
+    config = GLoRAConfig.glora(rank=2, create_bias=True, init="random")
     source = attach(nn.Sequential(nn.Linear(4, 3, bias=False)), config)
     with torch.device("meta"):
         model = attach(nn.Sequential(nn.Linear(4, 3, bias=False)), config, name="a")

@@ -12,7 +12,10 @@ from glora.search.result import Trial, result_of
 pytest.importorskip("matplotlib")
 from examples.search_pictures import plot_forms, plot_front
 
-TARGETS = {"a.b": GLoRAConfig.lora(rank=2, alpha=4.0), "c": GLoRAConfig(A="constant", B="vector", product="matmul")}
+TARGETS = {
+    "a.b": GLoRAConfig.lora(rank=2, alpha=4.0),
+    "c": GLoRAConfig.glora(A="constant", B="vector", product="matmul"),
+}
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_made_file_is_refused_by_what_it_says(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("call", [glora.save, glora.load])
 def test_exchanged_arguments_are_named(call: Any, tmp_path: Path) -> None:
-    model = glora.apply(nn.Linear(2, 2))
+    model = glora.apply(nn.Linear(2, 2), config=glora.GLoRAConfig.glora())
     for given_ in ((tmp_path / "a", model), (str(tmp_path / "a"), model), (model, None), (model, model), (None, "a")):
         with pytest.raises(ValueError, match=rf"glora\.{call.__name__} takes a model and then a folder; found a"):
             call(*given_)
@@ -193,7 +193,7 @@ def test_exchanged_arguments_are_named(call: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.bin", "a.json", "there"])
 def test_the_name_of_a_file_is_no_folder(name: str, tmp_path: Path) -> None:
-    model = glora.apply(nn.Linear(2, 2))
+    model = glora.apply(nn.Linear(2, 2), config=glora.GLoRAConfig.glora())
     (tmp_path / "there").touch()
     with pytest.raises(ValueError, match="glora.save writes a folder"):
         glora.save(model, tmp_path / name)

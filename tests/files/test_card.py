@@ -63,7 +63,7 @@ def test_layers_that_differ_by_numbers_are_one_row_and_heads_are_there(tmp_path:
 
 def test_many_kinds_of_layers_are_counted_and_not_listed(tmp_path: Path) -> None:
     model = nn.ModuleDict({f"layer_{i}x": nn.Linear(2, 2) for i in range(60)})
-    glora.save(glora.apply(model), tmp_path)
+    glora.save(glora.apply(model, config=glora.GLoRAConfig.glora()), tmp_path)
     assert len(rows(tmp_path)) == 51
     assert rows(tmp_path)[-1][0] == "and 10 more"
 
@@ -85,7 +85,7 @@ def test_the_base_is_named_where_a_hub_has_it(
     (tmp_path / "checkpoint-7").mkdir()
     model: Any = nn.Sequential(nn.Linear(2, 2))
     model.config = SimpleNamespace(_name_or_path=source)
-    glora.save(glora.apply(model), "adapter")
+    glora.save(glora.apply(model, config=glora.GLoRAConfig.glora()), "adapter")
     text = (tmp_path / "adapter" / CARD).read_text()
     assert front(tmp_path / "adapter").get("base_model") == (source if known else None)
     assert not source or (source in text) is known

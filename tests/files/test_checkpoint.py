@@ -101,7 +101,9 @@ def test_a_backbone_and_the_model_around_it_take_each_others_adapters(
     if other:  # another base is reported under its own keys
         base.get_submodule("layers.0" if whole else f"{front}.layers.0").weight.data.mul_(2)
     save_file(base.state_dict(), folder / "base.safetensors")
-    glora.apply(model, targets, GLoRAConfig(init="random", rank=2, create_bias=True), trainable=["norm"] * train_norm)
+    glora.apply(
+        model, targets, GLoRAConfig.glora(init="random", rank=2, create_bias=True), trainable=["norm"] * train_norm
+    )
     glora.save(model, folder / "a")
     command = ["merge", str(folder / "base.safetensors"), str(folder / "a"), str(folder / "out.safetensors")]
     differs = other and "layers.0" in targets
@@ -122,9 +124,12 @@ def test_what_is_not_in_the_backbone_is_refused(tmp_path: Path, capsys: pytest.C
     save_file(inner.state_dict(), tmp_path / "base.safetensors")
     two = {f"{front}.{key}": tensor.clone() for front in "ab" for key, tensor in inner.state_dict().items()}
     save_file(two, tmp_path / "two.safetensors")
-    glora.save(glora.apply(model, ["0"], trainable=["classifier"]), tmp_path / "head")
-    glora.save(glora.apply(backbone(0), ["0"]), tmp_path / "inner")
-    glora.save(glora.apply(nn.Sequential(nn.Sequential(nn.Linear(6, 5))), ["0.0"]), tmp_path / "elsewhere")
+    glora.save(glora.apply(model, ["0"], trainable=["classifier"], config=glora.GLoRAConfig.glora()), tmp_path / "head")
+    glora.save(glora.apply(backbone(0), ["0"], config=glora.GLoRAConfig.glora()), tmp_path / "inner")
+    glora.save(
+        glora.apply(nn.Sequential(nn.Sequential(nn.Linear(6, 5))), ["0.0"], config=glora.GLoRAConfig.glora()),
+        tmp_path / "elsewhere",
+    )
     for base, adapter in (("base", "head"), ("two", "inner"), ("base", "elsewhere")):
         files = [str(tmp_path / name) for name in (f"{base}.safetensors", adapter, "out.safetensors")]
         assert main(["merge", *files]) == 1
@@ -203,7 +208,7 @@ def test_another_base_is_named_or_refused_before_anything_is_in_place(shards: bo
 def test_the_base_is_compared_without_another_reading(paths: str, tmp_path: Path) -> None:
     forms: dict[str, Any] = {path: "vector" if path in paths else "none" for path in "ABCDE"}
     model = half_precision_model()
-    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig(**forms, init="random")), tmp_path / "adapter")
+    glora.save(glora.apply(model, ["0"], glora.GLoRAConfig.glora(**forms, init="random")), tmp_path / "adapter")
     save_file(half_precision_model().state_dict(), tmp_path / "base.safetensors")
     counts: list[int] = []
     for known in (True, False):
@@ -226,7 +231,7 @@ def test_where_a_source_does_not_say_whether_there_is_a_bias_a_scale_of_none_is_
     folder, model = tmp_path_factory.mktemp("merge"), nn.Sequential(nn.Linear(4, 3, bias=bias))
     forms: Any = {path: "vector" if path in paths else "none" for path in "ABCDE"}
     with quiet():
-        spec = LayerSpec(GLoRAConfig(**forms, create_bias=True), 3, 4)
+        spec = LayerSpec(GLoRAConfig.glora(**forms, create_bias=True), 3, 4)
     tensors = {f"0.{key}": torch.randn(cast("Any", tensor.shape)) for key, tensor in spec.tensors().items()}
     adapter = AdapterSpec({"0": spec}, {}, tensors)
     save_file(model.state_dict(), folder / "base.safetensors")

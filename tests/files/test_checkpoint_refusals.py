@@ -67,7 +67,7 @@ def test_what_no_adapter_touches_is_copied_and_the_file_is_as_safetensors_has_it
     )
     if not tensors:
         (folder / "model-0.safetensors").unlink()
-    config = glora.GLoRAConfig(init="random", create_bias=True)
+    config = glora.GLoRAConfig.glora(init="random", create_bias=True)
     glora.save(glora.apply(model, config=config), folder / "adapter")
     out = folder / "out" / ("model.safetensors.index.json" if shards else "model.safetensors")
     assert main(["merge", str(base), str(folder / "adapter"), str(out)]) == 0

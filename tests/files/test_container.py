@@ -80,12 +80,12 @@ def test_heads_of_any_strides_are_saved(shape: tuple[int, int], tmp_path: Path) 
     model = nn.Sequential(nn.Linear(2, shape[1]), head)
     base = nn.Sequential(nn.Linear(2, shape[1]), nn.Linear(*shape[::-1], bias=False))
     base.load_state_dict(model.state_dict())
-    glora.save(glora.apply(model, ["0"], trainable=["1"]), tmp_path)
+    glora.save(glora.apply(model, ["0"], trainable=["1"], config=glora.GLoRAConfig.glora()), tmp_path)
     assert torch.equal(glora.load(base, tmp_path, strict=True)[1].weight, head.weight)
 
 
 def test_without_numpy_a_save_names_the_extra_and_the_rest_works(tmp_path: Path) -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(init="random"))
     glora.save(layer, tmp_path / "a")
     save_file(glora.base_state_dict(layer), tmp_path / "base.safetensors")
     torch.save([glora.base_state_dict(layer), layer.weight.detach()], tmp_path / "tensors.pt")

@@ -55,7 +55,7 @@ def test_they_are_those_of_every_kind_of_module(kind: Kind, tmp_path: Path, caps
     model = kind.build()
     base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     save_file(base, tmp_path / "base.safetensors")
-    attach(model, GLoRAConfig(init="random", alpha=3, A="lora", B="vector", D="none"), targets=[kind.path])
+    attach(model, GLoRAConfig.glora(init="random", alpha=3, A="lora", B="vector", D="none"), targets=[kind.path])
     glora.save(model, tmp_path / "a")
     assert main(["inspect", str(tmp_path / "a"), "--base", str(tmp_path / "base.safetensors")]) == 0
     W, W0 = getattr(kind.module(model), kind.weight).detach(), glora.base_state_dict(model)

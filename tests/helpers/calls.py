@@ -24,12 +24,12 @@ FORMS: dict[str, tuple[str, ...]] = {
     "E": ("vector", "constant", "none"),
 }
 LORA = GLoRAConfig.lora(rank=1)
-RANDOM = GLoRAConfig(rank=2, init="random")
+RANDOM = GLoRAConfig.glora(rank=2, init="random")
 
 
 def only(**given: Any) -> GLoRAConfig:
     """A config of these paths, every other path none."""
-    return GLoRAConfig(**{**dict.fromkeys(FORMS, "none"), **given})
+    return GLoRAConfig.glora(**{**dict.fromkeys(FORMS, "none"), **given})
 
 
 @contextmanager

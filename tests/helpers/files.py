@@ -26,7 +26,7 @@ def small_model(seed: int = 0) -> nn.Module:
 
 def saved(directory: Path, seed: int = 0) -> nn.Module:
     made = glora.apply(
-        small_model(seed), ["0", "2"], glora.GLoRAConfig(init="random", rank=2, create_bias=True), trainable=["1"]
+        small_model(seed), ["0", "2"], glora.GLoRAConfig.glora(init="random", rank=2, create_bias=True), trainable=["1"]
     )
     with torch.no_grad():
         for parameter in glora.parameters(made):
@@ -89,7 +89,7 @@ def half_precision_model() -> nn.Module:
 
 
 def saved_half_precision(directory: Path, **options: Any) -> nn.Module:
-    config = glora.GLoRAConfig(init="random", rank=2, **options)
+    config = glora.GLoRAConfig.glora(init="random", rank=2, **options)
     model = glora.apply(half_precision_model(), ["0", "1"], config, trainable=["3"])
     with torch.no_grad():
         for parameter in glora.parameters(model):

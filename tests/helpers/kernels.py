@@ -13,10 +13,10 @@ from tests.helpers.strategies import tally
 
 # A config for each kind of kernel.
 KINDS = {
-    "lora": GLoRAConfig(init="random", rank=2),
-    "factored": GLoRAConfig(A="vector", init="random", rank=2),
-    "matmul": GLoRAConfig(product="matmul", init="random", rank=2),
-    "matmul vector": GLoRAConfig(A="vector", product="matmul", init="random"),
+    "lora": GLoRAConfig.glora(init="random", rank=2),
+    "factored": GLoRAConfig.glora(A="vector", init="random", rank=2),
+    "matmul": GLoRAConfig.glora(product="matmul", init="random", rank=2),
+    "matmul vector": GLoRAConfig.glora(A="vector", product="matmul", init="random"),
 }
 
 

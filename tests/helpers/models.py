@@ -109,8 +109,8 @@ def inactive(model: nn.Module) -> None:
 ATTACH: dict[str, Callable[[nn.Module], object]] = {
     "all paths": attach,
     "weight alone": lambda model: attach(model, GLoRAConfig.lora(rank=2, init="random")),
-    "bias alone": lambda model: attach(model, GLoRAConfig(A="none", B="none", init="random")),
-    "created bias": lambda model: attach(model, GLoRAConfig(rank=1, init="random", create_bias=True)),
+    "bias alone": lambda model: attach(model, GLoRAConfig.glora(A="none", B="none", init="random")),
+    "created bias": lambda model: attach(model, GLoRAConfig.glora(rank=1, init="random", create_bias=True)),
     "heads": lambda model: attach(model, trainable=["norm", "head"]),
     "one layer": lambda model: attach(model, targets=["second"]),
     "two": two,
@@ -155,7 +155,7 @@ def three_adapters() -> Residual:
         ("b", ["up"], ["norm", "head"]),
         ("c", "all-linear", ()),
     ):
-        attach(model, targets=targets, config=glora.GLoRAConfig(init="random"), name=name, trainable=trainable)
+        attach(model, targets=targets, config=glora.GLoRAConfig.glora(init="random"), name=name, trainable=trainable)
         with torch.no_grad():
             for parameter in glora.parameters(model, name):
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -37,7 +37,7 @@ X = torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
 def adapted(**options: Any) -> nn.Module:
     torch.manual_seed(2)
     targets, trainable = options.pop("targets", ["q", "k"]), options.pop("trainable", ())
-    config = glora.GLoRAConfig(init="random", rank=3, **options)
+    config = glora.GLoRAConfig.glora(init="random", rank=3, **options)
     model = attach(net(), config, targets=targets, trainable=trainable).eval()
     with torch.no_grad():
         for parameter in glora.parameters(model):

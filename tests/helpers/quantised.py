@@ -89,7 +89,7 @@ def quantised_pair(
 
 
 FORMS = {
-    "the default": GLoRAConfig(rank=2, init="random"),
+    "the default": GLoRAConfig.glora(rank=2, init="random"),
     "A and B low rank": only(A="lora", B="lora", rank=2, init="random"),
     "A low rank, vector beside": only(A="lora", B="vector", C="vector", rank=2, init="random"),
     "LoRA": GLoRAConfig.lora(rank=2, init="random"),

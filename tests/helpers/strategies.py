@@ -52,7 +52,7 @@ def configs(
         forms["A"], product = "lora", "hadamard"
     elif elementwise is False and forms["A"] == "lora":
         product = "matmul"
-    return glora.GLoRAConfig(
+    return glora.GLoRAConfig.glora(
         **forms,
         rank=draw(st.integers(1, 4)),
         alpha=draw(st.sampled_from([None, 1.0, 6.0])),

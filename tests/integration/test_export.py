@@ -16,9 +16,9 @@ from glora import GLoRAConfig
 from tests.helpers.models import block
 
 CONFIGS = {
-    "A elementwise": GLoRAConfig(rank=2, init="random"),
-    "A of a matrix product": GLoRAConfig(rank=2, init="random", product="matmul"),
-    "A a vector": GLoRAConfig(A="vector", rank=2, init="random"),
+    "A elementwise": GLoRAConfig.glora(rank=2, init="random"),
+    "A of a matrix product": GLoRAConfig.glora(rank=2, init="random", product="matmul"),
+    "A a vector": GLoRAConfig.glora(A="vector", rank=2, init="random"),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 # 4 tokens and 100 take different kernels without gradients.

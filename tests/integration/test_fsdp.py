@@ -21,8 +21,8 @@ pytestmark = pytest.mark.integration
 
 CONFIGS = {
     "default": RANDOM,
-    "vectors": GLoRAConfig(A="vector", B="vector", init="random"),
-    "matmul": GLoRAConfig(product="matmul", rank=2, init="random"),
+    "vectors": GLoRAConfig.glora(A="vector", B="vector", init="random"),
+    "matmul": GLoRAConfig.glora(product="matmul", rank=2, init="random"),
     "lora": GLoRAConfig.lora(rank=2, init="random"),
 }
 
@@ -109,7 +109,7 @@ def refusals(_: int, folder: str) -> None:
         glora.save(sharded(fresh(), mesh), blocked / "below")
     bare = sharded(fresh(None), mesh)
     with pytest.raises(ValueError, match="attach or load before fully_shard"):
-        glora.apply(bare, ["0"])
+        glora.apply(bare, ["0"], config=glora.GLoRAConfig.glora())
     supernet = sharded(glora.search.supernet(fresh(None), "all-linear", glora.search.Space()), mesh)
     with pytest.raises(RuntimeError, match="Extract first"):
         glora.search.extract(supernet, {"0": GLoRAConfig.lora(rank=2)})

@@ -23,7 +23,7 @@ from tests.helpers.ranks import on_two_ranks
 
 pytestmark = pytest.mark.integration
 
-CREATED = GLoRAConfig(rank=2, create_bias=True, init="random")
+CREATED = GLoRAConfig.glora(rank=2, create_bias=True, init="random")
 
 
 def net() -> nn.Sequential:
@@ -110,7 +110,7 @@ def files(rank: int, folder: str) -> None:
     dist.barrier()
     for meta in (False, True):
         with torch.device("meta" if meta else "cpu"):
-            model = attached(GLoRAConfig(rank=2, create_bias=True))
+            model = attached(GLoRAConfig.glora(rank=2, create_bias=True))
         if meta:
             model.to_empty(device="cpu")
             for tensor in model.parameters():
@@ -128,8 +128,12 @@ def files(rank: int, folder: str) -> None:
         assert glora.adapters(model) == {"default": 1.0}
         assert not any(p.requires_grad for p in glora.parameters(model))
     # Another adapter is refused as a whole, whatever differs.
-    others = [RANDOM, GLoRAConfig(rank=3, create_bias=True), GLoRAConfig(rank=2, alpha=1.0, create_bias=True)]
-    for config in (*others, GLoRAConfig(rank=2, A="vector", create_bias=True)):
+    others = [
+        RANDOM,
+        GLoRAConfig.glora(rank=3, create_bias=True),
+        GLoRAConfig.glora(rank=2, alpha=1.0, create_bias=True),
+    ]
+    for config in (*others, GLoRAConfig.glora(rank=2, A="vector", create_bias=True)):
         model = attached(config)
         before = {key: tensor.clone() for key, tensor in whole(glora.state_dict(model)).items()}
         with pytest.raises(glora.AdapterFileError, match="does not hold the adapter 'default' of this model"):
@@ -153,7 +157,7 @@ def test_a_file_fills_the_adapter_that_is_attached(tmp_path: Path) -> None:
 
 def fresh_starts(_: int) -> None:
     warnings.simplefilter("ignore")
-    for config in (GLoRAConfig(rank=4), CREATED, GLoRAConfig(A="vector", product="matmul", init="random")):
+    for config in (GLoRAConfig.glora(rank=4), CREATED, GLoRAConfig.glora(A="vector", product="matmul", init="random")):
         model, alone = attached(config), attached(config, shard=False)
         for each in (model, alone):
             for tensor in glora.parameters(each):

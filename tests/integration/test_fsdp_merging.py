@@ -24,10 +24,10 @@ pytestmark = pytest.mark.integration
 
 CONFIGS = {
     "default": RANDOM,
-    "vectors": GLoRAConfig(A="vector", B="vector", D="constant", E="constant", init="random"),
-    "matmul": GLoRAConfig(product="matmul", rank=2, alpha=3.0, init="random"),
-    "created bias": GLoRAConfig(A="none", rank=2, C="lora", create_bias=True, init="random"),
-    "bias alone": GLoRAConfig(A="none", B="none", init="random"),
+    "vectors": GLoRAConfig.glora(A="vector", B="vector", D="constant", E="constant", init="random"),
+    "matmul": GLoRAConfig.glora(product="matmul", rank=2, alpha=3.0, init="random"),
+    "created bias": GLoRAConfig.glora(A="none", rank=2, C="lora", create_bias=True, init="random"),
+    "bias alone": GLoRAConfig.glora(A="none", B="none", init="random"),
 }
 
 
@@ -117,7 +117,7 @@ def test_a_merge_in_half_precision_rounds_once() -> None:
 
 def kinds(_: int) -> None:
     warnings.simplefilter("ignore")
-    config = GLoRAConfig(rank=2, init="random")
+    config = GLoRAConfig.glora(rank=2, init="random")
     for kind in KINDS:
         found: list[Any] = []
         for divided in (True, False):

@@ -50,7 +50,7 @@ def the_recipe(rank: int, folder: str) -> None:
     if rank == 0:
         plain.save_pretrained(base)
     dist.barrier()
-    for config in (glora.GLoRAConfig.lora(init="random"), glora.GLoRAConfig(create_bias=True, init="random")):
+    for config in (glora.GLoRAConfig.lora(init="random"), glora.GLoRAConfig.glora(create_bias=True, init="random")):
         alone = copy.deepcopy(plain)
         torch.manual_seed(1)
         glora.apply(alone, config=config)

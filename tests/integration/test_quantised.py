@@ -68,7 +68,7 @@ def test_the_whole_life_of_an_adapter(kind: str, tmp_path: Path) -> None:
     source = copy.deepcopy(model)
     x, W0, keys, before = torch.randn(3, 64), model[0].weight, list(model.state_dict()), model(torch.ones(2, 64))
     pending = model(x.clone().requires_grad_())  # a graph that holds W0
-    glora.apply(model)
+    glora.apply(model, config=glora.GLoRAConfig.glora())
     pending.sum().backward()
     optimizer = torch.optim.Adam(glora.parameters(model), 1e-2)
     losses: list[float] = []
@@ -149,4 +149,4 @@ def test_bitsandbytes_is_refused_by_name(kind: str) -> None:
             with pytest.raises(ValueError, match=f"it is bitsandbytes' {kind}, .*quantise with torchao"):
                 glora.apply(nn.Sequential(layer), ["0"], config)
     model = nn.Sequential(layer, nn.Linear(32, 4))
-    assert [row.path for row in glora.plan(model).skipped] == ["0"]
+    assert [row.path for row in glora.plan(model, config=glora.GLoRAConfig.glora()).skipped] == ["0"]

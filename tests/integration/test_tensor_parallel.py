@@ -24,12 +24,12 @@ pytestmark = pytest.mark.integration
 CONFIGS = {
     "default": RANDOM,
     "lora": GLoRAConfig.lora(rank=2, alpha=3.0, init="random"),
-    "vectors": GLoRAConfig(A="vector", B="vector", init="random"),
-    "constants": GLoRAConfig(A="constant", B="constant", D="constant", E="constant", init="random"),
-    "matmul": GLoRAConfig(product="matmul", rank=2, C="lora", init="random"),
-    "bias alone": GLoRAConfig(A="none", B="none", init="random"),
+    "vectors": GLoRAConfig.glora(A="vector", B="vector", init="random"),
+    "constants": GLoRAConfig.glora(A="constant", B="constant", D="constant", E="constant", init="random"),
+    "matmul": GLoRAConfig.glora(product="matmul", rank=2, C="lora", init="random"),
+    "bias alone": GLoRAConfig.glora(A="none", B="none", init="random"),
 }
-CREATED = GLoRAConfig(rank=2, create_bias=True, init="random")
+CREATED = GLoRAConfig.glora(rank=2, create_bias=True, init="random")
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -102,7 +102,7 @@ def refusals(_: int) -> None:
         with pytest.raises(RuntimeError, match="Call parallelize_module on the plain model, and then glora.apply"):
             parallel(attach(plain(), config))
     with pytest.raises(ValueError, match="rank dropout would differ by rank"):
-        attach(parallel(plain()), GLoRAConfig(rank_dropout=0.1))
+        attach(parallel(plain()), GLoRAConfig.glora(rank_dropout=0.1))
     with pytest.raises(RuntimeError, match="Inside glora.merged layers have whole"):
         glora.merged(attach(parallel(plain()), RANDOM)).__enter__()
     with pytest.raises(RuntimeError, match="cannot be routed through layers that parallelize_module"):

@@ -193,7 +193,7 @@ def test_auto_is_refused_where_there_is_no_task_head(family: str, name: str) -> 
 
 def test_a_task_class_inside_another_module_has_its_head() -> None:
     model = nn.ModuleDict({"inner": small("bert", "BertForSequenceClassification"), "classifier": nn.Linear(5, 2)})
-    planned = glora.plan(model, ["query"], trainable="auto")
+    planned = glora.plan(model, ["query"], trainable="auto", config=glora.GLoRAConfig.glora())
     assert [head.path for head in planned.heads] == ["inner.classifier"]
 
 

@@ -29,7 +29,7 @@ from tests.helpers.calls import RANDOM, attach, quiet, remove_with_torch, warned
 from tests.helpers.state import same, same_outputs
 
 TOKENS = torch.arange(6)[None]
-CREATED = GLoRAConfig(A="none", B="none", D="none", init="random", create_bias=True)
+CREATED = GLoRAConfig.glora(A="none", B="none", D="none", init="random", create_bias=True)
 
 
 def llama(**options: Any) -> LlamaForCausalLM:

@@ -21,7 +21,9 @@ from tests.helpers.strategies import configs
 
 def adapted() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
-    return glora.apply(glora.apply(model, name="a"), name="b")
+    return glora.apply(
+        glora.apply(model, name="a", config=glora.GLoRAConfig.glora()), name="b", config=glora.GLoRAConfig.glora()
+    )
 
 
 def test_it_is_the_only_active_one() -> None:

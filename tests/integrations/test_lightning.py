@@ -148,7 +148,7 @@ def test_another_description_is_refused_before_anything_changes(tmp_path: Path) 
     _, trainer = fit(1, tmp_path)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     torch.manual_seed(0)
-    config = glora.GLoRAConfig(rank=2, alpha=16, init="random")
+    config = glora.GLoRAConfig.glora(rank=2, alpha=16, init="random")
     other = glora.apply(Module(), config=config, exclude=["head"], trainable=["head"])
     before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
     with pytest.raises(glora.AdapterFileError, match="alpha=16.*in the model and.*alpha=None.*in the file"):

@@ -52,7 +52,7 @@ def configs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> glora.GLoRAConfig:
     forms: dict[str, Any] = {name: draw(st.sampled_from(["none", "vector", "constant", "lora"])) for name in "AB"}
     forms |= {name: draw(st.sampled_from(["none", "vector"])) for name in "CDE"}
     forms["B"] = "lora" if forms["A"] == "none" else forms["B"]
-    return glora.GLoRAConfig(**forms, product=draw(st.sampled_from(["hadamard", "matmul"])), rank=2, alpha=3)
+    return glora.GLoRAConfig.glora(**forms, product=draw(st.sampled_from(["hadamard", "matmul"])), rank=2, alpha=3)
 
 
 @settings(max_examples=25)
@@ -132,7 +132,7 @@ def test_kohya_has_its_prefix_and_lora_alone(tmp_path: Path, capsys: pytest.Capt
 def test_an_option_of_another_format_is_named(
     to: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    glora.save(glora.apply(build(), ["q"]), tmp_path / "a")
+    glora.save(glora.apply(build(), ["q"], config=glora.GLoRAConfig.glora()), tmp_path / "a")
     said = refusal(capsys, tmp_path / "a", tmp_path / "b", "--to", to, option)
     assert f"{option.partition('=')[0]} goes with --to" in said
     assert not (tmp_path / "b").exists()
@@ -220,7 +220,7 @@ def test_a_convolution_is_written_for_lycoris_from_a_file_and_for_peft_from_the_
 
 
 def test_a_folder_of_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    glora.save(glora.apply(build(), ["q"]), tmp_path / "a")
+    glora.save(glora.apply(build(), ["q"], config=glora.GLoRAConfig.glora()), tmp_path / "a")
     (tmp_path / "model").mkdir()
     options = tmp_path / "a", tmp_path / "b", "--to", "peft", "--base", tmp_path / "model"
     assert "A checkpoint's folder has one .safetensors file" in refusal(capsys, *options)

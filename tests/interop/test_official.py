@@ -15,7 +15,7 @@ from glora.model.state import describe
 from tests.helpers import reference
 from tests.helpers.peers import X
 
-CONFIG = glora.GLoRAConfig()
+CONFIG = glora.GLoRAConfig.glora()
 
 
 AUTHORS = [
@@ -51,7 +51,7 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     torch.save(dict(sorted(tensors.items(), reverse=True)), tmp_path / "caltech101.pt")
     ours = interop.load_official(model, tmp_path / "caltech101.pt", AUTHORS)
     torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
-    wrongs = {"one entry a layer": AUTHORS[:1], "rank 5": glora.GLoRAConfig(rank=5), "each layer": {"0": CONFIG}}
+    wrongs = {"one entry a layer": AUTHORS[:1], "rank 5": glora.GLoRAConfig.glora(rank=5), "each layer": {"0": CONFIG}}
     for message, wrong in wrongs.items():
         with pytest.raises(ValueError, match=message):
             interop.load_official(model, tmp_path / "caltech101.pt", wrong, name="b")

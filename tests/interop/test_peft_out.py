@@ -81,7 +81,7 @@ def loras(draw: st.DrawFn) -> dict[str, GLoRAConfig]:
     configs = {place: draw(exact(place)) for place in places}
     if beside:  # PEFT has no lora_bias in a model with any of these
         configs = {
-            path: GLoRAConfig(**{**vars(config), "C": "none", "D": "none", "E": "none"})
+            path: GLoRAConfig.glora(**{**vars(config), "C": "none", "D": "none", "E": "none"})
             for path, config in configs.items()
         }
     return configs
@@ -109,7 +109,7 @@ def test_what_auto_writes_is_exact_or_refused(tmp_path_factory: Any, data: st.Da
     forms = st.fixed_dictionaries({path: st.sampled_from(FORMS[path]) for path in "ABCDE"})
     config = data.draw(forms.filter(lambda drawn: drawn["A"] != "none" or drawn["B"] != "none"))
     rank, product = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(["hadamard", "matmul"]))
-    model = adapted(dict.fromkeys(places, GLoRAConfig(**config, rank=rank, product=product, init="random")), seed)
+    model = adapted(dict.fromkeys(places, GLoRAConfig.glora(**config, rank=rank, product=product, init="random")), seed)
     try:
         interop.save_peft(model, directory)
     except ValueError:
@@ -126,12 +126,12 @@ def test_what_auto_writes_is_exact_or_refused(tmp_path_factory: Any, data: st.Da
         (PLACES[:6], GLoRAConfig.lora(rank=2, init="random"), "LORA"),
         (["emb", "q", "k", "c", "conv1", "conv2"], GLoRAConfig.hira(rank=2, alpha=3, init="random"), "HIRA"),
         (["k"], GLoRAConfig.ia3(init="random"), "IA3"),
-        (["k", "c"], GLoRAConfig(**{**NONE, "A": "vector"}, product="matmul", init="random"), "IA3"),
-        (["q", "k"], GLoRAConfig(rank=2, init="random"), "GLORA"),
-        (["q", "c", "conv1"], GLoRAConfig(A="vector", B="lora", rank=2, init="random"), "LORA"),
+        (["k", "c"], GLoRAConfig.glora(**{**NONE, "A": "vector"}, product="matmul", init="random"), "IA3"),
+        (["q", "k"], GLoRAConfig.glora(rank=2, init="random"), "GLORA"),
+        (["q", "c", "conv1"], GLoRAConfig.glora(A="vector", B="lora", rank=2, init="random"), "LORA"),
         (["q", "c", "conv1"], GLoRAConfig.ssf(init="random"), "LORA"),
         (["q", "conv1"], GLoRAConfig.bitfit(init="random"), "LORA"),
-        (["emb"], GLoRAConfig(**{**NONE, "A": "vector", "B": "lora"}, product="matmul", init="random"), "LORA"),
+        (["emb"], GLoRAConfig.glora(**{**NONE, "A": "vector", "B": "lora"}, product="matmul", init="random"), "LORA"),
     ],
 )
 def test_each_method_by_its_forms(places: list[str], config: GLoRAConfig, method: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_nearest_lora_has_the_error_that_it_says(
     """By the singular values of the update; and never more than at a smaller rank."""
     directory = tmp_path_factory.mktemp("near")
     A, B = data.draw(st.sampled_from(["lora", "vector", "constant"])), data.draw(st.sampled_from(FORMS["B"]))
-    config = GLoRAConfig(**{**NONE, "A": A, "B": B}, rank=2, init="random")
+    config = GLoRAConfig.glora(**{**NONE, "A": A, "B": B}, rank=2, init="random")
     model = adapted({place: config}, seed)
     errors = interop.save_peft(model, directory, as_="lora", rank=rank)
     loaded = interop.load_peft(every(seed), directory)
@@ -224,7 +224,7 @@ def test_the_error_is_printed_and_refused_above_the_tolerance(tmp_path: Path, ca
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
-    model = adapted({"q": GLoRAConfig(A="lora", B="none", init="random")})
+    model = adapted({"q": GLoRAConfig.glora(A="lora", B="none", init="random")})
     with pytest.raises(ValueError, match=named):
         interop.save_peft(model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

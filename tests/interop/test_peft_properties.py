@@ -117,7 +117,7 @@ def test_glora_to_peft_to_glora_is_the_same_function(tmp_path_factory: Any, made
     ab, c, de = (data.draw(st.sampled_from(FORMS[path])) for path in "ACD")
     made = made if ab != "none" else made.with_biases()
     assume({ab, c, de} != {"none"})
-    config = glora.GLoRAConfig(
+    config = glora.GLoRAConfig.glora(
         **dict(zip("ABCDE", (ab, ab, c, de, de), strict=True)),
         rank=data.draw(RANKS),
         alpha=data.draw(st.sampled_from([None, 1, 7.5])),
@@ -200,7 +200,7 @@ def test_peft_finds_no_adapter_of_its_own_in_a_folder_of_gloras(tmp_path: Path) 
         peft.PeftModel.from_pretrained(net(), tmp_path)
     with pytest.raises(FileNotFoundError, match="glora.load"):
         interop.load_peft(net(), tmp_path)
-    interop.save_peft(glora.apply(net(), ["q"]), tmp_path)
+    interop.save_peft(glora.apply(net(), ["q"], config=glora.GLoRAConfig.glora()), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS]
     with pytest.raises(glora.AdapterFileError, match="load_peft"):
         glora.load(net(), tmp_path)
@@ -211,7 +211,7 @@ def test_peft_finds_no_adapter_of_its_own_in_a_folder_of_gloras(tmp_path: Path) 
 def test_factors_of_any_dtype_are_scaled_in_float32_at_least(
     dtype: torch.dtype, alpha: float | None, tmp_path: Path
 ) -> None:
-    config = glora.GLoRAConfig(rank=3, alpha=alpha)
+    config = glora.GLoRAConfig.glora(rank=3, alpha=alpha)
     model = glora.apply(nn.Sequential(nn.Linear(8, 6)), config=config).to(dtype)
     with torch.no_grad():
         for parameter in glora.parameters(model):

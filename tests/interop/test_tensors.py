@@ -13,7 +13,7 @@ from torch import nn
 import glora
 from glora import interop
 
-CONFIG = glora.GLoRAConfig()
+CONFIG = glora.GLoRAConfig.glora()
 
 
 @pytest.mark.parametrize(

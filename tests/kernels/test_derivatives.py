@@ -48,7 +48,9 @@ def test_torch_func_transforms_inside_of_what_is_compiled(name: str) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_checkpointing_gives_equal_gradients_also_with_rank_dropout(name: str, p: float) -> None:
     forms_of = {**KINDS[name].forms, "product": KINDS[name].product}
-    layer = glora.apply(nn.Linear(6, 5), config=glora.GLoRAConfig(**forms_of, init="random", rank=4, rank_dropout=p))
+    layer = glora.apply(
+        nn.Linear(6, 5), config=glora.GLoRAConfig.glora(**forms_of, init="random", rank=4, rank_dropout=p)
+    )
     x = torch.randn(7, 6, requires_grad=True)
     grads = []
     for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):

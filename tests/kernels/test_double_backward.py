@@ -32,7 +32,7 @@ def test_double_backward(case: Case) -> None:
 
 
 def test_double_backward_through_a_layer_used_twice() -> None:
-    layer = glora.apply(nn.Linear(3, 3, dtype=torch.float64), config=glora.GLoRAConfig(rank=2, init="random"))
+    layer = glora.apply(nn.Linear(3, 3, dtype=torch.float64), config=glora.GLoRAConfig.glora(rank=2, init="random"))
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(layer(x)), (x, *factors_of(layer)))
 

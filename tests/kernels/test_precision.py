@@ -147,10 +147,12 @@ def test_compiled_it_is_the_same_to_the_last_rounding(
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("config", [glora.GLoRAConfig(), glora.GLoRAConfig(A="vector"), glora.GLoRAConfig.lora()])
+@pytest.mark.parametrize(
+    "config", [glora.GLoRAConfig.glora(), glora.GLoRAConfig.glora(A="vector"), glora.GLoRAConfig.lora()]
+)
 def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autocast: bool, config: Any) -> None:
     torch.manual_seed(1)
-    config = glora.GLoRAConfig(**{**config.forms, "init": "random"})
+    config = glora.GLoRAConfig.glora(**{**config.forms, "init": "random"})
     layer = glora.apply(nn.Linear(48, 40), config=config)
     x = torch.randn(64, 48).to(half).float().requires_grad_()
     if not autocast:

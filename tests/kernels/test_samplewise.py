@@ -77,7 +77,7 @@ def test_gradients_are_the_sums_over_each_adapters_samples(case: Case, choice: l
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
-@pytest.mark.parametrize("config", [LORA, glora.GLoRAConfig(A="vector", init="random"), RANDOM], ids=str)
+@pytest.mark.parametrize("config", [LORA, glora.GLoRAConfig.glora(A="vector", init="random"), RANDOM], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_under_autocast_the_result_is_autocasts(half: torch.dtype, config: glora.GLoRAConfig, masked: bool) -> None:
     layer, x, names = nn.Linear(8, 6), torch.randn(3, 2, 8), ["a", None, "b"]
@@ -91,7 +91,9 @@ def test_under_autocast_the_result_is_autocasts(half: torch.dtype, config: glora
 
 
 @pytest.mark.parametrize("adapters", [1, 4, 16])
-@pytest.mark.parametrize("form", [LORA, glora.GLoRAConfig(A="vector", C="none", D="none", E="none", rank=4)], ids=str)
+@pytest.mark.parametrize(
+    "form", [LORA, glora.GLoRAConfig.glora(A="vector", C="none", D="none", E="none", rank=4)], ids=str
+)
 def test_w0_is_multiplied_once_for_the_whole_batch(form: glora.GLoRAConfig, adapters: int) -> None:
     samples, tokens, width, rank = 32, 64, 256, 4
     layer, x = nn.Linear(width, width), torch.randn(samples, tokens, width)
@@ -108,7 +110,7 @@ def test_w0_is_multiplied_once_for_the_whole_batch(form: glora.GLoRAConfig, adap
 def test_one_token_of_each_sample_needs_no_adapted_weight_for_the_default_forms() -> None:
     layer, x = nn.Linear(64, 64), torch.randn(8, 1, 64)
     for name in "abcd":
-        glora.apply(layer, config=glora.GLoRAConfig(C="none", rank=2, init="random"), name=name)
+        glora.apply(layer, config=glora.GLoRAConfig.glora(C="none", rank=2, init="random"), name=name)
     with torch.no_grad(), glora.route(layer, [*"abcd"] * 2), count_products() as count:
         layer(x)
     copies = 3

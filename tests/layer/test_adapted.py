@@ -52,7 +52,7 @@ def test_a_class_that_cannot_be_extended_is_found_out_before_anything_changes() 
 
     model = nn.Sequential(nn.Linear(4, 4), Final(4, 4))
     with pytest.raises(TypeError, match="final"):
-        glora.apply(model)
+        glora.apply(model, config=glora.GLoRAConfig.glora())
     assert type(model[0]) is nn.Linear
     assert all(p.requires_grad for p in model.parameters())
 

@@ -30,8 +30,8 @@ from tests.helpers.state import unchanged
 
 CONFIGS = {
     "default": RANDOM,
-    "vectors": GLoRAConfig(A="vector", B="vector", init="random"),
-    "matmul": GLoRAConfig(product="matmul", rank=2, init="random"),
+    "vectors": GLoRAConfig.glora(A="vector", B="vector", init="random"),
+    "matmul": GLoRAConfig.glora(product="matmul", rank=2, init="random"),
     "lora": GLoRAConfig.lora(rank=2, init="random"),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -212,7 +212,7 @@ QUANTISING: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("quantise", QUANTISING.values(), ids=QUANTISING)
 def test_eager_quantisation_is_refused_and_works_merged(quantise: Callable[[nn.Module], object]) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
-    glora.apply(model, ["0"], GLoRAConfig(init="random"))
+    glora.apply(model, ["0"], GLoRAConfig.glora(init="random"))
     x = torch.randn(3, 6)
     y = model(x)
     quantization.quantize_dynamic(model, {nn.LSTM})  # which leaves adapted layers alone

@@ -81,14 +81,14 @@ def test_a_first_step_moves_the_outputs_as_derived(path: str, rank: int, size: f
     forms, derived = DERIVED[path]
     layer = layer_of(size)
     sizes = Sizes(rank, rms(layer.weight), spread, rms(layer.bias))
-    moved = first_step(layer, glora.GLoRAConfig(**NONE | forms, rank=rank, balance="none"), spread)
+    moved = first_step(layer, glora.GLoRAConfig.glora(**NONE | forms, rank=rank, balance="none"), spread)
     assert moved == pytest.approx(RATE * derived(sizes), rel=0.2)
 
 
 @pytest.mark.parametrize("product", ["hadamard", "matmul"])
 @given(rank=st.sampled_from([1, 4, 8]), size=st.sampled_from([1e-3, 0.05, 3.0]))
 def test_a_balanced_A_moves_the_outputs_as_B_does(product: Any, rank: int, size: float) -> None:
-    of_a = first_step(layer_of(size), glora.GLoRAConfig(**NONE | {"A": "lora"}, rank=rank, product=product), 1.0)
+    of_a = first_step(layer_of(size), glora.GLoRAConfig.glora(**NONE | {"A": "lora"}, rank=rank, product=product), 1.0)
     of_b = first_step(layer_of(size), glora.GLoRAConfig.lora(rank=rank), 1.0)
     assert of_a == pytest.approx(of_b * (ALIGNED if product == "matmul" else 1), rel=0.2)
 
@@ -101,7 +101,7 @@ def test_a_balanced_A_moves_the_outputs_as_B_does(product: Any, rank: int, size:
 def test_it_is_the_inverse_of_the_weights_size(size: float, dtype: torch.dtype, product: Any) -> None:
     layer = layer_of(size).to(dtype)
     wanted = 1 / rms(layer.weight) / (math.sqrt(IN) if product == "matmul" else 1)
-    glora.apply(layer, config=glora.GLoRAConfig(rank=2, product=product))
+    glora.apply(layer, config=glora.GLoRAConfig.glora(rank=2, product=product))
     assert balance_in(layer).item() == pytest.approx(wanted, rel=1e-5)
     assert balance_in(layer).shape == (1,)
     assert not any(parameter is balance_in(layer) for parameter in glora.parameters(layer))
@@ -111,7 +111,7 @@ def test_it_is_the_inverse_of_the_weights_size(size: float, dtype: torch.dtype, 
 def test_it_is_1_where_the_weight_has_no_size(value: float) -> None:
     layer = nn.Linear(4, 3)
     nn.init.constant_(layer.weight, value)
-    assert balance_in(glora.apply(layer)).item() == 1.0
+    assert balance_in(glora.apply(layer, config=glora.GLoRAConfig.glora())).item() == 1.0
 
 
 def test_each_expert_has_its_own() -> None:
@@ -132,16 +132,18 @@ def test_each_expert_has_its_own() -> None:
 @pytest.mark.parametrize("value", [1.0, "RMS", None, True])
 def test_other_values_are_refused_by_name(value: Any) -> None:
     with pytest.raises(ValueError, match="balance must be one of 'rms', 'none'"):
-        glora.GLoRAConfig(balance=value)
+        glora.GLoRAConfig.glora(balance=value)
 
 
-@pytest.mark.parametrize("config", [glora.GLoRAConfig.lora(), glora.GLoRAConfig(A="vector"), glora.GLoRAConfig.ssf()])
+@pytest.mark.parametrize(
+    "config", [glora.GLoRAConfig.lora(), glora.GLoRAConfig.glora(A="vector"), glora.GLoRAConfig.ssf()]
+)
 def test_without_a_low_rank_a_there_is_none(config: glora.GLoRAConfig) -> None:
     assert not any("balance" in key for key in glora.state_dict(glora.apply(layer_of(0.05), config=config)))
 
 
 def trained(layer: nn.Linear, **options: Any) -> nn.Linear:
-    glora.apply(layer, config=glora.GLoRAConfig(rank=3, **options))
+    glora.apply(layer, config=glora.GLoRAConfig.glora(rank=3, **options))
     for parameter in glora.parameters(layer):
         nn.init.normal_(parameter, std=0.1)
     return layer
@@ -193,7 +195,7 @@ def test_a_state_dict_brings_it_along(call: str, bare: bool) -> None:
 def test_a_model_on_the_meta_device_has_it_once_it_has_its_weights() -> None:
     plain = layer_of(0.05)
     with torch.device("meta"):
-        layer = glora.apply(nn.Linear(IN, OUT), config=glora.GLoRAConfig(rank=3))
+        layer = glora.apply(nn.Linear(IN, OUT), config=glora.GLoRAConfig.glora(rank=3))
     layer.to_empty(device="cpu")
     layer.load_state_dict(plain.state_dict(), strict=True)
     glora.reset_parameters(layer)

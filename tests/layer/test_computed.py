@@ -17,7 +17,7 @@ from tests.helpers.models import adapted_block
 
 
 def test_an_attribute_error_inside_is_not_taken_for_a_missing_weight() -> None:
-    layer = glora.apply(nn.Linear(3, 3))
+    layer = glora.apply(nn.Linear(3, 3), config=glora.GLoRAConfig.glora())
     del layer.get_submodule("parametrizations.weight.0.default.A").left
     with pytest.raises(RuntimeError, match="Computing `weight` .* 'left'"):
         _ = layer.weight

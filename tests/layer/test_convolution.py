@@ -141,7 +141,7 @@ def test_an_adapter_at_its_start_changes_little_and_a_merge_rounds_once() -> Non
     layer = nn.Conv2d(4, 8, 3, dtype=torch.bfloat16)
     x = torch.randn(2, 4, 6, 6, dtype=torch.bfloat16)
     before = layer(x)
-    model = attach(nn.Sequential(layer), GLoRAConfig(), targets=["0"])
+    model = attach(nn.Sequential(layer), GLoRAConfig.glora(), targets=["0"])
     torch.testing.assert_close(model(x), before, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-3)
     with torch.no_grad():
         for factor in glora.parameters(model):

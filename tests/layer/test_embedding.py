@@ -18,7 +18,7 @@ from glora import GLoRAConfig
 from tests.helpers.strategies import configs
 
 NO_BIAS: dict[str, Any] = {"C": "none", "D": "none", "E": "none"}
-BOTH = GLoRAConfig(rank=2, init="random", **NO_BIAS)
+BOTH = GLoRAConfig.glora(rank=2, init="random", **NO_BIAS)
 
 
 def embedding(tokens: int = 7, features: int = 3, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Sequential:
@@ -50,7 +50,7 @@ def test_rows_and_gradients_are_those_of_the_whole_weight(
 ) -> None:
     """As nn.Embedding's own lookup of `layer.weight`, which is the whole W', with its padding_idx."""
     model, tokens = embedding(padding_idx=padding), torch.tensor(ids, dtype=torch.long)
-    config = GLoRAConfig(**{**vars_of(config), **NO_BIAS})
+    config = GLoRAConfig.glora(**{**vars_of(config), **NO_BIAS})
     glora.apply(model, ["0"], config, freeze=freeze)
     model[0].parametrizations.weight.original.requires_grad_(not freeze)
     wanted = F.embedding(tokens, model[0].weight, padding)
@@ -70,7 +70,7 @@ def vars_of(config: GLoRAConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("product", ["hadamard", "matmul"])
 def test_no_whole_weight_is_made(product: Any) -> None:
-    model = glora.apply(embedding(1000, 8), ["0"], GLoRAConfig(rank=2, init="random", product=product, **NO_BIAS))
+    model = glora.apply(embedding(1000, 8), ["0"], GLoRAConfig.glora(rank=2, init="random", product=product, **NO_BIAS))
     with Sizes(8) as sizes:
         model(torch.arange(5).view(5, 1)).sum().backward()
     assert max(sizes.rows) <= 8  # rows of these tokens, and thin factors
@@ -107,7 +107,7 @@ def test_each_sample_goes_through_its_own_adapter() -> None:
 
 
 def test_rank_dropout_drops_components_in_training_alone() -> None:
-    config = GLoRAConfig(B="lora", A="none", rank=8, init="random", rank_dropout=0.5, **NO_BIAS)
+    config = GLoRAConfig.glora(B="lora", A="none", rank=8, init="random", rank_dropout=0.5, **NO_BIAS)
     model, tokens = glora.apply(embedding(), ["0"], config), torch.arange(7)
     assert not torch.equal(model.train()(tokens), model(tokens))
     assert torch.equal(model.eval()(tokens), model(tokens))
@@ -115,7 +115,7 @@ def test_rank_dropout_drops_components_in_training_alone() -> None:
 
 def test_paths_of_the_bias_are_left_out_with_a_word() -> None:
     with pytest.warns(UserWarning, match="1 layers have no bias"):
-        model = glora.apply(embedding(), ["0"], GLoRAConfig())
+        model = glora.apply(embedding(), ["0"], GLoRAConfig.glora())
     assert [key for key, _ in glora.named_parameters(model)] == ["0.A.left", "0.A.right", "0.B.left", "0.B.right"]
 
 
@@ -162,7 +162,7 @@ def test_as_a_head_it_keeps_its_own_forward(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Embedding(5, 3, **options), nn.Linear(3, 2))
     model, tokens = copy.deepcopy(plain), torch.tensor([1, 2, 2])
-    glora.apply(model, ["1"], trainable=["0"])
+    glora.apply(model, ["1"], trainable=["0"], config=glora.GLoRAConfig.glora())
     found, wanted = [net[0](tokens) for net in (model, plain)]
     assert torch.equal(found, wanted)
     found.sum().backward()

@@ -47,7 +47,7 @@ def test_keys_and_shapes_are_those_of_the_contract_for_every_form(product: Any) 
         if set(forms) == {"none"}:
             continue
         choice: Any = dict(zip(FORMS, forms, strict=True))
-        config = GLoRAConfig(**choice, rank=2, product=product)
+        config = GLoRAConfig.glora(**choice, rank=2, product=product)
         layer = glora.apply(nn.Linear(3, 5), config=config)
         wanted = expected_shapes(config, 5, 3)
         assert {key: tuple(tensor.shape) for key, tensor in glora.state_dict(layer).items()} == wanted
@@ -61,7 +61,7 @@ def test_keys_and_shapes_are_those_of_the_contract_for_every_form(product: Any) 
     [(dtype, torch.float64 if dtype == torch.float64 else torch.float32) for dtype in DTYPES],
 )
 def test_factors_have_at_least_single_precision(dtype: torch.dtype, wanted: torch.dtype) -> None:
-    layer = glora.apply(nn.Linear(3, 5, dtype=dtype))
+    layer = glora.apply(nn.Linear(3, 5, dtype=dtype), config=glora.GLoRAConfig.glora())
     assert {tensor.dtype for tensor in glora.state_dict(layer).values()} == {wanted}
 
 
@@ -110,7 +110,7 @@ def test_reset_parameters_starts_again_reproducibly() -> None:
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
 def test_rank_dropout_has_the_right_expectation_and_is_never_baked_in(p: float) -> None:
-    config = glora.GLoRAConfig(A="lora", B="lora", C="none", rank=4, rank_dropout=p, init="random")
+    config = glora.GLoRAConfig.glora(A="lora", B="lora", C="none", rank=4, rank_dropout=p, init="random")
     layer = glora.apply(nn.Linear(6, 5), config=config)
     x = torch.randn(8, 6)
     whole = layer.eval()(x)
@@ -136,7 +136,7 @@ def test_rank_dropout_drops_components_with_its_probability() -> None:
 
 
 def test_rank_dropout_is_refused_where_the_forward_is_not_called() -> None:
-    config = glora.GLoRAConfig(rank_dropout=0.5)
+    config = glora.GLoRAConfig.glora(rank_dropout=0.5)
     with pytest.raises(ValueError, match="rank dropout acts in nn.Linear's"):
         glora.apply(nn.MultiheadAttention(8, 2), ["out_proj"], config)
 

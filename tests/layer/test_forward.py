@@ -93,7 +93,7 @@ def test_a_tensor_under_a_plain_key_counts(placed: list[str], config: glora.GLoR
 
 def test_a_heads_tensor_under_a_plain_key_counts() -> None:
     model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), torch.randn(3, 6)
-    glora.apply(model, ["0"], trainable=["1"])
+    glora.apply(model, ["0"], trainable=["1"], config=glora.GLoRAConfig.glora())
     weight = torch.randn(2, 5)
     y = torch.func.functional_call(model, {"1.weight": weight}, (x,))
     torch.testing.assert_close(y, F.linear(model[0](x), weight, model[1].bias))

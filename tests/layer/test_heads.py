@@ -43,7 +43,7 @@ def test_heads_belong_to_their_adapter() -> None:
 def test_a_head_trains_its_buffers_too() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     base = copy.deepcopy(model.state_dict())
-    glora.apply(model, ["0"], trainable=["1"])
+    glora.apply(model, ["0"], trainable=["1"], config=glora.GLoRAConfig.glora())
     for _ in range(3):
         model(torch.randn(16, 4) + 5)
     assert glora.state_dict(model)["1.num_batches_tracked"] == 3

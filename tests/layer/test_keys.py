@@ -12,7 +12,7 @@ from tests.helpers.calls import RANDOM, remove_with_torch
 
 def test_a_plain_bias_alone_is_taken_by_a_load_that_is_not_strict() -> None:
     layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.bitfit(init="random"))
-    glora.apply(layer, config=glora.GLoRAConfig(init="random"), name="b")
+    glora.apply(layer, config=glora.GLoRAConfig.glora(init="random"), name="b")
     before = {key: value.clone() for key, value in glora.state_dict(layer, "b").items()}
     layer.load_state_dict({"bias": torch.ones(3)}, strict=False)
     assert torch.equal(glora.base_state_dict(layer)["bias"], torch.ones(3))
@@ -32,7 +32,7 @@ def test_a_frozen_prompt_does_not_go_by_the_layers_weight_after_a_plain_load(ass
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_the_plain_weight_of_a_created_bias_is_all_that_a_strict_load_asks_for(assign: bool) -> None:
-    config = glora.GLoRAConfig(A="none", B="none", D="none", create_bias=True, init="random")
+    config = glora.GLoRAConfig.glora(A="none", B="none", D="none", create_bias=True, init="random")
     layer = glora.apply(nn.Linear(3, 5, bias=False), config=config)
     before = {key: value.clone() for key, value in glora.state_dict(layer).items()}
     weight = torch.randn(5, 3)

@@ -93,7 +93,7 @@ def test_gradients_of_every_factor(case: Case) -> None:
 def test_a_printed_layer_shows_each_factors_shape_and_scale_and_which_adapters_act() -> None:
     layer: nn.Module = nn.Linear(4, 3)
     for name in ("a", "b"):
-        glora.apply(layer, config=glora.GLoRAConfig(A="vector", rank=2, alpha=3.0), name=name)
+        glora.apply(layer, config=glora.GLoRAConfig.glora(A="vector", rank=2, alpha=3.0), name=name)
     glora.activate(layer, {"a": 0.5, "b": -2.0})
     text = str(layer)
     assert "(A): Vector(value=(3, 1))" in text

@@ -52,7 +52,7 @@ def test_removal_gives_back_the_very_bits(data: st.DataObject, how: str) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_thousand_rounds_leave_every_bit(dtype: torch.dtype) -> None:
     plain = nn.Linear(7, 5, dtype=dtype)
-    layer = glora.apply(copy.deepcopy(plain), config=glora.GLoRAConfig(A="vector", B="lora", init="random"))
+    layer = glora.apply(copy.deepcopy(plain), config=glora.GLoRAConfig.glora(A="vector", B="lora", init="random"))
     with torch.no_grad():
         dict(glora.named_parameters(layer))["A.value"].fill_(-1)  # W0 vanishes from W'
     x = torch.randn(3, 7, dtype=dtype)

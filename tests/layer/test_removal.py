@@ -137,7 +137,7 @@ def test_torchs_own_removal_gives_back_all_but_the_flags(order: tuple[str, str],
 
 @pytest.mark.parametrize("C", ["vector", "lora"])
 def test_a_frozen_prompt_trains_no_more_and_starts_again_at_zero(C: Any) -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(C=C, rank=2, alpha=3.0, init="random"))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(C=C, rank=2, alpha=3.0, init="random"))
     assert any(key.startswith("C.") for key, _ in glora.named_parameters(layer))
     before = layer.bias.detach().clone()
     remove_with_torch(layer, "weight")

@@ -14,7 +14,7 @@ from tests.helpers.models import adapted_block
 
 
 def test_merged_leaves_a_pending_backward_alone() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(init="random"))
     loss = layer(torch.randn(5, 4)).square().sum()
     (reference,) = torch.autograd.grad(loss, [next(glora.parameters(layer))], retain_graph=True)
     with glora.merged(layer):
@@ -25,7 +25,7 @@ def test_merged_leaves_a_pending_backward_alone() -> None:
 
 
 def test_what_merged_computes_is_given_back_after_an_exception_and_where_the_model_was_moved() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(init="random"))
     before = {key: (value, value.clone()) for key, value in layer.state_dict(keep_vars=True).items()}
     with pytest.raises(ZeroDivisionError), glora.disabled(layer), glora.merged(layer), glora.merged(layer):
         _ = 1 / 0

@@ -43,7 +43,7 @@ def test_no_name_means_the_only_adapter_and_an_unknown_one_is_a_key_error(
 
 
 def test_activate_refuses_what_it_cannot_do() -> None:
-    layer = glora.apply(nn.Linear(4, 3), name="a")
+    layer = glora.apply(nn.Linear(4, 3), name="a", config=glora.GLoRAConfig.glora())
     with pytest.raises(KeyError, match="'b' is not an adapter of the model, which has 'a'"):
         glora.activate(layer, "b")
     for weight in (float("nan"), float("inf"), True, "1"):
@@ -54,7 +54,7 @@ def test_activate_refuses_what_it_cannot_do() -> None:
 
 
 def test_activate_takes_a_name_or_a_mapping() -> None:
-    layer = glora.apply(nn.Linear(4, 3))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora())
     for weights in (5, None, ["default"], {"default": 10**400}):
         with pytest.raises(ValueError, match="weight"):
             glora.activate(layer, weights)
@@ -137,7 +137,7 @@ def test_resetting_is_seen_under_torchs_cache() -> None:
 
 
 def test_an_unknown_adapter_is_named_without_the_quotes_of_a_key_error() -> None:
-    model = glora.apply(nn.Linear(2, 2), name="a")
+    model = glora.apply(nn.Linear(2, 2), name="a", config=glora.GLoRAConfig.glora())
     for call in (
         lambda: glora.activate(model, "x"),
         lambda: glora.delete(model, "x"),

@@ -24,7 +24,7 @@ from tests.helpers.state import same_outputs, snapshot
 
 def test_functions_on_a_model_return_it() -> None:
     layer = nn.Linear(3, 3)
-    assert glora.apply(layer) is layer
+    assert glora.apply(layer, config=glora.GLoRAConfig.glora()) is layer
     assert glora.activate(layer, "default") is layer
     assert glora.load_state_dict(layer, glora.state_dict(layer)) is layer
     assert glora.reset_parameters(layer) is layer
@@ -81,7 +81,7 @@ def test_meta_models_attach_fill_and_reset() -> None:
 def test_training_lowers_the_loss_and_merges() -> None:
     model, x = block(), torch.randn(32, 6)
     target = torch.randn(32, 6)
-    glora.apply(model, config=glora.GLoRAConfig(rank=2))
+    glora.apply(model, config=glora.GLoRAConfig.glora(rank=2))
     optimizer = torch.optim.AdamW(glora.parameters(model), lr=0.03)
     losses = []
     for _ in range(60):

@@ -89,7 +89,7 @@ def test_what_has_no_memory_is_neither_described_nor_compared(tmp_path: Path) ->
 
 def test_a_created_bias_is_no_part_of_the_base(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
-    attach(model, GLoRAConfig(init="random", create_bias=True))
+    attach(model, GLoRAConfig.glora(init="random", create_bias=True))
     glora.save(model, tmp_path)
     assert list(json.loads((tmp_path / "glora_config.json").read_text())["base"]) == ["0.weight"]
     plain = nn.Sequential(nn.Linear(3, 2, bias=False))
@@ -127,7 +127,7 @@ def test_the_fingerprints_are_small(tmp_path: Path) -> None:
 def test_a_layer_that_torchs_removal_has_baked_is_another_base(tmp_path: Path) -> None:
     model, plain = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2))
     plain.load_state_dict(model.state_dict())
-    attach(model, GLoRAConfig(C="none", init="random"))
+    attach(model, GLoRAConfig.glora(C="none", init="random"))
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     with quiet():
         glora.save(model, tmp_path)

@@ -19,14 +19,14 @@ from tests.helpers.state import snapshot
 
 def test_without_a_bias_its_paths_are_left_out_with_one_warning() -> None:
     model = without_bias()
-    planned = glora.plan(model)
+    planned = glora.plan(model, config=glora.GLoRAConfig.glora())
     assert {layer.path: layer.paths for layer in planned.layers} == {
         "0": ("A", "B"),
         "1": ("A", "B", "C", "D", "E"),
         "2": ("A", "B"),
     }
     assert planned.without_bias == ("0", "2")
-    (message,) = warned(lambda: glora.apply(model))
+    (message,) = warned(lambda: glora.apply(model, config=glora.GLoRAConfig.glora()))
     assert re.search(r"^2 layers have no bias.*C, D and E.*\(0, 2\).*create_bias=True", message)
     attached = {key.rpartition(".")[0] for key in glora.state_dict(model)}
     assert attached == {"0.A", "0.B", "1.A", "1.B", "1.C", "1.D", "1.E", "2.A", "2.B"}
@@ -45,10 +45,10 @@ def test_a_layer_whose_paths_all_need_a_bias_is_left_out_and_named() -> None:
 
 
 def test_paths_that_need_no_bias_need_no_warning() -> None:
-    assert warned(lambda: glora.apply(without_bias(), config=GLoRAConfig(C="none", D="none", E="none"))) == []
+    assert warned(lambda: glora.apply(without_bias(), config=GLoRAConfig.glora(C="none", D="none", E="none"))) == []
 
 
-@pytest.mark.parametrize("config", [GLoRAConfig.bitfit(), GLoRAConfig.prompt(), GLoRAConfig(A="none", B="none")])
+@pytest.mark.parametrize("config", [GLoRAConfig.bitfit(), GLoRAConfig.prompt(), GLoRAConfig.glora(A="none", B="none")])
 def test_nothing_left_to_train_in_the_whole_call_is_refused(config: GLoRAConfig) -> None:
     refused(nn.Linear(4, 4, bias=False), "something to train.*bias.*create_bias=True", "all-linear", config)
     refused(without_bias(), "something to train.*create_bias=True", ["0", "2"], config)
@@ -65,7 +65,7 @@ def test_no_path_at_all_is_refused() -> None:
 # create_bias=True.
 
 
-CREATE = GLoRAConfig(rank=1, init="random", create_bias=True)
+CREATE = GLoRAConfig.glora(rank=1, init="random", create_bias=True)
 
 
 def test_a_created_bias_is_frozen_zeros_without_a_warning() -> None:
@@ -153,7 +153,7 @@ def test_two_adapters_share_a_created_bias() -> None:
 def test_a_second_adapter_that_creates_no_bias_gets_no_paths_on_a_created_one() -> None:
     model = without_bias()
     glora.apply(model, config=CREATE, name="first")
-    (message,) = warned(lambda: glora.apply(model, config=GLoRAConfig(), name="second"))
+    (message,) = warned(lambda: glora.apply(model, config=GLoRAConfig.glora(), name="second"))
     assert message.startswith("2 layers have no bias")
     assert {key for key in glora.state_dict(model, "second") if key[:3] in ("0.C", "0.D", "0.E")} == set()
 

@@ -193,5 +193,5 @@ def test_a_change_that_fails_writes_into_no_dictionary_of_the_users() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     config = vars(model)["config"] = Frozen(size=4)
     with pytest.raises(ValueError, match="matches none"), unchanged(model):
-        glora.apply(model, ["nowhere"])
+        glora.apply(model, ["nowhere"], config=glora.GLoRAConfig.glora())
     assert vars(model)["config"] is config

@@ -77,7 +77,9 @@ UNFIT: dict[Callable[[Pair], None], str] = {
 
 
 @pytest.mark.parametrize("how", UNFIT)
-@pytest.mark.parametrize("targets", [["bad"], ["good", "bad"], {"bad": GLoRAConfig()}], ids=["list", "two", "mapping"])
+@pytest.mark.parametrize(
+    "targets", [["bad"], ["good", "bad"], {"bad": GLoRAConfig.glora()}], ids=["list", "two", "mapping"]
+)
 def test_an_unfit_layer_that_is_named_is_refused_with_what_to_do(targets: Any, how: Callable[[Pair], None]) -> None:
     model = Pair()
     how(model)
@@ -99,15 +101,15 @@ def test_an_unfit_layer_that_is_swept_in_is_skipped_with_one_warning(targets: An
 
 def test_a_warning_counts_all_unfit_layers_and_names_the_first_few() -> None:
     model = nn.Sequential(nn.Linear(4, 4), *(nn.LazyLinear(4) for _ in range(8)))
-    (message,) = warned(lambda: glora.apply(model))
+    (message,) = warned(lambda: glora.apply(model, config=glora.GLoRAConfig.glora()))
     assert re.search(r"^8 of .*'1': .*; and 3 more", message)
-    assert len(glora.plan(model, name="second").skipped) == 8
+    assert len(glora.plan(model, name="second", config=glora.GLoRAConfig.glora()).skipped) == 8
 
 
 def test_no_bias_is_created_in_place_of_a_pruned_one() -> None:
     model = Pair()
     pruned_bias(model)
-    refused(model, "'bad' is not: .*prun", ["bad"], GLoRAConfig(create_bias=True))
+    refused(model, "'bad' is not: .*prun", ["bad"], GLoRAConfig.glora(create_bias=True))
 
 
 def test_only_unfit_layers_leave_nothing_to_train() -> None:
@@ -117,11 +119,11 @@ def test_only_unfit_layers_leave_nothing_to_train() -> None:
 def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was() -> None:
     model = without_bias()
     with unchanged(model), pytest.raises(UserWarning, match="create_bias=True"):
-        glora.apply(model)
+        glora.apply(model, config=glora.GLoRAConfig.glora())
     model = Pair()
     lazy(model)
     with unchanged(model), pytest.raises(UserWarning, match="lazy"):
-        glora.apply(model)
+        glora.apply(model, config=glora.GLoRAConfig.glora())
 
 
 def test_a_head_that_is_tied_by_its_memory_alone_is_refused() -> None:
@@ -139,7 +141,7 @@ def test_a_parametrized_or_lazy_head_is_refused() -> None:
     refused(model, "'head' is not: .*lazy.*one batch", ["q_proj"], trainable=["head"])
 
 
-DROPOUT = GLoRAConfig(rank_dropout=0.5)
+DROPOUT = GLoRAConfig.glora(rank_dropout=0.5)
 
 
 def test_a_head_in_a_dtype_in_which_nothing_trains_is_refused() -> None:
@@ -179,7 +181,7 @@ def test_rank_dropout_is_refused_where_a_forward_is_not_nn_linears() -> None:
     for bad in (Own(4, 4), replaced):
         model = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": bad})
         refused(model, "'bad' is not: its forward is its own", ["bad"], DROPOUT)
-        attach(model, GLoRAConfig(), targets=["bad"])  # without dropout it is adapted
+        attach(model, GLoRAConfig.glora(), targets=["bad"])  # without dropout it is adapted
         refused(model, "'bad' is not: its forward is its own", ["bad"], DROPOUT, name="b")
 
 
@@ -188,7 +190,7 @@ def test_rank_dropout_is_refused_where_a_forward_is_not_nn_linears() -> None:
 def test_an_empty_weight_is_refused(out_features: int, in_features: int) -> None:
     model = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": nn.Linear(in_features, out_features)})
     refused(model, r"'bad' is not: its weight is empty", ["bad"])
-    assert [layer.path for layer in glora.plan(model).layers] == ["good"]
+    assert [layer.path for layer in glora.plan(model, config=glora.GLoRAConfig.glora()).layers] == ["good"]
 
 
 def test_a_layer_made_in_inference_mode_is_refused_by_name() -> None:
@@ -197,11 +199,11 @@ def test_a_layer_made_in_inference_mode_is_refused_by_name() -> None:
     model = nn.Sequential(made, nn.Linear(4, 4))
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="'0' is not: its weight was made in inference mode"):
-        glora.apply(model, ["0"])
+        glora.apply(model, ["0"], config=glora.GLoRAConfig.glora())
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_a_sparse_buffer_elsewhere_is_no_hindrance() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.register_buffer("graph", torch.eye(3).to_sparse())
-    glora.merge(glora.apply(model))
+    glora.merge(glora.apply(model, config=glora.GLoRAConfig.glora()))

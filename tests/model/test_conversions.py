@@ -15,7 +15,7 @@ from tests.helpers.calls import attach, quiet
 from tests.helpers.models import in_states
 from tests.helpers.state import same
 
-CREATE = glora.GLoRAConfig(rank=2, init="random", create_bias=True)
+CREATE = glora.GLoRAConfig.glora(rank=2, init="random", create_bias=True)
 
 
 def without_a_bias() -> nn.Sequential:

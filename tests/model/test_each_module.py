@@ -54,8 +54,8 @@ def test_a_summary_has_a_row_for_each_adapter_of_the_module_itself() -> None:
             return self.inner(x) * self.scale
 
     model = nn.Sequential(nn.Linear(4, 4), Head())
-    glora.apply(model, ["0"], trainable=["1"], name="a")
-    glora.apply(model, ["0"], trainable=["1.inner"], name="b")
+    glora.apply(model, ["0"], trainable=["1"], name="a", config=glora.GLoRAConfig.glora())
+    glora.apply(model, ["0"], trainable=["1.inner"], name="b", config=glora.GLoRAConfig.glora())
     assert [(row.path, row.adapter) for row in glora.summary(model).rows] == [
         ("0", "a"),
         ("0", "b"),

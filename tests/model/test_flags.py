@@ -52,7 +52,11 @@ def test_a_flag_that_was_changed_by_hand_since_stays(finish: Callable[[nn.Module
 
 
 def test_only_active_factors_ask_for_gradients_and_flags_come_back() -> None:
-    layer = glora.apply(glora.apply(nn.Linear(4, 3), name="a"), name="b")
+    layer = glora.apply(
+        glora.apply(nn.Linear(4, 3), name="a", config=glora.GLoRAConfig.glora()),
+        name="b",
+        config=glora.GLoRAConfig.glora(),
+    )
     frozen = next(glora.parameters(layer, "b"))
     frozen.requires_grad_(False)  # by hand
     glora.activate(layer, "a")
@@ -107,7 +111,7 @@ def test_a_tied_parameters_flag_comes_back_with_either_part() -> None:
     def tied() -> nn.Sequential:
         model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
         model[2].weight = model[0].weight
-        return glora.apply(model, ["1"])
+        return glora.apply(model, ["1"], config=glora.GLoRAConfig.glora())
 
     for part in (0, 2):
         model = tied()
@@ -151,7 +155,7 @@ def test_a_deleted_adapters_head_stays_frozen_where_the_rest_is() -> None:
 
 def test_a_lazy_layer_that_is_left_out_is_frozen_with_the_rest_and_given_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    glora.apply(model, ["0"])
+    glora.apply(model, ["0"], config=glora.GLoRAConfig.glora())
     assert not any(parameter.requires_grad for parameter in model[1].parameters())
     glora.remove(model)
     assert all(parameter.requires_grad for parameter in model[1].parameters())

@@ -23,7 +23,7 @@ class WithOutputs(Net):
 
 def test_all_linear_alone_leaves_out_the_output_embeddings() -> None:
     for model in (WithOutputs(), nn.Sequential(WithOutputs())):
-        planned = glora.plan(model)
+        planned = glora.plan(model, config=glora.GLoRAConfig.glora())
         assert len(planned.layers) == 4
         (skipped,) = planned.skipped
         assert (skipped.path.endswith("head"), skipped.reason) == (True, "output embeddings")
@@ -35,7 +35,7 @@ def test_all_linear_alone_leaves_out_the_output_embeddings() -> None:
 def test_a_tied_output_embedding_is_left_out_without_a_warning() -> None:
     model = WithOutputs()
     model.head.weight = model.embed.weight
-    assert warned(lambda: glora.apply(model)) == []
+    assert warned(lambda: glora.apply(model, config=glora.GLoRAConfig.glora())) == []
 
 
 def test_a_model_that_has_no_output_embeddings_may_say_so() -> None:
@@ -115,14 +115,14 @@ def test_auto_trains_the_head_and_is_refused_where_there_is_none() -> None:
         "classifier.bias",
     ]
     with pytest.raises(ValueError, match="Vocabulary has none.*Name the modules"):
-        glora.plan(Vocabulary(), trainable="auto")
+        glora.plan(Vocabulary(), trainable="auto", config=glora.GLoRAConfig.glora())
 
 
 def test_a_new_head_that_is_swept_in_is_warned_of_and_one_that_is_named_is_not() -> None:
-    (message,) = warned(lambda: glora.apply(Task()))
+    (message,) = warned(lambda: glora.apply(Task(), config=glora.GLoRAConfig.glora()))
     assert re.search(r'classifier may be a head that is new.*trainable="auto"', message)
-    assert warned(lambda: glora.apply(Task(), ["1", "classifier"])) == []
-    assert warned(lambda: glora.apply(Vocabulary())) == []
+    assert warned(lambda: glora.apply(Task(), ["1", "classifier"], config=glora.GLoRAConfig.glora())) == []
+    assert warned(lambda: glora.apply(Vocabulary(), config=glora.GLoRAConfig.glora())) == []
 
 
 def test_save_pretrained_writes_plain_keys_or_nothing() -> None:

@@ -27,7 +27,7 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "delete": lambda model, _: glora.delete(model, "c"),
     "apply": lambda model, _: attach(model, RANDOM, name="d", targets=["up"], trainable=["head"]),
     "apply with a created bias": lambda model, _: attach(
-        model, glora.GLoRAConfig(create_bias=True, init="random"), name="d"
+        model, glora.GLoRAConfig.glora(create_bias=True, init="random"), name="d"
     ),
     "load": lambda model, directory: glora.load(model, directory, "d"),
     "load_state_dict": lambda model, _: glora.load_state_dict(model, glora.state_dict(model, "b"), "b"),

@@ -18,7 +18,7 @@ from tests.helpers.calls import attach
 from tests.helpers.interrupts import READING, Interrupt, everything
 from tests.helpers.search import supernet
 
-CREATE = glora.GLoRAConfig(rank=1, init="random", create_bias=True)
+CREATE = glora.GLoRAConfig.glora(rank=1, init="random", create_bias=True)
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 POINTS = 250
 

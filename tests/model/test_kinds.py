@@ -103,7 +103,7 @@ def test_a_start_is_the_base_model_or_moves_it(kind: Kind, dtype: torch.dtype, p
         torch.manual_seed(0)
         model = kind.build().to(dtype)
         before = getattr(kind.module(model), kind.weight).clone()
-        glora.apply(model, [kind.path], GLoRAConfig(C="none", D="none", E="none", product=product, init=init))
+        glora.apply(model, [kind.path], GLoRAConfig.glora(C="none", D="none", E="none", product=product, init=init))
         after = getattr(kind.module(model), kind.weight)
         assert after.dtype == dtype
         assert torch.equal(after, before) == (init == "identity")
@@ -114,7 +114,7 @@ def test_a_start_is_the_base_model_or_moves_it(kind: Kind, dtype: torch.dtype, p
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_factor_has_the_gradient_of_the_dense_formula(kind: Kind) -> None:
-    model = attached(kind, GLoRAConfig(init="random", rank=2))
+    model = attached(kind, GLoRAConfig.glora(init="random", rank=2))
     x = kind.input()
     kind.call(model, x).square().sum().backward()
     grads = {key: parameter.grad for key, parameter in glora.named_parameters(model)}
@@ -160,7 +160,7 @@ def test_a_file_and_a_checkpoint_carry_every_kind(kind: Kind, config: GLoRAConfi
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_plain_checkpoint_loads_while_a_kind_is_adapted(kind: Kind) -> None:
-    model = attached(kind, GLoRAConfig(init="random"))
+    model = attached(kind, GLoRAConfig.glora(init="random"))
     torch.manual_seed(1)
     other = kind.build().double()
     model.load_state_dict(other.state_dict())
@@ -171,7 +171,7 @@ def test_a_plain_checkpoint_loads_while_a_kind_is_adapted(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_two_adapters_add_up_and_switch(kind: Kind) -> None:
-    model = attached(kind, GLoRAConfig(init="random"))
+    model = attached(kind, GLoRAConfig.glora(init="random"))
     config = GLoRAConfig.lora(init="random", rank=3)
     glora.apply(model, [kind.path], config, name="b")
     glora.activate(model, "default")
@@ -192,7 +192,7 @@ def test_convolutions_are_reached_by_name_alone(kind: Kind) -> None:
     model = nn.Sequential(kind.build(), nn.Linear(2, 2))
     warned = _small(model) and not isinstance(model[0][0], nn.Embedding)  # which coverage does not count
     with pytest.warns(UserWarning, match=r"reaches \d+% of .* not reached: .*Conv") if warned else nullcontext():
-        glora.apply(model)
+        glora.apply(model, config=glora.GLoRAConfig.glora())
     assert {key.split(".")[0] for key in glora.state_dict(model)} == {"1"}
 
 
@@ -217,11 +217,11 @@ def test_every_kind_is_reached_when_it_is_named(kind: Kind, how: str) -> None:
 def test_all_linear_reaches_conv1d_attention_and_experts() -> None:
     for kind in KINDS:
         if kind.swept:
-            reached = {layer.path for layer in glora.plan(kind.build()).layers}
+            reached = {layer.path for layer in glora.plan(kind.build(), config=glora.GLoRAConfig.glora()).layers}
             assert kind.path in reached
 
 
 def test_an_embedding_is_refused_with_a_word_on_why() -> None:
     model = nn.Sequential(nn.EmbeddingBag(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'0' matches none .* only EmbeddingBag .*looks rows up.*trainable="):
-        glora.apply(model, ["0"])
+        glora.apply(model, ["0"], config=glora.GLoRAConfig.glora())

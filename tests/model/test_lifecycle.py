@@ -480,7 +480,7 @@ def test_a_half_removed_head_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_of_two_heads_that_act_together_the_one_that_is_left_trains_again() -> None:
-    machine, config = Lifecycle(), GLoRAConfig(rank=1, init="random")
+    machine, config = Lifecycle(), GLoRAConfig.glora(rank=1, init="random")
     machine.start([True] * 5, more=True, configs={"first": config}, which=0, head=True, seed=0)
     for step in (lambda: machine.activate(0, [0, 1, 2], (1.0, 1.0)), lambda: machine.delete(0, 0), machine.teardown):
         step()

@@ -48,7 +48,11 @@ def test_merging_a_part_leaves_the_rest_adapted() -> None:
 
 
 def test_merge_warns_of_the_inactive_adapters_that_it_drops_and_a_second_one_does_nothing() -> None:
-    layer = glora.apply(glora.apply(nn.Linear(3, 2), name="a"), name="b")
+    layer = glora.apply(
+        glora.apply(nn.Linear(3, 2), name="a", config=glora.GLoRAConfig.glora()),
+        name="b",
+        config=glora.GLoRAConfig.glora(),
+    )
     with pytest.warns(UserWarning, match="dropped: 'a'"):
         glora.merge(layer)
     weight = layer.weight
@@ -62,7 +66,7 @@ def test_the_optimizer_still_holds_the_parameters_after_merge() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     held = list(model.parameters())
     optimizer = torch.optim.SGD(held, lr=0.1)
-    glora.apply(model, config=glora.GLoRAConfig(init="random"))
+    glora.apply(model, config=glora.GLoRAConfig.glora(init="random"))
     glora.merge(model)
     assert all(a is b for a, b in zip(model.parameters(), held, strict=True))
     before = model[0].weight.detach().clone()
@@ -97,7 +101,7 @@ def test_finite_entries_are_merged_where_their_sum_is_not_finite(dtype: torch.dt
 
 
 def test_a_cast_that_overflows_is_not_merged() -> None:
-    layer = glora.apply(nn.Linear(2, 2, dtype=torch.float16), config=glora.GLoRAConfig(A="none", B="constant"))
+    layer = glora.apply(nn.Linear(2, 2, dtype=torch.float16), config=glora.GLoRAConfig.glora(A="none", B="constant"))
     with torch.no_grad():
         next(glora.parameters(layer)).fill_(1e6)  # finite in the factor's float32, not in float16
     with pytest.raises(ValueError, match=r"`weight` .* has 4 entries in torch.float16 that are not"):
@@ -118,7 +122,7 @@ def test_disabled_inside_merged_is_refused() -> None:
 
 
 def test_reading_works_inside_merged() -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(init="random"))
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(init="random"))
     outside = glora.state_dict(layer)
     base = glora.base_state_dict(layer)
     with glora.merged(layer):

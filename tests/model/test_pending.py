@@ -76,7 +76,9 @@ SWITCHES: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
     "both": lambda model: nullcontext(glora.activate(model, {"b": -0.7, "a": 0.5})),
     "another weight": lambda model: nullcontext(glora.activate(model, {"a": 0.5})),
     "disabled": glora.disabled,
-    "apply": lambda model: nullcontext(glora.apply(model, ["first", "second"], name="c")),
+    "apply": lambda model: nullcontext(
+        glora.apply(model, ["first", "second"], name="c", config=glora.GLoRAConfig.glora())
+    ),
     "there and back": lambda model: nullcontext(glora.activate(glora.activate(model, "b"), "a")),
     "delete another": lambda model: nullcontext(glora.delete(model, "b")),
 }

@@ -89,7 +89,7 @@ def test_a_description_that_attaches_nothing_is_refused() -> None:
     from glora.model.attach import attach_spec
 
     nothing: dict[str, str] = dict.fromkeys("ABCE", "none")
-    spec = AdapterSpec({"": LayerSpec(glora.GLoRAConfig(**nothing))}, {}, {"D.value": torch.ones(3)})
+    spec = AdapterSpec({"": LayerSpec(glora.GLoRAConfig.glora(**nothing))}, {}, {"D.value": torch.ones(3)})
     with pytest.raises(glora.AdapterFileError, match="it adapts nothing"):
         attach_spec(nn.Linear(4, 3, bias=False), spec, "it")
 
@@ -98,13 +98,13 @@ def test_names_are_checked() -> None:
     layer = nn.Linear(3, 3)
     for name in ("", "a.b", "forward", "training", "acting", 3):
         with pytest.raises(ValueError, match="An adapter's name must be"):
-            glora.apply(layer, name=name)
-    glora.apply(layer, name="values")
+            glora.apply(layer, name=name, config=glora.GLoRAConfig.glora())
+    glora.apply(layer, name="values", config=glora.GLoRAConfig.glora())
     with pytest.raises(ValueError, match="'values' is attached already"):
-        glora.apply(layer, name="values")
+        glora.apply(layer, name="values", config=glora.GLoRAConfig.glora())
     with pytest.raises(KeyError, match="'b'"):
         glora.state_dict(layer, "b")
-    glora.apply(layer, name="b")
+    glora.apply(layer, name="b", config=glora.GLoRAConfig.glora())
     with pytest.raises(ValueError, match="name=None means the only adapter; the model has 'values', 'b'"):
         glora.parameters(layer)
     with pytest.raises(ValueError, match="the model has none"):
@@ -114,4 +114,4 @@ def test_names_are_checked() -> None:
 @pytest.mark.parametrize("name", ["factors", "acting_copy", "freeze_prompts"])
 def test_names_of_the_librarys_own_attributes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="An adapter's name must be"):
-        glora.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), name=name)
+        glora.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), name=name, config=glora.GLoRAConfig.glora())

@@ -50,13 +50,14 @@ def test_the_rates_do_to_a_first_step_what_a_balance_does(product: Any) -> None:
     """And neither corrects what the other has corrected."""
     paths = {"A": "lora", **dict.fromkeys("BCDE", "none")}
     found = [
-        after_a_step(glora.GLoRAConfig(**paths, rank=2, product=product, balance=each)) for each in ("rms", "none")
+        after_a_step(glora.GLoRAConfig.glora(**paths, rank=2, product=product, balance=each))
+        for each in ("rms", "none")
     ]
     torch.testing.assert_close(*found)
 
 
 def test_an_optimizers_state_goes_into_another_one_made_alike() -> None:
-    model = glora.apply(model_of(), ["0", "1"], glora.GLoRAConfig(balance="none"), trainable=["2"])
+    model = glora.apply(model_of(), ["0", "1"], glora.GLoRAConfig.glora(balance="none"), trainable=["2"])
     optimizer = torch.optim.AdamW(glora.parameter_groups(model, 1e-2))
     model(torch.randn(4, 6)).sum().backward()
     optimizer.step()
@@ -70,4 +71,4 @@ def test_an_optimizers_state_goes_into_another_one_made_alike() -> None:
 @given(lr=st.sampled_from([0, -1.0, float("nan")]))
 def test_a_rate_that_is_none_is_refused(lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be a positive number"):
-        glora.parameter_groups(glora.apply(model_of()), lr)
+        glora.parameter_groups(glora.apply(model_of(), config=glora.GLoRAConfig.glora()), lr)

@@ -16,7 +16,7 @@ from tests.helpers.models import ALL_OF_NET, Net
 def test_a_plan_prints_every_layer_head_and_skipped_layer() -> None:
     model = Net()
     model.head.weight = model.embed.weight
-    planned = glora.plan(model, config=GLoRAConfig(rank=2), exclude=["1.k_proj"], trainable=["0.norm"])
+    planned = glora.plan(model, config=GLoRAConfig.glora(rank=2), exclude=["1.k_proj"], trainable=["0.norm"])
     lines = str(planned).splitlines()
     assert re.search(r"'default'.* 3 layers, ", lines[0])
     assert lines[-1] == "reaches 75% of 64 matrix numbers; not reached: Linear.weight 25%"

@@ -57,7 +57,7 @@ def test_every_form_is_routed(case: Case, choice: list[int]) -> None:
 def test_active_adapters_train_inside() -> None:
     layer = nn.Linear(4, 3)
     for name in "abc":
-        glora.apply(layer, config=glora.GLoRAConfig(init="random"), name=name)
+        glora.apply(layer, config=glora.GLoRAConfig.glora(init="random"), name=name)
     glora.activate(layer, {"a": 1.0, "b": 1.0})
     x = torch.randn(4, 4)
     with glora.route(layer, ["a", None, "b", "c"]):
@@ -83,7 +83,7 @@ def test_what_is_refused() -> None:
             lambda: glora.activate(model, "a"),
             lambda: glora.delete(model, "a"),
             lambda: glora.merge(model),
-            lambda: glora.apply(model, name="d"),
+            lambda: glora.apply(model, name="d", config=glora.GLoRAConfig.glora()),
             lambda: glora.route(model, ["a"]).__enter__(),
         ):
             with pytest.raises(RuntimeError, match=r"Inside glora\.route"):
@@ -96,7 +96,7 @@ def test_what_is_refused() -> None:
 
 def test_a_weight_that_is_read_and_not_called_is_named() -> None:
     model = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True))
-    attach(model, targets=["out_proj"], config=glora.GLoRAConfig(init="random"), name="a")
+    attach(model, targets=["out_proj"], config=glora.GLoRAConfig.glora(init="random"), name="a")
     x = torch.randn(2, 3, 4)
     with glora.route(model, ["a", None]), pytest.raises(RuntimeError, match="out_proj' was read"):
         model[0](x, x, x)
@@ -132,7 +132,7 @@ def test_a_compiled_model_is_routed_too() -> None:
     torch._dynamo.reset()
     layer = nn.Linear(4, 3)
     for name in "abc":
-        glora.apply(layer, config=glora.GLoRAConfig(init="random"), name=name)
+        glora.apply(layer, config=glora.GLoRAConfig.glora(init="random"), name=name)
     model = nn.Sequential(layer)
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(3, 4)

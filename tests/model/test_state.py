@@ -27,7 +27,7 @@ from tests.helpers.strategies import configs
 
 def test_keys_begin_with_the_modules_path() -> None:
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"q_proj": nn.Linear(3, 5)}), "rest": nn.Linear(2, 2)})
-    glora.apply(model, ["q_proj"], GLoRAConfig(B="none", C="none", D="constant"))
+    glora.apply(model, ["q_proj"], GLoRAConfig.glora(B="none", C="none", D="constant"))
     assert list(glora.state_dict(model)) == [
         "encoder.q_proj.A.left",
         "encoder.q_proj.A.right",
@@ -37,7 +37,7 @@ def test_keys_begin_with_the_modules_path() -> None:
 
 
 def test_a_state_dict_is_detached_and_shares_the_adapters_memory() -> None:
-    layer = glora.apply(nn.Linear(3, 5))
+    layer = glora.apply(nn.Linear(3, 5), config=glora.GLoRAConfig.glora())
     tensors = glora.state_dict(layer)
     assert not any(tensor.requires_grad for tensor in tensors.values())
     tensors["E.value"].fill_(2.0)
@@ -108,7 +108,7 @@ def test_loading_writes_into_the_named_adapter_alone() -> None:
 
 
 def test_loading_copies_and_casts_to_the_adapters_dtype() -> None:
-    layer = glora.apply(nn.Linear(3, 5))
+    layer = glora.apply(nn.Linear(3, 5), config=glora.GLoRAConfig.glora())
     new = {key: tensor.double() for key, tensor in other_values(glora.state_dict(layer)).items()}
     glora.load_state_dict(layer, new)
     wanted = {key: tensor.float() for key, tensor in new.items()}
@@ -192,7 +192,9 @@ def test_a_complex_head_loads_its_own_state() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (x * self.turn).real
 
-    model = glora.apply(nn.Sequential(nn.Linear(4, 4), Phase()), ["0"], trainable=["1"])
+    model = glora.apply(
+        nn.Sequential(nn.Linear(4, 4), Phase()), ["0"], trainable=["1"], config=glora.GLoRAConfig.glora()
+    )
     glora.load_state_dict(model, glora.state_dict(model))
 
 
@@ -259,7 +261,7 @@ def test_a_layer_that_torch_has_merged_gives_what_it_holds() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_strict_false_is_advised_only_where_it_helps(strict: bool) -> None:
-    layer = glora.apply(nn.Linear(4, 5))
+    layer = glora.apply(nn.Linear(4, 5), config=glora.GLoRAConfig.glora())
     with pytest.raises(ValueError, match="Attach with the config that it was saved under") as caught:
         glora.load_state_dict(layer, {**glora.state_dict(layer), "E.value": torch.ones(6)}, strict=strict)
     assert ("strict=False" in str(caught.value)) is strict

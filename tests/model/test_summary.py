@@ -59,8 +59,8 @@ def test_a_notebook_shows_the_same_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("COLUMNS", "80")
     blocks = [nn.ModuleDict({"attention_of_the_first_kind": nn.ModuleDict({"query": nn.Linear(4, 4)})})]
     model = nn.ModuleDict({"encoder_with_a_long_name": nn.ModuleList(blocks)})
-    plan = glora.plan(model)
-    summary = glora.summary(glora.apply(model))
+    plan = glora.plan(model, config=glora.GLoRAConfig.glora())
+    summary = glora.summary(glora.apply(model, config=glora.GLoRAConfig.glora()))
     (row,) = summary.rows
     for said in (plan, summary):
         assert f"<td>{row.path}</td>" in said._repr_html_()

@@ -62,7 +62,7 @@ def test_an_entry_that_matches_other_modules_alone_says_so_and_suggests_a_regex_
     model = Net()
     refused(model, "only Block", ["layers.0"])
     with pytest.raises(ValueError, match="such as") as refusal:
-        glora.plan(model, ["layers.0"])
+        glora.plan(model, ["layers.0"], config=glora.GLoRAConfig.glora())
     suggestion = re.search(r"such as '(.*)'\.", str(refusal.value))
     assert suggestion is not None
     assert chosen(model, suggestion[1].replace(r"\\", "\\")) == ["layers.0.q_proj", "layers.0.k_proj"]
@@ -181,7 +181,10 @@ def test_excluding_every_target_leaves_nothing_to_train() -> None:
 
 
 def heads(model: nn.Module, trainable: Any) -> list[str]:
-    return [head.path for head in glora.plan(model, ["layers.0.q_proj"], trainable=trainable).heads]
+    return [
+        head.path
+        for head in glora.plan(model, ["layers.0.q_proj"], trainable=trainable, config=glora.GLoRAConfig.glora()).heads
+    ]
 
 
 def test_trainable_takes_the_same_grammar_over_all_modules_and_modules_themselves() -> None:
@@ -196,10 +199,10 @@ def test_trainable_takes_the_same_grammar_over_all_modules_and_modules_themselve
 
 def test_trainable_wins_over_targets() -> None:
     model = Net()
-    planned = glora.plan(model, ["q_proj", "head"], trainable=["head"])
+    planned = glora.plan(model, ["q_proj", "head"], trainable=["head"], config=glora.GLoRAConfig.glora())
     assert [layer.path for layer in planned.layers] == ["layers.0.q_proj", "layers.1.q_proj"]
     assert [(skipped.path, skipped.reason) for skipped in planned.skipped] == [("head", "trainable as a whole")]
-    glora.apply(model, ["q_proj", "head"], trainable=["head"])
+    glora.apply(model, ["q_proj", "head"], trainable=["head"], config=glora.GLoRAConfig.glora())
     assert [key for key in glora.state_dict(model) if key.startswith("head")] == ["head.weight", "head.bias"]
 
 

@@ -150,7 +150,7 @@ def layer_of_two(name: str) -> Layer:
         layer = Layer(model, lambda model: model["Norm" in name](x), ["0"])
     for adapter, size in (("one", 1.0), ("two", 2.0)):
         heads = ["1"] if "trainable" in name else ()
-        glora.apply(model, layer.targets, glora.GLoRAConfig(**FORMS), name=adapter, trainable=heads)
+        glora.apply(model, layer.targets, glora.GLoRAConfig.glora(**FORMS), name=adapter, trainable=heads)
         with torch.no_grad():
             for parameter in glora.parameters(model, adapter):
                 parameter.fill_(size)

@@ -48,7 +48,7 @@ def tied(how: Callable[[Net], None], device: str) -> Net:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("how", TIES)
 @pytest.mark.parametrize(
-    "targets", [["head"], {"head": GLoRAConfig()}, ["q_proj", "head"]], ids=["list", "mapping", "two"]
+    "targets", [["head"], {"head": GLoRAConfig.glora()}, ["q_proj", "head"]], ids=["list", "mapping", "two"]
 )
 def test_a_tied_layer_that_is_named_is_refused(targets: Any, how: Callable[[Net], None], device: str) -> None:
     refused(tied(how, device), r"'head' is not: .*tied to embed\.weight.*untie", targets)
@@ -90,9 +90,11 @@ def test_a_tie_among_the_targets_skips_all_that_are_tied() -> None:
 
 def test_a_tied_layer_that_is_excluded_needs_no_word() -> None:
     model = tied(tie_by_identity, "cpu")
-    assert warned(lambda: glora.apply(model, ["q_proj", "head"], exclude=["head"])) == []
+    assert (
+        warned(lambda: glora.apply(model, ["q_proj", "head"], exclude=["head"], config=glora.GLoRAConfig.glora())) == []
+    )
     model = tied(tie_by_identity, "cpu")
-    assert warned(lambda: glora.apply(model, exclude=["head"])) == []
+    assert warned(lambda: glora.apply(model, exclude=["head"], config=glora.GLoRAConfig.glora())) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -35,7 +35,7 @@ def test_a_buffer_that_a_head_binds_anew_goes_to_the_adapter_that_acts() -> None
     model, x = nn.Sequential(nn.Linear(4, 4), Counts()), torch.randn(3, 4)
     base = clones(model.state_dict())
     for name in ("a", "b"):
-        glora.apply(model, ["0"], name=name, trainable=["1"])
+        glora.apply(model, ["0"], name=name, trainable=["1"], config=glora.GLoRAConfig.glora())
     calls = {"a": 2, "b": 1}
     for name, count in calls.items():
         glora.activate(model, name)

@@ -30,8 +30,8 @@ def test_paths_and_keys_drop_the_prefixes_of_wrappers(wrap: Callable[[nn.Module]
     model = wrap(plain)
     assert chosen(model, r"layers\.0\.q_proj") == ["layers.0.q_proj"]
     assert chosen(model) == ALL_OF_NET
-    glora.apply(model, trainable=["embed"])
-    expected = glora.apply(Net(), trainable=["embed"])
+    glora.apply(model, trainable=["embed"], config=glora.GLoRAConfig.glora())
+    expected = glora.apply(Net(), trainable=["embed"], config=glora.GLoRAConfig.glora())
     assert list(glora.state_dict(model)) == list(glora.state_dict(expected))
     assert [key for key, _ in glora.named_parameters(model)] == [key for key, _ in glora.named_parameters(expected)]
     assert glora.base_state_dict(model).keys() == base.keys()
@@ -77,15 +77,18 @@ def test_a_shared_module_counts_once_and_answers_to_both_of_its_paths(targets: A
 def test_a_shared_module_is_excluded_and_trained_under_either_path() -> None:
     for path in ("first", "second"):
         assert chosen(Shared(), exclude=[path]) == ["other"]
-        assert [head.path for head in glora.plan(Shared(), ["other"], trainable=[path]).heads] == ["first"]
+        assert [
+            head.path
+            for head in glora.plan(Shared(), ["other"], trainable=[path], config=glora.GLoRAConfig.glora()).heads
+        ] == ["first"]
 
 
 def test_a_shared_module_is_no_tie() -> None:
     assert chosen(Shared()) == ["first", "other"]
-    assert warned(lambda: glora.apply(Shared())) == []
+    assert warned(lambda: glora.apply(Shared(), config=glora.GLoRAConfig.glora())) == []
 
 
 def test_plan_refuses_what_is_no_module() -> None:
     nothing: Any = {"head": nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"nn\.Module; found a dict"):
-        glora.plan(nothing)
+        glora.plan(nothing, config=glora.GLoRAConfig.glora())

@@ -66,7 +66,7 @@ def test_a_layer_without_a_bias_has_A_and_B() -> None:
     [
         ({"1": LORA}, "'1' is no layer"),
         ({"0": GLoRAConfig.lora(rank=3)}, "rank=3, where rank may be 2 or 4 or 8"),
-        ({"0": GLoRAConfig(C="lora", rank=2)}, "C='lora', where C may be vector or none"),
+        ({"0": GLoRAConfig.glora(C="lora", rank=2)}, "C='lora', where C may be vector or none"),
         ({"0": GLoRAConfig.lora(rank=2, alpha=1.0)}, "alpha=1.0"),
         ({"0": GLoRAConfig.lora(rank=2, product="matmul")}, "product='matmul'"),
         ({"0": "lora"}, "'lora', no GLoRAConfig"),

@@ -145,7 +145,9 @@ def test_a_supernet_that_does_not_act_is_not_searched() -> None:
     idle = [
         lambda net: glora.apply(net, ["0"], GLoRAConfig.lora(rank=1), name="b"),
         lambda net: glora.activate(net, {}),
-        lambda net: glora.activate(glora.apply(net, ["2"], name="b"), {"default": 0, "b": 1}),
+        lambda net: glora.activate(
+            glora.apply(net, ["2"], name="b", config=glora.GLoRAConfig.glora()), {"default": 0, "b": 1}
+        ),
     ]
     for change in idle:
         net = build()

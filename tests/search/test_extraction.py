@@ -59,7 +59,7 @@ def test_experts_hand_out_what_an_ordinary_adapter_of_theirs_holds(
     assert {key: tensor.shape for key, tensor in glora.state_dict(model).items()} == shapes
 
 
-TARGETS = {"0": GLoRAConfig.lora(rank=2), "2": GLoRAConfig(A="none", B="vector", C="none", E="none", rank=2)}
+TARGETS = {"0": GLoRAConfig.lora(rank=2), "2": GLoRAConfig.glora(A="none", B="vector", C="none", E="none", rank=2)}
 
 
 def test_it_saves_merges_and_trains(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from glora import GLoRAConfig
 from glora.search import read_targets, write_targets
 from glora.search.result import Trial, result_of
 
-TARGETS = {"a.b": GLoRAConfig.lora(rank=2, alpha=4.0), "c": GLoRAConfig(A="constant", B="vector", product="matmul")}
+TARGETS = {
+    "a.b": GLoRAConfig.lora(rank=2, alpha=4.0),
+    "c": GLoRAConfig.glora(A="constant", B="vector", product="matmul"),
+}
 
 
 def trial(number: int, parameters: int, score: float | None) -> Trial:

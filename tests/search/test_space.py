@@ -20,7 +20,7 @@ def test_its_configs_are_in_it(space: Space, seed: int) -> None:
 def test_a_rank_has_no_say_without_a_low_rank_path() -> None:
     space = Space(ranks=[2, 8])
     assert space.config({"B": "vector"}, 8) == space.config({"B": "vector"}, 2)
-    assert space.why_not(GLoRAConfig(A="none", B="vector", rank=5)) is None
+    assert space.why_not(GLoRAConfig.glora(A="none", B="vector", rank=5)) is None
 
 
 @pytest.mark.parametrize(
