@@ -166,7 +166,7 @@ class GLoRAConfig:
 
     @classmethod
     def glora(cls, **options: Any) -> GLoRAConfig:
-        """GLoRA (arXiv 2306.07967) with all five paths: A and B low rank; C, D and E vectors. `options` may change them.
+        """GLoRA (arXiv 2306.07967) with all five paths: A, B low rank; C, D, E vectors; `options` may change them.
 
         Example:
             >>> import glora

@@ -54,12 +54,12 @@ FILES = {
 }
 IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (13, 23, 30),
+    "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (28, 255, 585),
     "load": (31, 302, 880),
     "route": (20, 343, 619),
-    "merge": (24, 190, 366),
+    "merge": (26, 354, 644),
 }
 
 ROOT = Path(glora.__file__).parent
@@ -184,16 +184,14 @@ def call_of(name: str, folder: Path) -> Callable[[], object]:
                 several(x)
 
         return route
-    adapted = glora.apply(model(), config=LORA if name.endswith("LoRA") else None)
+    adapted = glora.apply(model(), config=LORA if name.endswith("LoRA") else glora.GLoRAConfig.glora())
     return (lambda: glora.merge(adapted)) if name == "merge" else (lambda: adapted[0](x))
 
 
 def measured(name: str, folder: Path) -> tuple[int, int, int]:
     """What a call passes through the second time: the first imports, and fills caches."""
-    first, held = (
-        call_of(name, folder),
-        glora.apply(model(), config=glora.GLoRAConfig.glora()),
-    )  # the registry of adapted classes is weak
+    first = call_of(name, folder)
+    held = glora.apply(model(), config=glora.GLoRAConfig.glora())  # the registry of adapted classes is weak
     first()
     found = passage(call_of(name, folder))
     del first, held
