@@ -10,12 +10,12 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = [ROOT / "benchmarks" / "results", ROOT / "studies" / "results"]
 
 
 def on_files(files: Any, config: Any) -> Any:
     """The results that README and pages link to are files of the site too."""
-    for file in sorted(RESULTS.iterdir()):
+    for file in sorted(file for folder in RESULTS for file in folder.iterdir()):
         files.append(File.generated(config, f"results/{file.name}", abs_src_path=str(file)))
     return files
 
