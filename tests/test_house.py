@@ -54,12 +54,12 @@ FILES = {
 }
 IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 45, 72),
+    "layer(x)": (14, 45, 71),
     "layer(x) of a LoRA": (13, 23, 30),
-    "apply": (27, 238, 561),
-    "load": (30, 303, 968),
-    "route": (20, 343, 621),
-    "merge": (25, 352, 642),
+    "apply": (28, 256, 584),
+    "load": (31, 302, 880),
+    "route": (20, 351, 615),
+    "merge": (26, 354, 644),
 }
 
 ROOT = Path(glora.__file__).parent
