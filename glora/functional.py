@@ -40,6 +40,15 @@ Product: TypeAlias = Literal["hadamard", "matmul"]
 PRODUCTS: tuple[Product, ...] = ("hadamard", "matmul")
 
 
+ONE = torch.ones((), dtype=torch.float64, device="cpu")
+"""The weight of an adapter that acts alone: this very tensor, by which eager code tells that nothing is scaled."""
+
+
+def is_one(scale: Tensor) -> bool:
+    """Whether a scale is `ONE` and need not be multiplied by; a compiled graph takes any."""
+    return scale is ONE and not torch.compiler.is_compiling()
+
+
 class Factors(NamedTuple):
     """A path as a layer holds it: its own tensors, and the scale that they are multiplied by.
 
@@ -53,10 +62,11 @@ class Factors(NamedTuple):
 
     def scaled(self) -> Tensor | tuple[Tensor, Tensor]:
         """The path as the functions of this module take it. Scaling `left` is cheaper than scaling the product."""
+        scaled = not is_one(self.scale)
         if isinstance(self.tensors, Tensor):
-            return wide(self.tensors) * self.scale
+            return wide(self.tensors) * self.scale if scaled else wide(self.tensors)
         left, right = self.tensors
-        return wide(left) * self.scale, right
+        return wide(left) * self.scale if scaled else wide(left), right
 
 
 class WeightFactors(NamedTuple):

@@ -27,11 +27,11 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10185,
-    "ground": 1167,
+    "all": 10197,
+    "ground": 1172,
     "kernels": 577,
-    "layer": 1360,
-    "model": 2241,
+    "layer": 1364,
+    "model": 2244,
     "engines": 194,
     "files": 776,
     "arithmetic": 494,
@@ -54,11 +54,11 @@ FILES = {
 }
 IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 45, 72),
+    "layer(x)": (14, 45, 71),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (28, 255, 585),
     "load": (31, 302, 880),
-    "route": (20, 343, 619),
+    "route": (20, 351, 615),
     "merge": (26, 354, 644),
 }
 

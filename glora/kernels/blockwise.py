@@ -78,8 +78,8 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
 
 def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
     """`x W'^T + bias` in `dtype`; the factors are left and right of the entries and of the shift."""
-    few = is_half(dtype) and len(x) <= FEW
-    beside = is_half(dtype) and not few  # W0 and the update
+    half = is_half(dtype)
+    few, beside = half and len(x) <= FEW, half and len(x) > FEW  # beside: W0 and the update
     with outside_autocast(x):
         x = as_dtype(x, dtype)
         x = wide(x) if few else torch.cat([x, x], 1) if beside else x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.functional import Factors
+from glora.functional import Factors, is_one
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, gathered, is_sharded, sharded_like, write_into
 from glora.torch_internals import is_exporting
@@ -75,7 +75,7 @@ class LowRank(nn.Module):
             scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
         balance = self.balance
         if balance is not None:
-            scale = scale * balance
+            scale = balance if is_one(scale) else scale * balance
         if dropout and self.dropout:
             kept = 1 - self.dropout
             drawn = torch.empty(left.shape[-1], dtype=working_dtype(left), device=left.device).bernoulli_(kept)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from glora import functional
 from glora.config import GLoRAConfig, Product
-from glora.functional import Factors, WeightFactors
+from glora.functional import ONE, Factors, WeightFactors, is_one
 from glora.kernels.row_blocks import thin_product
 from glora.layer.factors import FrozenPrompt, LowRank, Vector, balance_of, init_size
 from glora.matrices import LINEAR, Matrix
@@ -29,9 +29,6 @@ from glora.torch_internals import is_exporting, not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
 """The adapters that act: name to weight, the w_i of `W0 + sum_i w_i (W0 * A_i + B_i)`."""
-
-ONE = torch.ones((), dtype=torch.float64, device="cpu")
-"""The weight of an adapter that acts alone."""
 
 DISABLED: AdapterWeights = {}
 """No adapter acts, inside of a route neither: told from another empty mapping by identity."""
@@ -164,8 +161,8 @@ class Paths(nn.Module):
     def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to raw tensors and their scale."""
         factors: dict[str, Factors] = {}
-        for name, path in self.paths().items():
-            factors[name] = path.factors(adapter_weight, dropout)
+        for name, path in self._modules.items():
+            factors[name] = cast("LowRank | Vector", path).factors(adapter_weight, dropout)
         return factors
 
     # Note [Descriptions of state dicts]
@@ -308,9 +305,12 @@ class Bias(Store):
             prompt = cast("Tensor", C.tensors) if is_frozen else _product(self.matrix.read(W0), C.tensors)
             if C.scale is not adapter_weight:
                 prompt, scaled_prompt = None, prompt * C.scale
-        D, E = [cast("Tensor", factors[path].tensors) if path in factors else None for path in "DE"]
+        D = cast("Tensor", factors["D"].tensors) if "D" in factors else None
+        E = cast("Tensor", factors["E"].tensors) if "E" in factors else None
         update = functional.bias_update(b0, prompt, D, E)
-        return [None if update is None else update * adapter_weight, scaled_prompt]
+        if update is not None and not is_one(adapter_weight):
+            update = update * adapter_weight
+        return [update, scaled_prompt]
 
     def has_prompt(self) -> bool:
         """Whether any adapter, active or not, has a path C that multiplies W0."""
@@ -333,7 +333,9 @@ class Bias(Store):
 
 def _product(W0: Tensor, C: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """`W0 C`, `(out,)`, in the working dtype."""
-    return functional.prompted(W0, C) if W0.ndim > 2 else thin_product(W0, wide(functional.whole(C))).squeeze(1)
+    if W0.ndim > 2:
+        return functional.prompted(W0, C)
+    return thin_product(W0, wide(C if isinstance(C, Tensor) else functional.whole(C))).squeeze(1)
 
 
 # Note [Merged for a while]

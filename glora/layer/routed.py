@@ -13,8 +13,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from glora.functional import ONE
 from glora.layer.batched import Layout, gathers
-from glora.layer.parametrization import DISABLED, ONE, AdapterWeights, Store, Weight, stores_of
+from glora.layer.parametrization import DISABLED, AdapterWeights, Store, Weight, stores_of
 from glora.torch_internals import not_compiled, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from glora.undo import undone
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from glora.functional import ONE
 from glora.layer.heads import Head, HeadCopy, SharedCopy
 from glora.layer.parametrization import DISABLED, AdapterWeights, Bias, Paths, Weight, stores_of
 from glora.model import flags
@@ -124,7 +125,9 @@ def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
 def set_adapter_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> None:
     """Let exactly these adapters act, everywhere in the model; nothing is checked."""
     tensors = {
-        name: torch.tensor(weight, dtype=torch.float64, device="cpu") for name, weight in weights.items() if weight != 0
+        name: ONE if weight == 1 else torch.tensor(weight, dtype=torch.float64, device="cpu")
+        for name, weight in weights.items()
+        if weight != 0
     }
     for owner in walk:
         set_acting(owner, tensors)

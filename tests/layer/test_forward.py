@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora
 from tests.helpers.calls import attach, factors_of
@@ -121,3 +123,22 @@ def test_dtypes_meet_as_in_a_plain_layer(
                 for grad in (True, False):
                     with torch.set_grad_enabled(grad):
                         assert outcome(layer, x) == outcome(plain, x), (given, tokens, grad)
+
+
+class Multiplications(TorchDispatchMode):
+    """How many elementwise multiplications there were in a `with` block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::mul.Tensor", "aten::mul_.Tensor")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1.0, 0), (0.5, 2)])
+def test_what_nothing_scales_is_not_multiplied(weight: float, expected: int) -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(A="none", init="random"), name="a")
+    glora.activate(layer, {"a": weight})
+    with torch.no_grad(), Multiplications() as multiplied:
+        layer(torch.randn(2, 4))
+    assert multiplied.count == expected  # B, and what is added to the bias

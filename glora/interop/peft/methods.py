@@ -179,11 +179,13 @@ def read_hira(_given: Given, theirs: dict[str, Tensor]) -> Read:
     """HiRA: A low rank, elementwise."""
     if "hira_embedding_A" in theirs:
         left, right = theirs.pop("hira_embedding_A").mT, theirs.pop("hira_embedding_B").mT
-        layer = LayerSpec(GLoRAConfig.hira(rank=left.shape[1]), len(left), right.shape[1], matrix=EMBEDDING)
+        layer = LayerSpec(
+            GLoRAConfig.hira(rank=left.shape[1], balance="none"), len(left), right.shape[1], matrix=EMBEDDING
+        )
         return layer, {"A.left": left, "A.right": right}
     right, left = theirs.pop("hira_A").flatten(1), theirs.pop("hira_B").flatten(1)
     rank = left.shape[1]  # not compared with rank_pattern: it scales nothing, and PEFT does not always follow it
-    layer = LayerSpec(GLoRAConfig.hira(rank=rank), left.shape[0], right.shape[1])
+    layer = LayerSpec(GLoRAConfig.hira(rank=rank, balance="none"), left.shape[0], right.shape[1])
     return layer, {"A.left": left, "A.right": right}
 
 
