@@ -27,15 +27,15 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10197,
+    "all": 10206,
     "ground": 1172,
-    "kernels": 577,
+    "kernels": 584,
     "layer": 1364,
     "model": 2244,
     "engines": 194,
     "files": 776,
     "arithmetic": 494,
-    "interop": 2390,
+    "interop": 2392,
     "integrations": 346,
     "search": 640,
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glora import functional
 from glora.kernels.double_backward import gradients, is_differentiated, placeholder
-from glora.kernels.row_blocks import FEW, blocks_of, columns
+from glora.kernels.row_blocks import FEW, blocks_of, columns, side_by_side
 from glora.kernels.terms import Terms
 from glora.precision import as_dtype, is_half, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
@@ -89,7 +89,7 @@ def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *fac
             if few:
                 weight = _update(W, own).add_(as_dtype(W, dtype))
             elif beside:
-                weight = torch.cat([as_dtype(W, dtype), as_dtype(_update(W, own), dtype)], 1)
+                weight = side_by_side(W, _update(W, own), dtype)
             else:
                 weight = as_dtype(_weight(W, own), dtype)
             if bias is None:

@@ -153,7 +153,7 @@ def _compute(
         if len(x) <= row_blocks.FEW:
             y = row_blocks.widened(x, W0).addmm_(wide(thin), wide(left).T).add_(bias)
             return (y := y.to(x.dtype)), y, thin
-        return (y := F.linear(torch.cat([x, thin], 1), torch.cat([as_dtype(W0, x.dtype), left], 1), bias)), y, thin
+        return (y := F.linear(torch.cat([x, thin], 1), row_blocks.side_by_side(W0, left, x.dtype), bias)), y, thin
     W = as_dtype(W0, x.dtype)
     if x.dtype == torch.bfloat16:
         return (y := F.linear(thin, left).addmm_(x, W.T)), y, thin

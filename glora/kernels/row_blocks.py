@@ -98,6 +98,16 @@ def widened(x: Tensor, W0: Tensor) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def side_by_side(W: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[W, V]` in `dtype`, without a copy of either in between; it has no gradient."""
+    if W.dtype == V.dtype == dtype:
+        return torch.cat([W, V], 1)
+    joined = W.new_empty(len(W), W.shape[1] + V.shape[1], dtype=dtype)
+    joined[:, : W.shape[1]].copy_(W)  # quicker than `cat` with `out`
+    joined[:, W.shape[1] :].copy_(V)
+    return joined
+
+
 def thin_product(W0: Tensor, thin: Tensor) -> Tensor:
     """`W0 t`, `(out, r)`, of a matrix t `(in, r)` of few columns, computed in t's dtype."""
     if W0.dtype == thin.dtype and not is_quantised(W0):

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import glora
 from tests.helpers import internals
@@ -141,6 +143,55 @@ def test_a_factored_form_passes_over_activations_no_more_than_it_must(
     one_pass = (y if side == "outputs" else x).nbytes
     assert there.bytes <= forward * one_pass
     assert back.bytes <= backward * one_pass
+
+
+class count_casts(TorchDispatchMode):
+    """Casts of one weight to bfloat16, and what is written of bfloat16 tensors of its size or more, in its size."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.casts, self.written = weight, 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_narrow = isinstance(result, Tensor) and result.dtype == torch.bfloat16
+        if is_narrow and not func.is_view and "empty" not in func.name() and result.numel() >= self.weight.numel():
+            read = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.casts += any(leaf.data_ptr() == self.weight.data_ptr() for leaf in read)
+            self.written += result.numel() / self.weight.numel()
+        return result
+
+
+# Under autocast, forward and backward: how often W0 is made narrow, and tensors of its size that are written narrow. A
+# frozen nn.Linear, and so PEFT's LoRA, keeps its narrow copy, half of W0's bytes. We keep none, and B alone makes it
+# anew for the backward pass. W0 and B's factor are made one narrow matrix, in one pass. An elementwise A has the update
+# beside it, W' and its gradient too.
+CASTS: list[Any] = [
+    (None, (1, 0), (1, 0), 0.51),
+    (only(B="lora"), (1, 1), (1, 1), 0.05),
+    (only(B="lora", C="vector", D="vector", E="vector"), (1, 1), (1, 1), 0.05),
+    (only(A="vector", B="lora"), (1, 0), (1, 0), 0.16),
+    (glora.GLoRAConfig(), (1, 0), (2, 2), 0.05),
+]
+
+
+@pytest.mark.parametrize(("config", "casts", "written", "share"), CASTS)
+def test_autocast_makes_w0_narrow_no_more_often_than_it_must(
+    config: glora.GLoRAConfig | None, casts: tuple[int, int], written: tuple[int, int], share: float
+) -> None:
+    layer = nn.Linear(512, 512).requires_grad_(False)
+    W0 = layer.weight
+    if config is not None:
+        glora.apply(layer, config=config)
+    x = torch.randn(64, 512).bfloat16().requires_grad_()  # as after another layer; smaller than W0
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with count_saved([x, *layer.parameters()]) as saved, count_casts(W0) as there, autocast:
+        y = layer(x)
+    with count_casts(W0) as back:
+        torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], torch.ones_like(y))
+    assert (there.casts, back.casts) == casts
+    assert (round(there.written, 1), round(back.written, 1)) == written
+    assert saved.bytes / W0.nbytes <= share
 
 
 def test_the_counters_see_what_they_should() -> None:

@@ -298,6 +298,9 @@ def updates(name: str, mode: str, size: float, bias: float | None = None) -> tup
 def test_a_small_update_survives_half_precision(name: str, mode: str, size: float) -> None:
     estimate, dW = updates(name, mode, size)  # invariant 7
     assert (estimate - dW).norm() / dW.norm() <= {0.01: 0.05, 0.003: 0.1}[size]
+    # Most of that is the outputs' own rounding. What is lost shows in the share that acts: 7% at 0.3%, where the update
+    # is added to a rounded product.
+    assert abs((estimate * dW).sum() / dW.square().sum() - 1) <= 0.02
 
 
 @pytest.mark.parametrize("size", [0.01, 0.003])
