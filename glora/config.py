@@ -173,7 +173,7 @@ class GLoRAConfig:
             >>> glora.GLoRAConfig.glora(rank=4, A="vector").A
             'vector'
         """
-        return cls(**{"A": "lora", "B": "lora", "C": "vector", "D": "vector", "E": "vector", **options})
+        return cls(**_ALL_PATHS | options)
 
     @classmethod
     def lora(cls, **options: Any) -> GLoRAConfig:
@@ -218,6 +218,7 @@ class GLoRAConfig:
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(FORMS, "none")
+_ALL_PATHS: dict[str, Any] = {"A": "lora", "B": "lora", "C": "vector", "D": "vector", "E": "vector"}
 
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -107,7 +107,7 @@ def tuned(task: str, sizes: tuple[int, int], epochs: int, cache: Path) -> Tuned:
     file = cache / f"{task}-{sizes[0]}-{epochs}.safetensors"
     if not file.exists():
         model = pretrained.classifier(parts.classes, 0)
-        train(model, METHODS["full"].attach(model), pretrained.encode(parts.train), lr=LR, seed=0, epochs=epochs)
+        train(model, METHODS["full fine-tuning"](model), pretrained.encode(parts.train), lr=LR, seed=0, epochs=epochs)
         cache.mkdir(parents=True, exist_ok=True)
         files.save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, file)
     state: dict[str, Tensor] = files.load_file(file)

@@ -320,7 +320,8 @@ def _parse_layer(fields: dict[str, Any]) -> LayerSpec:
         raise ValueError(f"a bias {bias!r}")
     matrix = None if matrix is None else parse_matrix(**matrix)
     forms = {**dict.fromkeys(FORMS, "none"), **fields.pop("forms")}
-    return LayerSpec(GLoRAConfig(**forms, **{"balance": "none", **fields}), *shape, bias, matrix, tuple(batch))
+    fields.setdefault("balance", "none")  # older files have none
+    return LayerSpec(GLoRAConfig(**forms, **fields), *shape, bias, matrix, tuple(batch))
 
 
 def _compare_copy(file: Path, text: str) -> None:

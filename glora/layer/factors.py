@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +219,8 @@ def balance_of(config: GLoRAConfig, weight: Tensor) -> Tensor | None:
     if not config.is_balanced or weight.is_meta:
         return None
     weight = dense(gathered(weight.detach()))
-    size = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=working_dtype(weight))
+    linalg: Any = torch.linalg
+    size: Tensor = linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=working_dtype(weight))
     size = size / math.sqrt(weight.shape[-2] * (1 if config.product == "matmul" else weight.shape[-1]))
     balance = torch.where((size > _SMALLEST) & (size < math.inf), 1 / size, 1.0)
     return balance if weight.ndim > 2 else balance.flatten()

@@ -47,8 +47,7 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         raise ValueError(f"lr must be a positive number; found {lr!r}.")
     walk = walk_to_read(model)
     name = resolve_name(walk, name)
-    own, heads = {"name": "adapter", "lr": lr, "params": []}, {"name": "heads", "lr": lr, "params": []}
-    groups: list[dict[str, Any]] = [own, heads]
+    groups: list[dict[str, Any]] = [{"name": name, "lr": lr, "params": []} for name in ("adapter", "heads")]
     of_heads = {
         join(owner.path, tensor) for owner in walk for tensor, store in owner.stores.items() if isinstance(store, Head)
     }
@@ -68,5 +67,5 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         if key in faster:
             groups.append({"name": key, "lr": lr * faster[key], "params": [parameter]})
         else:
-            (heads if key in of_heads else own)["params"].append(parameter)
+            groups[key in of_heads]["params"].append(parameter)
     return [group for group in groups if group["params"]]
