@@ -125,7 +125,7 @@ def warn_of_wrapped(walk: list[Owner], planned: Plan) -> None:
         base = owner.module._modules.get("base_layer")
         if base is not None and type(owner.module).__module__.startswith("peft.tuners."):
             factors |= {id(below) for below in owner.module.modules()} - {id(below) for below in base.modules()}
-    adapted = [layer.path for layer in planned.layers if id(layer.module) in factors]
+    adapted = [layer.path for layer in planned.layers if id(layer.module) in factors] if factors else []
     if adapted:
         warnings.warn(
             f"PEFT's factors are adapters themselves; {format_names(adapted)} would be adapted, and frozen. Take PEFT "
