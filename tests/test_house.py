@@ -27,13 +27,13 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10185,
-    "ground": 1167,
+    "all": 10308,
+    "ground": 1214,
     "kernels": 577,
     "layer": 1360,
-    "model": 2241,
+    "model": 2311,
     "engines": 194,
-    "files": 776,
+    "files": 782,
     "arithmetic": 494,
     "interop": 2390,
     "integrations": 346,
@@ -56,9 +56,9 @@ IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 45, 72),
     "layer(x) of a LoRA": (13, 23, 30),
-    "apply": (28, 255, 585),
+    "apply": (28, 255, 586),
     "load": (31, 302, 880),
-    "route": (20, 343, 619),
+    "route": (20, 345, 623),
     "merge": (26, 354, 644),
 }
 
