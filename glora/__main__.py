@@ -146,7 +146,10 @@ def _merge(options: argparse.Namespace) -> None:
     if is_adapter:
         raise ValueError(f"`merge` takes BASE ADAPTER OUT, in this order; found an adapter, {base}, as the base.")
     if not out.name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"A merged checkpoint is a .safetensors file, or the .index.json of several; found {out}.")
+        raise ValueError(
+            f"A merged checkpoint is a .safetensors file, or the .index.json of several; found {out}. `merge` takes "
+            f"BASE ADAPTER OUT, in this order."
+        )
     adapter = _read(options)
     tqdm = import_optional("tqdm", "cli").tqdm
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=options.out.name) as bar:

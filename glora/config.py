@@ -77,8 +77,10 @@ class GLoRAConfig:
         {'A': 'lora', 'B': 'lora', 'C': 'none', 'D': 'vector', 'E': 'vector'}
     """
 
-    def __new__(cls, *_: object, **options: object) -> GLoRAConfig:
+    def __new__(cls, *values: object, **options: object) -> GLoRAConfig:
         """The config; a TypeError names the field that an unknown option comes closest to."""
+        if values:
+            raise TypeError(f"GLoRAConfig takes its options by name; found {values!r}. Pass rank=8, B='lora', say.")
         for option in options.keys() - cls.__dataclass_fields__.keys():
             near = _ELSEWHERE.get(option) or "".join(get_close_matches(option, cls.__dataclass_fields__, 1))
             hint = f" (did you mean {near}?)" if near else ""
@@ -105,7 +107,10 @@ class GLoRAConfig:
         _one_of("init", self.init, ("identity", "random"))
         _one_of("balance", self.balance, ("rms", "none"))
         if type(self.rank) is not int or not 1 <= self.rank < 2**63:
-            raise ValueError(f"rank must be an int of at least 1; found {self.rank!r}.")
+            raise ValueError(
+                f"rank must be an int of at least 1; found {self.rank!r}. A path that is to be left out has the form "
+                f"'none'."
+            )
         if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
             raise ValueError(
                 f"alpha must be a positive number that a float can hold, or None for alpha = rank; found "

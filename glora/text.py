@@ -6,7 +6,7 @@ import html
 import itertools
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +24,24 @@ def format_names(names: Iterable[str], most: int = 6) -> str:
 def quote_names(names: Iterable[str]) -> str:
     """All names in quotes, or "none"."""
     return ", ".join(map(repr, names)) or "none"
+
+
+def brief(found: object) -> str:
+    """What was found in place of something else: as Python writes it, or its kind where that is long.
+
+    Example:
+        >>> brief(8), brief("x" * 100)
+        ('8', 'a str')
+    """
+    written = repr(found)
+    return written if len(written) <= 60 else f"a {type(found).__name__}"
+
+
+def choice(known: Collection[str]) -> str:
+    """What to do about a name that is unknown or missing."""
+    if known:
+        return "Pass one of them."
+    return "Attach one first, with glora.apply or glora.load; after glora.merge or glora.remove there is none."
 
 
 class UnknownName(KeyError):

@@ -27,13 +27,13 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10206,
-    "ground": 1172,
+    "all": 10332,
+    "ground": 1220,
     "kernels": 584,
-    "layer": 1364,
-    "model": 2244,
+    "layer": 1366,
+    "model": 2313,
     "engines": 194,
-    "files": 776,
+    "files": 783,
     "arithmetic": 494,
     "interop": 2392,
     "integrations": 346,
@@ -56,9 +56,9 @@ IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
     "layer(x)": (14, 45, 71),
     "layer(x) of a LoRA": (13, 23, 30),
-    "apply": (28, 255, 585),
+    "apply": (28, 255, 586),
     "load": (31, 302, 880),
-    "route": (20, 351, 615),
+    "route": (20, 353, 619),
     "merge": (26, 354, 644),
 }
 

@@ -223,9 +223,11 @@ def read(file: Path) -> AdapterSpec:
     """
     tensors, metadata, header = read_safetensors(file)
     if "glora" not in metadata:
+        remedy = "If another library wrote it, see glora.interop (load_peft, load_lycoris)."
+        if (file.parent / PEFT_CONFIG_FILE).exists():
+            remedy = f"The folder looks like PEFT's: glora.interop.load_peft(model, {str(file.parent)!r})."
         raise AdapterFileError(
-            f"An adapter of glora has its description in the file's metadata; {file} has none. If another library "
-            f"wrote it, see glora.interop (load_peft, load_lycoris)."
+            f"An adapter of glora has its description in the file's metadata; {file} has none. {remedy}"
         )
     text = metadata["glora"]
     if set(metadata) != {"format", "glora", "sha256"} or metadata["format"] != "pt":

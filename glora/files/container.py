@@ -52,6 +52,10 @@ def adapter_file(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory)
     if path.is_dir():
         path = path / ADAPTER_FILE
+    if path.suffix == ".json":
+        raise AdapterFileError(
+            f"An adapter is a folder with {ADAPTER_FILE}; found {str(path)!r}. Pass {str(path.parent)!r}."
+        )
     if not path.exists():
         hub = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -18,8 +17,8 @@ from glora.model.replaced import warn_of_replaced
 from glora.model.walk import Model, Owner, adapted_owners, owners
 from glora.precision import wide
 from glora.spec import join
-from glora.text import UnknownName, quote_names
-from glora.undo import undone
+from glora.text import UnknownName, brief, choice, quote_names
+from glora.undo import block, undone
 
 
 def adapters(model: nn.Module) -> dict[str, float]:
@@ -85,7 +84,10 @@ def activate(model: Model, weights: str | Mapping[str, float]) -> Model:
 def check_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> list[str]:
     """The adapters that act under these weights, which are checked as `activate` says, heads included."""
     if not isinstance(weights, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"weights must be an adapter's name, or a mapping from name to weight; found {weights!r}.")
+        raise ValueError(
+            f"weights must be an adapter's name, or a mapping from name to weight; found {brief(weights)}. Adapters "
+            f"that act together are {{'a': 0.7, 'b': 0.3}}; the base model is {{}}."
+        )
     known = adapter_weights_of(walk)
     for name, weight in weights.items():
         _check_known(name, known)
@@ -97,9 +99,9 @@ def check_weights(walk: Iterable[Owner], weights: Mapping[str, float]) -> list[s
     return active
 
 
-def _check_known(name: str, known: Iterable[str]) -> None:
+def _check_known(name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise UnknownName(f"{name!r} is not an adapter of the model, which has {quote_names(known)}.")
+        raise UnknownName(f"{name!r} is not an adapter of the model, which has {quote_names(known)}. {choice(known)}")
 
 
 def _check_heads_agree(walk: Iterable[Owner], active: list[str]) -> None:
@@ -144,7 +146,7 @@ def set_acting(owner: Owner, adapter_weights: AdapterWeights) -> None:
         flags.follow_activity(store)
 
 
-@contextmanager
+@block
 def disabled(model: Model) -> Generator[Model]:
     """Run the model as the base model, to the bit, inside the `with` block; inside of a route too, and around one.
 
@@ -193,7 +195,8 @@ def resolve_name(walk: Iterable[Owner], name: str | None) -> str:
         _check_known(name, known)
         return name
     if len(known) != 1:
-        raise ValueError(f"name=None means the only adapter; the model has {quote_names(known)}. Pass name=.")
+        remedy = "Pass one of them as name=." if known else choice(known)
+        raise ValueError(f"name=None means the only adapter; the model has {quote_names(known)}. {remedy}")
     return next(iter(known))
 
 

@@ -20,7 +20,12 @@ from glora.model import flags
 from glora.model.adapters import set_adapter_weights
 from glora.model.change import change
 from glora.model.guards import guard, refuse_bypassed
-from glora.model.huggingface import guard_save_pretrained, warn_of_adapted_heads, warn_of_new_modules
+from glora.model.huggingface import (
+    guard_save_pretrained,
+    warn_of_adapted_heads,
+    warn_of_new_modules,
+    warn_of_wrapped,
+)
 from glora.model.plan import plan_spec, plan_targets
 from glora.model.records import Plan, PlannedLayer
 from glora.model.replaced import remember
@@ -87,7 +92,7 @@ def apply(
             once for all whose C, D and E are left out because they have no bias, and once for swept layers that
             are guessed to be a new head (Note [Task heads]); "all-linear" without `exclude` that reaches less than half
             of the model's matrices, with what it leaves out; modules that were in no checkpoint and stay frozen
-            (Note [New modules]).
+            (Note [New modules]); factors of PEFT that the targets reach.
 
     Source: GLoRA, arXiv 2306.07967; the names of the arguments are those of the field.
 
@@ -103,6 +108,7 @@ def apply(
         warn_of(planned, everything=targets == ALL_LINEAR and not exclude)
         warn_of_adapted_heads(walk, planned, targets)
         warn_of_new_modules(walk, planned)
+        warn_of_wrapped(walk, planned)
         attach(walk, planned, freeze=freeze)
     return model
 

@@ -118,6 +118,23 @@ def warn_of_new_modules(walk: list[Owner], planned: Plan) -> None:
         )
 
 
+def warn_of_wrapped(walk: list[Owner], planned: Plan) -> None:
+    """Warn of adapters on the factors that PEFT has put into the model: they are linear layers, and swept in."""
+    factors: set[int] = set()
+    for owner in walk:
+        base = owner.module._modules.get("base_layer")
+        if base is not None and type(owner.module).__module__.startswith("peft.tuners."):
+            factors |= {id(below) for below in owner.module.modules()} - {id(below) for below in base.modules()}
+    adapted = [layer.path for layer in planned.layers if id(layer.module) in factors] if factors else []
+    if adapted:
+        warnings.warn(
+            f"PEFT's factors are adapters themselves; {format_names(adapted)} would be adapted, and frozen. Take PEFT "
+            f"off first (model.unload(), or model.merge_and_unload()), or name the base layers, in targets=.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _with_new_words(walk: list[Owner]) -> set[int]:
     """Ids of embeddings that have more rows than their checkpoint's config says."""
     grown: set[int] = set()

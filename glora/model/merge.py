@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from glora.model.statistics import forget_buffers
 from glora.model.walk import Model, Owner
 from glora.tensors import gathered, is_quantised, is_sharded
 from glora.text import quote_names
-from glora.undo import undone
+from glora.undo import block, undone
 
 
 def merge(model: Model, *, dequantize: bool = False) -> Model:
@@ -106,7 +105,7 @@ def _leave_plain(walk: list[Owner]) -> None:
     forget(walk)
 
 
-@contextmanager
+@block
 def merged(model: Model) -> Generator[Model]:
     """Run the model merged inside the `with` block, as plain layers with W' and b', and give everything back after it.
 

@@ -104,10 +104,10 @@ def plan_targets(
             skipped.append(Skipped(site.path, "its paths need a bias" if lost else "every path is none"))
     if not layers:
         reasons = "; ".join(f"{row.path!r}: {row.reason}" for row in skipped[:5])
+        remedy = "pass create_bias=True in the config" if without_bias else "take them out of exclude= and trainable="
         raise ValueError(
             f"There must be something to train; all {len(skipped)} layers that targets= reaches are left out "
-            f"({reasons}). Widen targets=, choose other forms, or for layers without a bias pass create_bias=True in "
-            f"the config."
+            f"({reasons}). Widen targets=, choose other forms, or {remedy}."
         )
     covered = {layer.site.key for layer in layers}
     covered |= {(id(head.module), tensor) for head in heads for tensor in head.owner.tensors}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from glora.layer.factors import LowRank, balance_of
 from glora.layer.heads import Head
@@ -43,8 +44,8 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         >>> [(group["name"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
         [('adapter', 0.002, 2)]
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be a positive number; found {lr!r}.")
+    if not isinstance(cast("object", lr), (Real, Tensor)) or not lr > 0:
+        raise ValueError(f"lr must be a positive number; found {lr!r}. README's table has one for each preset.")
     walk = walk_to_read(model)
     name = resolve_name(walk, name)
     groups: list[dict[str, Any]] = [{"name": name, "lr": lr, "params": []} for name in ("adapter", "heads")]

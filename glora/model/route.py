@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 
 from torch import nn
 
@@ -12,10 +11,11 @@ from glora.layer.batched import layout_of, tokens_first
 from glora.model.change import refuse_while_swapped
 from glora.model.walk import Model, adapted_owners, owners
 from glora.tensors import is_tensor_parallel
-from glora.text import UnknownName, quote_names
+from glora.text import UnknownName, brief, choice, quote_names
+from glora.undo import block
 
 
-@contextmanager
+@block
 def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened: bool = False) -> Generator[Model]:
     """Run each sample of a batch through its own adapter, inside the `with` block.
 
@@ -62,8 +62,11 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         True
     """
     refuse_while_swapped(model)
-    if isinstance(names, str) or not names:
-        raise ValueError(f"names must hold one adapter's name, or None, for each sample; found {names!r}.")
+    if isinstance(names, (str, Mapping)) or not names:
+        raise ValueError(
+            f"names must hold one adapter's name, or None, for each sample; found {brief(names)}. Pass a list as long "
+            f"as the batch, or let one adapter, or a weighted sum, act on all samples with glora.activate."
+        )
     if type(dim) is not int or dim < 0:
         raise ValueError(f"dim must be the batch's dimension, an int of at least 0; found {dim!r}.")
     walk = adapted_owners(model)
@@ -72,7 +75,7 @@ def route(model: Model, names: Sequence[str | None], *, dim: int = 0, flattened:
         if name is not None and name not in known:
             raise UnknownName(
                 f"{name!r} is not an adapter of the model, which has {quote_names(sorted(known))}; None stands for the "
-                f"base model."
+                f"base model. {choice(known)}"
             )
     for owner in walk:
         if any(is_tensor_parallel(owner.module, owner.tensors[name]) for name in owner.stores):

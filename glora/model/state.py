@@ -21,7 +21,7 @@ from glora.model.statistics import kept_statistics
 from glora.model.walk import Model, Owner, Site, adapted_sites, wraps
 from glora.spec import AdapterSpec, LayerSpec, join, like, mismatches
 from glora.tensors import gathered, is_quantised, write_into
-from glora.text import format_problems
+from glora.text import brief, format_names, format_problems
 
 
 def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -96,9 +96,9 @@ def load_state_dict(
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: a missing or unexpected key, a wrong shape, a tensor that is not floating where it should be; a
-            state dict that says that it was trained under another alpha or product (Note [Descriptions of state
-            dicts]). All are named, and nothing was written.
+        ValueError: a missing or unexpected key, or with `strict=False` none that both have; a wrong shape, a tensor
+            that is not floating where it should be; a state dict that says that it was trained under another alpha or
+            product (Note [Descriptions of state dicts]). All are named, and nothing was written.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:
@@ -107,6 +107,11 @@ def load_state_dict(
         >>> glora.load_state_dict(layer, glora.state_dict(layer)) is layer
         True
     """
+    if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"state_dict must go from key to tensor, as glora.state_dict gives it; found {brief(state_dict)}. "
+            f"glora.load reads files."
+        )
     with change(model, reversible=False) as walk, torch.no_grad():
         name = resolve_name(walk, name)
         tensors = adapter_tensors(walk, name)
@@ -119,11 +124,18 @@ def load_state_dict(
         wanted = {key: like(t) for key, t in tensors.items() if key in state_dict or key not in optional}
         problems = list(mismatches(state_dict, wanted, strict=strict))
         problems += _other_descriptions(state_dict, walk, name)
+        common = tensors.keys() & state_dict.keys()
+        if not common and not strict and tensors:
+            problems.append(f"none of its keys, but {format_names(state_dict)}")
         if problems:
+            remedy = "Attach with the config that it was saved under"
+            if not common:
+                remedy = "glora.state_dict gives the keys of an adapter; model.load_state_dict takes those of the model"
+            elif strict:
+                remedy += ", or pass strict=False to write only the keys that both have"
             raise ValueError(
                 f"A state dict must fit the adapter that it is loaded into, {name!r}; nothing was written. "
-                f"Found {format_problems(problems, most=len(problems))}. Attach with the config that it was saved "
-                f"under{', or pass strict=False to write only the keys that both have' if strict else ''}."
+                f"Found {format_problems(problems, most=len(problems))}. {remedy}."
             )
         for key, tensor in tensors.items():
             if key in state_dict:

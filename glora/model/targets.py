@@ -12,7 +12,7 @@ from torch import nn
 from glora.config import GLoRAConfig
 from glora.model.walk import Owner, Site
 from glora.spec import LayerSpec, join
-from glora.text import format_names
+from glora.text import brief, format_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selection: TypeAlias = str | Sequence[str] | Predicate
@@ -46,7 +46,10 @@ def choose(
         return dict(_choose_by_mapping(all_sites, cast("Mapping[str, GLoRAConfig]", targets), walk)), True
     config = GLoRAConfig() if config is None else config
     if not isinstance(config, GLoRAConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"config= must be a glora.GLoRAConfig or None; found {config!r}.")
+        raise ValueError(
+            f"config= must be a glora.GLoRAConfig or None; found {brief(config)}. Pass an instance, as "
+            f"glora.GLoRAConfig.lora(rank=8)."
+        )
     matched = select(all_sites, targets, "targets", walk)
     if not matched:
         named_only = sorted({type(s.module).__name__ for s in all_sites if not s.matrix.swept})
@@ -67,7 +70,10 @@ def _choose_by_mapping(
     taken: set[tuple[int, str]] = set()
     for pattern, config in targets.items():
         if not isinstance(pattern, str) or not isinstance(config, GLoRAConfig):  # pyright: ignore
-            raise ValueError(f"targets= as a mapping goes from regex to GLoRAConfig; found {pattern!r}: {config!r}.")
+            raise ValueError(
+                f"targets= as a mapping goes from regex to GLoRAConfig; found {pattern!r}: {brief(config)}. Pass an "
+                f"instance for each regex, as {{r'.*q_proj': glora.GLoRAConfig.lora(rank=8)}}."
+            )
         matched = select(all_sites, pattern, "targets", walk)
         new = [site.key for site in matched if site.key not in taken]
         if not new:
@@ -97,7 +103,7 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
         if selection == ALL_LINEAR:
             return [p for p in places if _is_swept(p)]
         return _without_embeddings(_match(places, walk, selection, role, _regex(selection, role)))
-    if callable(selection):
+    if callable(selection) and not isinstance(selection, type):
         seen = _without_embeddings(places)
         matched = [p for p in seen if any(selection(path, p.module) for path in p.aliases)]
         if not matched:
@@ -106,7 +112,7 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
     if isinstance(selection, Mapping) or not isinstance(selection, Iterable):  # pyright: ignore
         raise ValueError(
             f"{role}= must be a regex, a list of path suffixes, a predicate (path, module) -> bool or {ALL_LINEAR!r}; "
-            f"found {selection!r}."
+            f"found {brief(selection)}. {_instead(selection, walk)}"
         )
     reached: set[int] = set()
     for entry in selection:
@@ -119,7 +125,9 @@ def select(places: list[Place], selection: Trainable | Targets, role: str, walk:
         elif isinstance(entry, str) and entry:
             reached.update(id(p) for p in _match(places, walk, entry, role, _suffix(entry)))
         else:
-            raise ValueError(f"{role}= as a list must hold path suffixes; found {entry!r}.")
+            raise ValueError(
+                f"{role}= as a list must hold path suffixes; found {brief(entry)}. {_instead(entry, walk)}"
+            )
     return [p for p in places if id(p) in reached]
 
 
@@ -141,18 +149,44 @@ def _match(places: list[Place], walk: list[Owner], text: str, role: str, test: C
     others = [m for m in walk if any(test(path) for path in m.aliases)]
     others += [m for m in walk if any(test(join(path, name)) for path in m.aliases for name in m.tensors)]
     if others:
-        kinds = format_names(dict.fromkeys(type(m.module).__name__ for m in others))
+        kinds = format_names(dict.fromkeys(_kind(m.module) for m in others))
         ids = {id(p.module) for p in places}
         below = [m for m in others if any(id(module) in ids for module in m.module.modules())]
         raise ValueError(
             f"{rule} none that can be adapted, only {kinds} ({format_names(dict.fromkeys(m.path for m in others))}). "
             + _remedy(others, below[0].path if below else None)
         )
-    is_list = test.__name__ == "suffix"
-    hint = "" if is_list else f"A string is a regex for the whole path; for path suffixes pass a list, [{text!r}]. "
+    if get_close_matches(text, [ALL_LINEAR], cutoff=0.8):
+        hint = f"For every linear layer pass the string {ALL_LINEAR!r}. "
+    elif test.__name__ == "regex":
+        hint = (
+            f"A string is a regex for the whole path, as {'.*' + text!r}; for path suffixes pass a list, [{text!r}]. "
+        )
+    elif re.search(r"[^\w.-]", text):
+        hint = "A list holds path suffixes, dotted names as they are; a regex is passed as a string. "
+    else:
+        hint = ""
     words = re.findall(r"\w{3,}", text)
     near = [p.path for p in places if any(word in p.path for word in words)] or _nearest(text, places)
     raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (p.path for p in places))}.")
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of its class; with the package, where another than torch has one."""
+    package, name = type(module).__module__.partition(".")[0], type(module).__name__
+    return f"{package}'s {name}" if hasattr(nn, name) and package != "torch" else name
+
+
+def _instead(found: object, walk: list[Owner]) -> str:
+    """What to pass in place of something that is no name of a layer."""
+    if isinstance(found, GLoRAConfig):
+        return "Pass it as config=."
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return f"For layers of a class pass lambda path, module: isinstance(module, {found.__name__})."
+    if isinstance(found, nn.Module):
+        path = next((owner.path for owner in walk if owner.module is found), None)
+        return "It is no module of the model." if path is None else f"Pass its path, [{path!r}]."
+    return "Names of layers are a list, as ['q_proj', 'v_proj']."
 
 
 def _nearest(text: str, places: Iterable[Owner | Site]) -> list[str]:
@@ -181,7 +215,10 @@ def _regex(pattern: str, role: str) -> Callable[[str], bool]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{role}= as a string must be a regex; {pattern!r} is none ({error}).") from error
+        raise ValueError(
+            f"{role}= as a string must be a regex; {pattern!r} is none ({error}). '.*' stands for any "
+            f"characters; names as they are go into a list."
+        ) from error
 
     def regex(path: str) -> bool:
         return compiled.fullmatch(path) is not None

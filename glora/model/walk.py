@@ -130,7 +130,8 @@ def owners(model: nn.Module) -> list[Owner]:
         ValueError: something that is no module.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"model must be a torch.nn.Module; found a {type(model).__name__}.")
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model must be a torch.nn.Module; found {found}. Pass the model itself, an instance.")
     reached: dict[int, tuple[nn.Module, list[str]]] = {}
     _walk(model, "", reached)
     return [Owner(paths[0], tuple(paths), module) for module, paths in reached.values()]
