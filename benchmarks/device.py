@@ -68,15 +68,15 @@ class Check:
     routed: bool = False
 
 
-_VECTOR, _LORA = glora.GLoRAConfig(A="vector", rank=4), glora.GLoRAConfig.lora(rank=4)
+_VECTOR, _LORA = glora.GLoRAConfig.glora(A="vector", rank=4), glora.GLoRAConfig.lora(rank=4)
 CHECKS: dict[str, Check] = {
     "factored, B lora": Check(_LORA),
     "factored, A vector": Check(_VECTOR),
     "factored, few tokens": Check(_LORA, tokens=1),
-    "factored, matmul": Check(glora.GLoRAConfig(product="matmul", rank=4)),
-    "blockwise": Check(glora.GLoRAConfig(rank=4)),
-    "blockwise, few tokens": Check(glora.GLoRAConfig(rank=4), tokens=1),
-    "expanded": Check(glora.GLoRAConfig(rank=4), tokens=1, grad=False),
+    "factored, matmul": Check(glora.GLoRAConfig.glora(product="matmul", rank=4)),
+    "blockwise": Check(glora.GLoRAConfig.glora(rank=4)),
+    "blockwise, few tokens": Check(glora.GLoRAConfig.glora(rank=4), tokens=1),
+    "expanded": Check(glora.GLoRAConfig.glora(rank=4), tokens=1, grad=False),
     "samplewise, B lora": Check(_LORA, routed=True),
     "samplewise, A vector": Check(_VECTOR, routed=True),
     "row blocks, path C": Check(glora.GLoRAConfig.prompt()),

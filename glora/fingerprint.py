@@ -102,7 +102,7 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
     memory = None if there else torch.empty(step, columns, dtype=dtype, device=device)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        block = matrix if there and step == count else rows(matrix, slice(start, stop))
+        block = matrix if there and step == count and not is_quantised(matrix) else rows(matrix, slice(start, stop))
         block = block if memory is None else memory[: stop - start].copy_(block)
         left, flat = _cosines(0, start, stop, device, torch.float64), block.reshape(-1)
         # Three vectors one by one: a product with a matrix of three columns takes five times as long.

@@ -46,7 +46,7 @@ ONE = torch.ones((), dtype=torch.float64, device="cpu")
 
 def is_one(scale: Tensor) -> bool:
     """Whether a scale is `ONE` and need not be multiplied by; a compiled graph takes any."""
-    return scale is ONE and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and scale is ONE
 
 
 class Factors(NamedTuple):

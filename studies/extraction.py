@@ -142,7 +142,7 @@ def configs(form: str, rank: int, shapes: Mapping[str, tuple[int, int]]) -> dict
             forms = {"A": "none", "B": lora, "E": vector} if form == B_AND_E else {"A": vector, "B": lora}
             config = glora.GLoRAConfig(**{**_NO_BIAS_PATHS, **forms}, rank=left or 1)
         elif form == A_AND_B:
-            config = glora.GLoRAConfig(rank=rank // 2, **_NO_BIAS_PATHS)
+            config = glora.GLoRAConfig.glora(rank=rank // 2, **_NO_BIAS_PATHS)
         else:
             config = glora.GLoRAConfig.lora(rank=rank) if form == B else glora.GLoRAConfig.hira(rank=rank)
         found[re.escape(path)] = config

@@ -27,11 +27,11 @@ NOT_A_CHOICE = ["LoRA", "lora ", "", "full", "zero", None, True, 0, 1.0, ["lora"
 
 def test_the_defaults_are_those_of_the_contract() -> None:
     assert dataclasses.asdict(GLoRAConfig()) == {
-        "A": "lora",
+        "A": "none",
         "B": "lora",
-        "C": "vector",
-        "D": "vector",
-        "E": "vector",
+        "C": "none",
+        "D": "none",
+        "E": "none",
         "rank": 8,
         "alpha": None,
         "balance": "rms",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glora.config import GLoRAConfig
 from glora.functional import Factors, is_one
 from glora.precision import wide, working_dtype
-from glora.tensors import dense, gathered, is_sharded, sharded_like, write_into
+from glora.tensors import dense, gathered, is_sharded, replicated_like, sharded_like, write_into
 from glora.torch_internals import is_exporting
 
 
@@ -76,6 +76,8 @@ class LowRank(nn.Module):
             scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
         balance = self.balance
         if balance is not None:
+            # Cast with the layer it is of half precision; under fully_shard it is whole where left may be sharded.
+            balance = wide(balance) if is_sharded(balance) else replicated_like(left, wide(balance))
             scale = balance if is_one(scale) else scale * balance
         if dropout and self.dropout:
             kept = 1 - self.dropout

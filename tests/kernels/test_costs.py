@@ -171,7 +171,7 @@ CASTS: list[Any] = [
     (only(B="lora"), (1, 1), (1, 1), 0.05),
     (only(B="lora", C="vector", D="vector", E="vector"), (1, 1), (1, 1), 0.05),
     (only(A="vector", B="lora"), (1, 0), (1, 0), 0.16),
-    (glora.GLoRAConfig(), (1, 0), (2, 2), 0.05),
+    (glora.GLoRAConfig.glora(), (1, 0), (2, 2), 0.05),
 ]
 
 

@@ -94,7 +94,7 @@ def test_an_averaged_model_follows_the_adapter() -> None:
         glora.state_dict(model).items(), glora.state_dict(averaged).items(), strict=True
     ):
         assert key == other_key  # no `module.`
-        torch.testing.assert_close(mean, own - 0.5)
+        torch.testing.assert_close(mean, own if key.endswith("balance") else own - 0.5)  # which does not train
     y = averaged(x)
     glora.merge(averaged)
     torch.testing.assert_close(averaged(x), y)

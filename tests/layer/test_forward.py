@@ -137,7 +137,7 @@ class Multiplications(TorchDispatchMode):
 
 @pytest.mark.parametrize(("weight", "expected"), [(1.0, 0), (0.5, 2)])
 def test_what_nothing_scales_is_not_multiplied(weight: float, expected: int) -> None:
-    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig(A="none", init="random"), name="a")
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(A="none", init="random"), name="a")
     glora.activate(layer, {"a": weight})
     with torch.no_grad(), Multiplications() as multiplied:
         layer(torch.randn(2, 4))

@@ -31,6 +31,7 @@ def test_keys_begin_with_the_modules_path() -> None:
     assert list(glora.state_dict(model)) == [
         "encoder.q_proj.A.left",
         "encoder.q_proj.A.right",
+        "encoder.q_proj.A.balance",
         "encoder.q_proj.D.value",
         "encoder.q_proj.E.value",
     ]

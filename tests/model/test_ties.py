@@ -77,7 +77,7 @@ def test_a_tied_layer_that_is_swept_in_is_skipped_with_one_warning(
 def test_a_tied_bias_is_found() -> None:
     model = Pair()
     model.bad.bias = model.good.bias
-    refused(model, "'bad' is not: its bias is tied to good.bias", ["bad"])
+    refused(model, "'bad' is not: its bias is tied to good.bias", ["bad"], glora.GLoRAConfig.glora())
 
 
 def test_a_tie_among_the_targets_skips_all_that_are_tied() -> None:

@@ -77,7 +77,7 @@ def test_all_of_a_small_space_is_evaluated_however_it_is_cut(
             evolve(model, evaluate, **arguments)
         stop = None
     result = evolve(model, evaluate, **arguments)
-    path = {"": GLoRAConfig(A="none", B="none", C="none", D="none", E="none", rank=1)}
+    path = {"": GLoRAConfig(A="none", B="none", C="none", D="none", E="none", rank=1, balance="none")}
     assert {repr(path | dict(trial.targets)) for trial in result.trials} == wanted
     assert len(result.trials) == len(wanted) > 10
 
