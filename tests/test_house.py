@@ -27,10 +27,10 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10332,
+    "all": 10334,
     "ground": 1220,
     "kernels": 584,
-    "layer": 1366,
+    "layer": 1368,
     "model": 2313,
     "engines": 194,
     "files": 783,
@@ -57,7 +57,7 @@ CALLS = {  # files that a call passes through, how often it goes from one to ano
     "layer(x)": (14, 45, 71),
     "layer(x) of a LoRA": (13, 23, 30),
     "apply": (28, 255, 586),
-    "load": (31, 302, 880),
+    "load": (31, 310, 884),
     "route": (20, 353, 619),
     "merge": (26, 354, 644),
 }

@@ -76,8 +76,9 @@ class LowRank(nn.Module):
             scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling
         balance = self.balance
         if balance is not None:
-            # Cast with the layer it is of half precision; under fully_shard it is whole where left may be sharded.
-            balance = wide(balance) if is_sharded(balance) else replicated_like(left, wide(balance))
+            if balance.dtype is not torch.float32 or type(left) is not nn.Parameter:
+                # Cast with its layer it is of half precision; beside factors that fully_shard divides it is whole.
+                balance = wide(balance) if is_sharded(balance) else replicated_like(left, wide(balance))
             scale = balance if is_one(scale) else scale * balance
         if dropout and self.dropout:
             kept = 1 - self.dropout
