@@ -47,7 +47,7 @@ def shard(model: Any, *, leaves: bool) -> Any:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() for key, value in tensors.items()}
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ def largest_gathered(model: Any) -> list[int]:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() for key, value in tensors.items()}
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def the_recipe(rank: int, folder: str) -> None:
