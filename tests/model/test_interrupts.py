@@ -155,6 +155,8 @@ CONTEXTS: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
 }
 
 
+# One that is cut off between the call and its `with` was not entered, and says so (Note [Forgotten with]).
+@pytest.mark.filterwarnings("ignore:glora.* acts inside a `with` block alone:UserWarning")
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_entering(name: str) -> None:
     contexts = []  # one that is dropped is left
