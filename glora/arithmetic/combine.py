@@ -232,7 +232,7 @@ def _sum(parts: Sequence[_Part], rank: int | None) -> tuple[LayerSpec, dict[str,
     for name, pair in pairs.items():
         tensors[f"{name}.left"], tensors[f"{name}.right"] = widened(*pair, widest)
     created = any(config.create_bias for config in configs)
-    config = replace(first, **forms, rank=widest, alpha=None, rank_dropout=0.0, create_bias=created)
+    config = replace(first, **forms, rank=widest, alpha=None, balance="none", rank_dropout=0.0, create_bias=created)
     layer = replace(parts[0].layer, config=config)
     for field in _SHAPE:  # what one source does not say, another may
         known = [value for part in parts if (value := getattr(part.layer, field)) is not None]

@@ -224,3 +224,12 @@ def test_copies_and_sums_have_it() -> None:
     assert torch.equal(copy.deepcopy(layer).weight, wanted)
     glora.combine(layer, {"default": 1.0}, name="sum")
     torch.testing.assert_close(layer.weight, wanted)
+
+
+def test_a_sum_whose_first_is_no_low_rank_has_none() -> None:
+    layer = glora.apply(layer_of(0.05), config=glora.GLoRAConfig(A="vector", init="random"), name="vector")
+    glora.apply(layer, config=glora.GLoRAConfig.hira(rank=2, init="random"), name="hira")
+    glora.activate(layer, {"vector": 1.0, "hira": 1.0})
+    wanted = layer.weight.detach().clone()
+    glora.combine(layer, {"vector": 1.0, "hira": 1.0}, name="sum")
+    torch.testing.assert_close(layer.weight, wanted)

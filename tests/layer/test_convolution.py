@@ -18,6 +18,9 @@ from glora import GLoRAConfig
 from tests.helpers.calls import attach, only
 from tests.helpers.strategies import HALF, configs
 
+# torch's own, of some shapes that are drawn.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> nn.Module:
