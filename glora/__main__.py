@@ -191,8 +191,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _sizes(adapter: AdapterSpec, keys: Iterable[str]) -> tuple[int, int]:
     """Parameters and bytes of some tensors."""
-    tensors = [adapter.tensors[key] for key in keys if key in adapter.tensors]
-    return sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    tensors = {key: adapter.tensors[key] for key in keys if key in adapter.tensors}
+    parameters = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith("A.balance"))
+    return parameters, sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _share(part: float, whole: float) -> str:

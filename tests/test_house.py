@@ -27,17 +27,17 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10334,
-    "ground": 1220,
+    "all": 10340,
+    "ground": 1221,
     "kernels": 584,
-    "layer": 1368,
+    "layer": 1371,
     "model": 2313,
     "engines": 194,
     "files": 783,
     "arithmetic": 494,
     "interop": 2392,
     "integrations": 346,
-    "search": 640,
+    "search": 642,
 }
 FILES = {
     "all": 110,

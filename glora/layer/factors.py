@@ -225,7 +225,8 @@ def balance_of(config: GLoRAConfig, weight: Tensor) -> Tensor | None:
     linalg: Any = torch.linalg
     size: Tensor = linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=working_dtype(weight))
     size = size / math.sqrt(weight.shape[-2] * (1 if config.product == "matmul" else weight.shape[-1]))
-    balance = torch.where((size > _SMALLEST) & (size < math.inf), 1 / size, 1.0)
+    # At most float16's largest: a module may be cast.
+    balance = torch.where((size > _SMALLEST) & (size < math.inf), (1 / size).clamp(max=65504), 1.0)
     return balance if weight.ndim > 2 else balance.flatten()
 
 

@@ -175,6 +175,8 @@ class Paths(nn.Module):
         description: dict[str, float | str] = {}
         if any(isinstance(path, LowRank) for path in self.paths().values()):
             description["alpha / rank"] = self.config.scaling
+        if isinstance(self._modules.get("A"), LowRank):
+            description["balance"] = self.config.balance
         if "A" in self._modules and self.config.A != "constant":
             description["product"] = self.config.product
         return description
@@ -206,8 +208,10 @@ class Paths(nn.Module):
 def other_description(given: Mapping[str, float | str], own: Mapping[str, float | str]) -> Iterator[str]:
     """Where a description that came with tensors is not an adapter's own, one sentence each."""
     for field, value in own.items():
-        if given.get(field, value) != value:
-            yield f"{field} {given[field]} in the state dict, {value} in the model"
+        # Descriptions from before there was a balance do not have the field.
+        found = given.get(field, "none" if given and field == "balance" else value)
+        if found != value:
+            yield f"{field} {found} in the state dict, {value} in the model"
 
 
 class Weight(Store):

@@ -56,14 +56,14 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
     for owner in walk:
         for tensor, store in owner.stores.items():
             part = store.parts().get(name)
-            if not isinstance(store, Weight) or not isinstance(part, Paths):
+            if not isinstance(store, Weight) or type(part) is not Paths:  # of a supernet the same A is a vector too
                 continue
             A = part.paths().get("A")
             if isinstance(A, LowRank) and A.balance is None:
                 W0 = store.matrix.read(owner.tensors[tensor])
                 balance = balance_of(replace(part.config, balance="rms"), W0)
                 key = join(store.matrix.path(owner.path), "A.left")
-                faster[key] = 1.0 if balance is None else cast("float", balance.mean().item())
+                faster[key] = 1.0 if balance is None else cast("float", balance.min().item())  # of experts, the largest
     for key, parameter in named_parameters(model, name):
         if key in faster:
             groups.append({"name": key, "lr": lr * faster[key], "params": [parameter]})

@@ -87,10 +87,11 @@ class Entangled(Paths):
 
     def extracted(self, config: GLoRAConfig) -> Paths | None:
         """Ordinary paths of a config, with copies of its tensors; None where all are none."""
+        config = replace(config, balance="none")  # a supernet has none, whatever was chosen
         names = tuple([path for path in self.paths() if getattr(config, path) != "none"])
         if not names:
             return None
-        plain = Paths(replace(config, balance="none"), names, torch.empty(self.weight_shape, device="meta"))
+        plain = Paths(config, names, torch.empty(self.weight_shape, device="meta"))
         # Strides of their own: a corner of one number keeps those of the whole, which no file takes.
         copies = {
             key: tensor.detach().clone(memory_format=torch.contiguous_format)

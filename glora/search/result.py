@@ -90,6 +90,7 @@ def read_targets(file: str | os.PathLike[str]) -> dict[str, GLoRAConfig]:
         ValueError: no such file's contents.
     """
     try:
-        return {path: GLoRAConfig(**fields) for path, fields in json.loads(Path(file).read_text()).items()}
+        choices = json.loads(Path(file).read_text()).items()
+        return {path: GLoRAConfig(**{"balance": "none", **fields}) for path, fields in choices}  # older files have none
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{os.fspath(file)!r} must be what write_targets wrote; it is not ({error}).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,3 +234,26 @@ def test_a_sum_whose_first_is_no_low_rank_has_none() -> None:
     wanted = layer.weight.detach().clone()
     glora.combine(layer, {"vector": 1.0, "hira": 1.0}, name="sum")
     torch.testing.assert_close(layer.weight, wanted)
+
+
+@pytest.mark.parametrize("call", ["glora", "torch"])
+@pytest.mark.parametrize("balance", ["rms", "none"])
+@pytest.mark.parametrize("from_before", [True, False])
+def test_equal_factors_under_another_balance_are_another_adapter(call: str, balance: Any, from_before: bool) -> None:
+    """Also where keys may be missing; a description without the field is from before there was one."""
+    other: Any = {"rms": "none", "none": "rms"}[balance]
+    layer, given = trained(layer_of(0.05), balance=balance), trained(layer_of(0.05), balance=other)
+    held: Any = glora.state_dict(given) if call == "glora" else given.state_dict()
+    if from_before and other == "none":
+        for description in held._metadata["glora.description"].values() if call == "glora" else ():
+            del description["balance"]
+    before = layer.weight.detach().clone()
+    load = layer.load_state_dict if call == "torch" else partial(glora.load_state_dict, layer)
+    with pytest.raises((ValueError, RuntimeError), match=f"balance {other} in the state dict, {balance} in the model"):
+        load(held, strict=False)
+    assert call == "torch" or torch.equal(layer.weight, before)
+
+
+def test_cast_to_float16_it_stays_finite() -> None:
+    layer = glora.apply(layer_of(1e-6), config=glora.GLoRAConfig.hira(rank=2)).half()
+    assert layer(torch.ones(1, IN).half()).isfinite().all()

@@ -72,3 +72,20 @@ def test_an_optimizers_state_goes_into_another_one_made_alike() -> None:
 def test_a_rate_that_is_none_is_refused(lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be a positive number"):
         glora.parameter_groups(glora.apply(model_of(), config=glora.GLoRAConfig.glora()), lr)
+
+
+def test_of_unequal_experts_the_largest_sets_the_rate() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(3, 8, 4) * torch.tensor([1e-6, 0.02, 0.5]).view(3, 1, 1))
+
+    glora.register_matrix(Experts, {"kernel": None}, "e o i -> e o i")
+    model = glora.apply(Experts(), ["kernel"], glora.GLoRAConfig.hira(rank=2, balance="none"))
+    assert max(group["lr"] for group in glora.parameter_groups(model, 1.0)) == pytest.approx(2.0, rel=0.5)
+
+
+def test_a_supernet_has_the_plain_rate() -> None:
+    space = glora.search.Space(A=["lora", "vector", "none"], ranks=[2])
+    model = glora.search.supernet(model_of(), ["1"], space)
+    assert [group["lr"] for group in glora.parameter_groups(model, 0.1)] == [0.1]
