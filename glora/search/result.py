@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from glora.config import GLoRAConfig
 
@@ -90,7 +91,8 @@ def read_targets(file: str | os.PathLike[str]) -> dict[str, GLoRAConfig]:
         ValueError: no such file's contents.
     """
     try:
-        choices = json.loads(Path(file).read_text()).items()
-        return {path: GLoRAConfig(**{"balance": "none", **fields}) for path, fields in choices}  # older files have none
+        choices: dict[str, dict[str, Any]] = json.loads(Path(file).read_text())
+        older: dict[str, Any] = {"balance": "none"}  # of files that do not say
+        return {path: GLoRAConfig(**older | fields) for path, fields in choices.items()}
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{os.fspath(file)!r} must be what write_targets wrote; it is not ({error}).") from error
