@@ -290,9 +290,10 @@ def _created_bias(weight: Tensor, device: torch.device | str) -> nn.Parameter:
 @torch.no_grad()
 def _fill(content: Paths | HeadCopy, values: Mapping[str, Tensor], prefix: str = "") -> None:
     """Write values, whose keys have this prefix, into a part."""
-    if any(tensor.is_meta for tensor in content.held().values()):
-        content.to_empty(device="cpu")  # keep loaded values on the CPU until the model has memory
-    for key, tensor in content.held().items():
+    held = content.held()
+    if any(tensor.is_meta for tensor in held.values()):
+        held = content.to_empty(device="cpu").held()  # keep loaded values on the CPU until the model has memory
+    for key, tensor in held.items():
         write_into(tensor, values[prefix + key])
 
 

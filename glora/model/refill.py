@@ -102,7 +102,7 @@ def _places(walk: Iterable[Owner], planned: Plan) -> list[_Place] | None:
             part = there.pop((id(layer.module), tensor), None)
             if not isinstance(part, Paths) or not _takes(part, layer, tensor, kept):
                 return None
-            places += [_Place(join(layer.path, k), t, part, layer.config) for k, t in _tensors(part)]
+            places += [_Place(join(layer.path, k), t, part, layer.config) for k, t in part.held().items()]
     for head in (*planned.heads, *planned.statistics):
         for tensor in head.names:
             copy = there.pop((id(head.module), tensor), None)
@@ -118,7 +118,7 @@ def _places(walk: Iterable[Owner], planned: Plan) -> list[_Place] | None:
 def _takes(part: Paths, layer: PlannedLayer, tensor: str, kept: set[str]) -> bool:
     """Whether paths that are there are of the described kind, and of its rank at least."""
     store = cast("Weight | Bias", layer.site.owner.stores[tensor])
-    shapes = {key: tuple(value.shape) for key, value in _tensors(part)}
+    shapes = {key: tuple(value.shape) for key, value in part.held().items()}
     wanted = layer.spec.tensors(sorted(kept))
     same_product = part.config.product == layer.config.product or layer.config.A not in ("lora", "vector")
     return (
@@ -128,10 +128,6 @@ def _takes(part: Paths, layer: PlannedLayer, tensor: str, kept: set[str]) -> boo
         and (same_product or "A" not in kept)
         and all(_fits(shapes[key], cast("tuple[int, ...]", spec.shape), key) for key, spec in wanted.items())
     )
-
-
-def _tensors(part: Paths) -> list[tuple[str, Tensor]]:
-    return [*part.named_parameters(), *part.named_buffers()]
 
 
 def _fits(held: tuple[int, ...], shape: tuple[int, ...], key: str) -> bool:
