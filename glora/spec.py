@@ -121,9 +121,11 @@ class AdapterSpec:
         for path, layer in self.layers.items():
             prefix = join(path, "")
             wanted |= {prefix + key: spec for key, spec in layer.tensors().items()}
-        for path, names in (*self.heads.items(), *self.statistics.items()):
-            wanted |= dict.fromkeys((join(path, name) for name in names), TensorSpec(None, None))
-        return wanted
+        return wanted | dict.fromkeys(self.copies(), TensorSpec(None, None))
+
+    def copies(self) -> list[str]:
+        """The keys of what it has whole in place of the base's: heads and running statistics."""
+        return [join(path, n) for held in (self.heads, self.statistics) for path in held for n in held[path]]
 
     def folded(self) -> AdapterSpec:
         """The same adapter without balances (Note [Balance]): multiplied into A's left factors."""
@@ -133,7 +135,7 @@ class AdapterSpec:
                 layers[path] = replace(layer, config=replace(layer.config, balance="none"))
                 left = wide(tensors[join(path, "A.left")])
                 tensors[join(path, "A.left")] = left * tensors.pop(join(path, "A.balance"))
-        return replace(self, layers=layers, tensors=tensors) if layers != self.layers else self
+        return replace(self, layers=layers, tensors=tensors)
 
     def renamed(self, rename: Callable[[str], str]) -> AdapterSpec:
         """The same adapter on modules of other paths; `rename` goes from a path or key to the new one."""

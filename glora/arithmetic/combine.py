@@ -98,7 +98,7 @@ def combine_files(
                 f"Adapters of one base add up; these were trained beside tensors that differ in "
                 f"{format_names(sorted(apart))}."
             )
-        keys = [set(_copies(each)) for each in (first, adapter)]
+        keys = [set(each.copies()) for each in (first, adapter)]
         differing = keys[0] ^ keys[1] | {k for k in keys[0] & keys[1] if not _equal(first, adapter, k)}
         if differing:
             raise ValueError(
@@ -114,11 +114,6 @@ _COUNT = 2**20  # numbers of a tensor, where a file does not say: it matters for
 def _equal(first: AdapterSpec, other: AdapterSpec, key: str) -> bool:
     one, two = first.tensors[key], other.tensors[key]
     return one.shape == two.shape and torch.equal(wide(one), wide(two)) if one.is_floating_point() else one.equal(two)
-
-
-def _copies(adapter: AdapterSpec) -> list[str]:
-    """The keys of what an adapter has whole in place of the base's: heads and running statistics."""
-    return [join(path, n) for held in (adapter.heads, adapter.statistics) for path in held for n in held[path]]
 
 
 class _Part(NamedTuple):
@@ -177,7 +172,7 @@ def combined(
     ties = dict(item for adapter in sources for item in adapter.ties.items())
     base = dict(item for adapter in sources for item in adapter.base.items())
     for adapter in sources:
-        tensors |= {key: adapter.tensors[key] for key in _copies(adapter)}
+        tensors |= {key: adapter.tensors[key] for key in adapter.copies()}
     changed = {*base, *tensors, *ties}
     outside = {k: known for adapter in sources for k, known in adapter.outside.items() if k not in changed}
     return AdapterSpec(layers, heads, tensors, ties, base, outside, statistics), errors

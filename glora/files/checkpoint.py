@@ -297,8 +297,7 @@ class _Merging:
     @cached_property
     def replacements(self) -> dict[str, Tensor]:
         """Key of the base to the head's tensor that replaces it; a tied key is replaced by what it is tied to."""
-        whole = (*self.adapter.heads.items(), *self.adapter.statistics.items())
-        source_of = {key: key for path, names in whole for key in (join(path, n) for n in names)}
+        source_of = {key: key for key in self.adapter.copies()}
         source_of |= {key: owner for key, owner in self.adapter.ties.items() if key in self.entries}
         return {key: self.adapter.tensors[source] for key, source in source_of.items()}
 
