@@ -136,4 +136,4 @@ def _authors_config(choice: Mapping[str, str]) -> GLoRAConfig:
     if set(choice) != set("ABCDE") or ranks or not rank.isdecimal():
         raise ValueError(f"A layer's forms must be A to E, with one rank; found {dict(choice)!r}.")
     config: dict[str, Any] = {path: "lora" if form.startswith("LoRA_") else form for path, form in choice.items()}
-    return GLoRAConfig(**config, rank=int(rank), balance="none")
+    return GLoRAConfig(**config, rank=int(rank))

@@ -51,7 +51,7 @@ class Space:
                 GLoRAConfig(**{path: form})
             object.__setattr__(self, path, tuple([form for form in known if form in forms]))
         for rank in self._listed("ranks"):
-            GLoRAConfig(rank=rank, alpha=self.alpha, product=self.product, balance="none")
+            GLoRAConfig(rank=rank, alpha=self.alpha, product=self.product)
         object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
 
     def _listed(self, field: str) -> Collection[Any]:
