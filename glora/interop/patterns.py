@@ -89,9 +89,9 @@ class _Tried:
             return 1.0 + times if self._first(body, _EMPTY) & (follow | _EMPTY) else 1.0
         if kind == "BRANCH":
             ways, begun, overlap = [self.ways(body, follow) for body in of[1]], 0, 0
-            for body in of[1]:
-                overlap |= begun & self._first(body, follow)
-                begun |= self._first(body, follow)
+            for first in [self._first(body, follow) for body in of[1]]:
+                overlap |= begun & first
+                begun |= first
             return sum(ways) if overlap else max(ways)
         bodies = cast("tuple[Any, ...]", of if isinstance(of, tuple) else (of,))
         parsed: Any = type(_parse(""))
