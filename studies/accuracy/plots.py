@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import needs
+from benchmarks.report import save_figure
 from studies.accuracy.runs import Run
 from studies.accuracy.tables import LORA, LORAS, differences, interval
 
@@ -40,6 +41,4 @@ def plot(runs: Sequence[Run], tasks: Sequence[str], methods: Sequence[str], path
     axes[0][0].set_yticks(range(len(others)), others)
     axes[0][0].invert_yaxis()
     figure.suptitle("Right of the line: more accurate than LoRA of equal size (points of test accuracy, 95%)")
-    figure.savefig(path, dpi=130)
-    needs("matplotlib.pyplot").close(figure)
-    print(f"wrote {path}")
+    save_figure(figure, path)
