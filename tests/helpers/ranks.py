@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ def _run(rank: int, test: Callable[..., None], init: str, given: tuple[Any, ...]
         test(rank, *given)
     finally:
         dist.destroy_process_group()
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, gathered where they are sharded: a collective."""
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def differences(tensors: list[Tensor]) -> float:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import RANDOM
-from tests.helpers.ranks import on_two_ranks
+from tests.helpers.ranks import on_two_ranks, whole
 
 pytestmark = pytest.mark.integration
 
@@ -42,10 +42,6 @@ def sharded(model: Any) -> Any:
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
     return model
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

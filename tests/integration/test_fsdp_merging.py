@@ -18,7 +18,7 @@ from tests.helpers.calls import RANDOM
 from tests.helpers.internals import fully_sharded_groups
 from tests.helpers.kinds import KINDS
 from tests.helpers.models import Residual
-from tests.helpers.ranks import on_two_ranks
+from tests.helpers.ranks import on_two_ranks, whole
 
 pytestmark = pytest.mark.integration
 
@@ -44,10 +44,6 @@ def shard(model: Any, *, leaves: bool) -> Any:
     for module in (model.up, model.norm, model) if leaves else (model,):
         fully_shard(module, mesh=mesh)
     return model
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import glora
-from tests.helpers.ranks import on_two_ranks
+from tests.helpers.ranks import on_two_ranks, whole
 
 recipe: Any = pytest.importorskip("examples.large_model")
 transformers: Any = pytest.importorskip("transformers")
@@ -35,10 +34,6 @@ def largest_gathered(model: Any) -> list[int]:
         layer.mlp.register_forward_pre_hook(look)
         layer.mlp.register_full_backward_hook(look)
     return found
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def the_recipe(rank: int, folder: str) -> None:

@@ -17,7 +17,7 @@ import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import RANDOM
 from tests.helpers.models import block
-from tests.helpers.ranks import on_two_ranks
+from tests.helpers.ranks import on_two_ranks, whole
 
 pytestmark = pytest.mark.integration
 
@@ -44,10 +44,6 @@ def plain(bias: bool = True) -> nn.Module:
 def attach(model: nn.Module, config: GLoRAConfig, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     return glora.apply(model, ["0", "2"], config)
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in tensors.items()}
 
 
 def close(found: Any, expected: Any) -> None:
