@@ -28,8 +28,8 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         `[{"name": "adapter", "lr": lr, "params": [...]}, {"name": "heads", ...}, ...]`, in an order that is that of the
         model's layers, so that an optimizer's state dict goes into another optimizer made alike. Groups that would be
         empty are left out. A low-rank A without a balance (`balance="none"`: PEFT's HiRA, files from before there was
-        one) has a group for each layer, whose left factor trains at `lr / rms(W0)` (Note [Balance]). It has to be as
-        much slower otherwise: Adam moves every number by about `lr`, and W0 multiplies what it moves.
+        one) has a group for each layer, whose left factor trains at `lr / rms(W0)` (Note [Balance]): Adam moves every
+        number by about the rate, and W0 multiplies what that does. A supernet's trains at `lr`.
 
     Raises:
         ValueError: an lr that is not positive; None, and not exactly one adapter.
