@@ -13,8 +13,10 @@ from studies.accuracy.model import EPOCHS, Encoded, Pretrained, accuracy, train
 
 MODELS: dict[str, Callable[[], Pretrained]] = {"text": text.pretrained, "vision": vision.pretrained}
 
-# A factor of 2 apart; the one that is best on the validation sets of the first seeds is the one that counts.
+# A factor of 2 apart; the one that is best on the validation sets of the first seeds counts. Where that is
+# the lowest or the highest, the next one is tried too, at most twice on each side.
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+BEYOND = 2
 CHOOSING = 2
 LOWER = {"full fine-tuning": 0.05}  # methods whose rates are another multiple
 
@@ -81,9 +83,18 @@ class Trainer:
         return self._pretrained, self._sets[seed]
 
 
-def rates(method: str) -> list[float]:
-    """The learning rates that a method is tried with."""
-    return [lr * LOWER.get(method, 1.0) for lr in LEARNING_RATES]
+def rates(runs: Sequence[Run], task: str, method: str) -> list[float]:
+    """The learning rates that a method is to be tried with, as far as these runs show, from low to high."""
+    tried = [lr * LOWER.get(method, 1.0) for lr in LEARNING_RATES]
+    lowest, highest = tried[0] / 2**BEYOND, tried[-1] * 2**BEYOND
+    while (best := _best(runs, task, method, tried)) is not None:
+        if best == tried[0] > lowest:
+            tried.insert(0, best / 2)
+        elif best == tried[-1] < highest:
+            tried.append(best * 2)
+        else:
+            break
+    return tried
 
 
 def chosen_rate(runs: Sequence[Run], task: str, method: str) -> float | None:
@@ -91,12 +102,20 @@ def chosen_rate(runs: Sequence[Run], task: str, method: str) -> float | None:
 
     None before each rate was tried with each of them.
     """
+    return _best(runs, task, method, rates(runs, task, method))
+
+
+def _best(runs: Sequence[Run], task: str, method: str, tried: Sequence[float]) -> float | None:
     found: Mapping[tuple[float, int], float] = {
         (run.lr, run.seed): run.validation for run in runs if (run.task, run.method) == (task, method)
     }
-    tried = {lr: [found.get((lr, seed)) for seed in range(CHOOSING)] for lr in rates(method)}
-    means = {lr: fmean(s for s in each if s is not None) for lr, each in tried.items() if None not in each}
-    return max(means, key=lambda lr: (means[lr], -lr)) if len(means) == len(tried) else None
+    means: dict[float, float] = {}
+    for lr in tried:
+        scores = [found[lr, seed] for seed in range(CHOOSING) if (lr, seed) in found]
+        if len(scores) < CHOOSING:
+            return None
+        means[lr] = fmean(scores)
+    return max(means, key=lambda lr: (means[lr], -lr))
 
 
 def wanted(
@@ -105,12 +124,12 @@ def wanted(
     """Task, method, seed and learning rate of the runs that are still to be made, in their order.
 
     First those that choose; then one seed of every task and method after the other, so that what is there at any time
-    compares like with like.
+    compares like with like. It is asked anew after each run: what is best so far may ask for another rate.
     """
     done = {(run.task, run.method, run.seed, run.lr) for run in runs}
     for task in tasks:
         for method in methods:
-            for lr in rates(method):
+            for lr in rates(runs, task, method):
                 for seed in range(min(CHOOSING, seeds)):
                     if (task, method, seed, lr) not in done:
                         yield task, method, seed, lr

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 
 from studies.accuracy import data, tables
 from studies.accuracy.data import Task, splits
-from studies.accuracy.runs import CHOOSING, LEARNING_RATES, Run, chosen_rate, runs_at_chosen_rate, wanted
+from studies.accuracy.runs import BEYOND, CHOOSING, LEARNING_RATES, Run, chosen_rate, runs_at_chosen_rate, wanted
 
 LORA, OTHER = "LoRA r8", "A r8"
 
@@ -66,33 +66,55 @@ def test_an_absent_folder_is_named_with_what_to_do(folder: str | None, monkeypat
         data.TASKS["fashion"].read()
 
 
-def all_runs(better: float = LEARNING_RATES[0]) -> list[Run]:
+# All that may be tried, a factor of 2 apart.
+ALL_RATES = [LEARNING_RATES[0] * 2.0**i for i in range(-BEYOND, len(LEARNING_RATES) + BEYOND)]
+
+
+def validation(lr: float, best: float) -> float:
+    """A curve over the learning rates with one peak."""
+    return 50.0 - abs(ALL_RATES.index(lr) - ALL_RATES.index(best))
+
+
+def all_runs(best: float = LEARNING_RATES[1]) -> list[Run]:
     """Every run of two methods on two tasks and four seeds, as they are asked for one after the other."""
     runs: list[Run] = []
     while (each := next(wanted(runs, ["trec6", "tweets"], [LORA, OTHER], 4), None)) is not None:
         task, method, seed, lr = each
-        runs.append(run(task, method, seed, lr, 51.0 if lr == better else 50.0, 60.0 + seed * (method == OTHER)))
+        runs.append(run(task, method, seed, lr, validation(lr, best), 60.0 + seed * (method == OTHER)))
     return runs
 
 
-@pytest.mark.parametrize("better", LEARNING_RATES)
-def test_each_run_is_made_once_and_further_seeds_at_the_chosen_rate_alone(better: float) -> None:
-    runs = all_runs(better)
+@pytest.mark.parametrize("best", ALL_RATES)
+def test_each_run_is_made_once_and_further_seeds_at_the_chosen_rate_alone(best: float) -> None:
+    runs = all_runs(best)
     assert len({(each.task, each.method, each.seed, each.lr) for each in runs}) == len(runs)
-    assert len(runs) == 4 * (CHOOSING * len(LEARNING_RATES) + 4 - CHOOSING)
-    assert {each.lr for each in runs if each.seed >= CHOOSING} == {better}
-    assert chosen_rate(runs, "trec6", LORA) == better
+    assert {each.lr for each in runs if each.seed >= CHOOSING} == {best}
+    assert chosen_rate(runs, "trec6", LORA) == best
     later = [each.seed for each in runs if each.seed >= CHOOSING]
     assert later == sorted(later)  # a seed of all before the next
 
 
+@pytest.mark.parametrize("best", ALL_RATES)
+def test_a_chosen_rate_has_a_worse_one_on_both_sides_unless_it_is_the_last_that_may_be_tried(best: float) -> None:
+    at = ALL_RATES.index(best)
+    first = [each for each in all_runs(best) if (each.task, each.method, each.seed) == ("trec6", LORA, 0)]
+    assert {each.lr for each in first} == {*LEARNING_RATES, *ALL_RATES[max(at - 1, 0) : at + 2]} | {
+        lr for lr in ALL_RATES if min(best, LEARNING_RATES[0]) <= lr <= max(best, LEARNING_RATES[-1])
+    }
+
+
 def test_a_rate_is_chosen_by_validation_once_each_has_its_seeds_and_the_lower_of_equals() -> None:
-    runs = [run("trec6", "m", seed, lr) for seed in range(CHOOSING) for lr in LEARNING_RATES]
-    assert chosen_rate(runs, "trec6", "m") == LEARNING_RATES[0]
+    middle, last = LEARNING_RATES[1:]
+    runs = [
+        run("trec6", "m", seed, lr, 50.0 + (lr in (middle, last)))
+        for seed in range(CHOOSING)
+        for lr in (*LEARNING_RATES, last * 2)
+    ]
+    assert chosen_rate(runs, "trec6", "m") == middle
     assert chosen_rate(runs[1:], "trec6", "m") is None
     assert runs_at_chosen_rate(runs[1:], "trec6", "m") == {}
-    tempting = [*runs, run("trec6", "m", CHOOSING, LEARNING_RATES[-1], 99.0, 99.0)]
-    assert chosen_rate(tempting, "trec6", "m") == LEARNING_RATES[0]
+    tempting = [*runs, run("trec6", "m", CHOOSING, last, 99.0, 99.0)]
+    assert chosen_rate(tempting, "trec6", "m") == middle
 
 
 def test_a_row_is_of_methods_that_ran_on_every_task_with_paired_differences() -> None:
