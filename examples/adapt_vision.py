@@ -19,11 +19,12 @@ About a minute on two CPU cores. Nothing is downloaded: the images are drawn by 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shared import draw, options, train
+from shared import done, draw, options, train
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -67,14 +68,16 @@ def vit() -> Any:
     )
 
 
-def fit(model: Any, x: Tensor, y: Tensor, steps: int, lr: float, title: str) -> list[float]:
+def fit(model: Any, x: Tensor, y: Tensor, steps: int, lr: float, title: str, out: Path) -> list[float]:
     """Train what asks for a gradient, on random batches of 64."""
 
     def loss() -> Tensor:
         rows = torch.randint(len(x), (64,))
         return F.cross_entropy(model(x[rows]).logits, y[rows])
 
-    return train([p for p in model.parameters() if p.requires_grad], loss, steps, lr, title)
+    if glora.adapters(model):
+        return train(glora.parameter_groups(model, lr), loss, steps, lr, title, out)
+    return train([p for p in model.parameters() if p.requires_grad], loss, steps, lr, title, out)
 
 
 @torch.no_grad()
@@ -114,7 +117,7 @@ def adapted(base: Any, kind: str) -> Any:
 def main() -> None:
     chosen = options(__doc__, "vision", pretraining=300, steps=150, pictures=400)
     base = vit()
-    fit(base, *pictures(4096, negative=False), chosen.pretraining, 2e-3, "the base, on clean pictures")
+    fit(base, *pictures(4096, negative=False), chosen.pretraining, 2e-3, "the base, on clean pictures", chosen.out)
     x, y = pictures(chosen.pictures, negative=True)
     test = pictures(1000, negative=True)
     base.eval()
@@ -130,7 +133,7 @@ def main() -> None:
     ):
         model = adapted(base, kind)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        curves[kind] = fit(model, x, y, chosen.steps, lr, kind)
+        curves[kind] = fit(model, x, y, chosen.steps, lr, kind, chosen.out)
         rows.append([kind, trained, f"{accuracy(model, *test):.1%}"])
         if kind == "LoRA, patches too":
             glora.save(model, chosen.out / "adapter")
@@ -139,6 +142,7 @@ def main() -> None:
             print(f"merged: the largest difference of a logit is {difference:.1e}")
     print(table("noisy negatives", ["method", "trainable", "test accuracy"], rows))
     draw(curves, chosen.out / "learning_curve.png")
+    done(chosen.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from shared import draw, options, train
+from shared import done, draw, options, train
 from torch import Tensor, nn
 
 import glora
@@ -44,14 +44,14 @@ def task(x: Tensor, shift: float) -> Tensor:
     return torch.stack([torch.sin(x[:, i] * 2 + shift) * x[:, i + 4] for i in range(4)], 1)
 
 
-def fit(model: nn.Module, shift: float, steps: int, lr: float, title: str) -> list[float]:
+def fit(model: nn.Module, shift: float, steps: int, lr: float, title: str, out: Path) -> list[float]:
     """Train all of the model on a task."""
 
     def loss() -> Tensor:
         x = torch.randn(256, 8)
         return (model(x) - task(x, shift)).square().mean()
 
-    return train(model.parameters(), loss, steps, lr, title)
+    return train(model.parameters(), loss, steps, lr, title, out)
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def extracted(base: nn.Module, tuned: Path, config: glora.GLoRAConfig) -> nn.Mod
 def main() -> None:
     chosen = options(__doc__, "extract", steps=600, finetuning=300)
     base = network()
-    curves = {"base": fit(base, 0.0, chosen.steps, 5e-3, "the base")}
+    curves = {"base": fit(base, 0.0, chosen.steps, 5e-3, "the base", chosen.out)}
     save_file(base.state_dict(), chosen.out / "base.safetensors")
     tuned = copy.deepcopy(base)
-    curves["fine-tuned"] = fit(tuned, 0.5, chosen.finetuning, 2e-3, "fine-tuning")
+    curves["fine-tuned"] = fit(tuned, 0.5, chosen.finetuning, 2e-3, "fine-tuning", chosen.out)
     save_file(tuned.state_dict(), chosen.out / "tuned.safetensors")
 
     x = torch.randn(4096, 8)
@@ -107,6 +107,7 @@ def main() -> None:
     files = [str(chosen.out / name) for name in ("base.safetensors", "tuned.safetensors", "by_command")]
     print("glora extract base.safetensors tuned.safetensors by_command --rank 4")
     command(["extract", *files, "--rank", "4"])
+    done(chosen.out)
 
 
 if __name__ == "__main__":

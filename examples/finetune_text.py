@@ -171,7 +171,8 @@ def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
 # %% [markdown]
 # ## Training
 #
-# Nothing here is glora's but `glora.parameters`, which the optimizer is given: the factors and the head.
+# Nothing here is glora's but two calls: `glora.parameter_groups`, which the optimizer is given (the factors and the
+# head), and `glora.state_dict`, what they are after an epoch. A training that was stopped goes on after that epoch.
 
 
 # %%
@@ -182,7 +183,7 @@ def loss_of(model: Classifier, questions: Questions, rows: Tensor) -> Tensor:
 
 def optimizer_of(model: Classifier, train: Questions, epochs: int, lr: float) -> tuple[Any, Any]:
     """AdamW for the adapter and the head, and its schedule: a tenth of warm-up, then linearly to zero."""
-    optimizer = torch.optim.AdamW(glora.parameters(model), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(glora.parameter_groups(model, lr), weight_decay=0.01)
     steps = epochs * -(-len(train) // BATCH)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
 
@@ -202,14 +203,30 @@ def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: A
     return sum(losses) / len(losses)
 
 
-def fine_tune(model: Classifier, train: Questions, test: Questions, epochs: int, lr: float) -> list[float]:
-    """Train the adapters and the head; test accuracy after each epoch."""
+def fine_tune(
+    model: Classifier, train: Questions, test: Questions, epochs: int, lr: float, checkpoint: Path
+) -> list[float]:
+    """Train the adapters and the head, on from the checkpoint if there is one; test accuracy after each epoch."""
     optimizer, schedule = optimizer_of(model, train, epochs, lr)
-    curve = []
-    for epoch in range(1, epochs + 1):
+    curve: list[float] = []
+    if checkpoint.exists():
+        held = torch.load(checkpoint)
+        curve = held["curve"]
+        glora.load_state_dict(model, held["adapter"])
+        optimizer.load_state_dict(held["optimizer"])
+        schedule.load_state_dict(held["schedule"])
+        torch.set_rng_state(held["random"])
+        print(f"on from epoch {len(curve)} of {checkpoint}")
+    for epoch in range(len(curve) + 1, epochs + 1):
         loss = train_epoch(model, train, optimizer, schedule, f"epoch {epoch}/{epochs}")
         curve.append(accuracy(in_batches(model, test.texts), test))
         print(f"epoch {epoch}/{epochs}: loss {loss:.3f}, test accuracy {curve[-1]:.1f}%")
+        states = {"adapter": glora.state_dict(model), "optimizer": optimizer.state_dict()}
+        states |= {"schedule": schedule.state_dict(), "curve": curve, "random": torch.get_rng_state()}
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(states, checkpoint.with_suffix(".new"))
+        checkpoint.with_suffix(".new").replace(checkpoint)  # a whole checkpoint, or the one before
+    checkpoint.unlink()
     return curve
 
 
@@ -293,7 +310,9 @@ def main() -> None:
     glora.apply(model, TARGETS, glora.GLoRAConfig(rank=options.rank), trainable=[model.head])
     counts = glora.summary(model)
     trainable, total = counts.trainable, counts.total
-    curve = fine_tune(model, train, test, options.epochs, options.lr)
+    settings = "-".join(f"{value:g}" for key, value in vars(options).items() if key != "plot")
+    checkpoint = options.plot.with_name(f"finetune-{settings}.checkpoint")
+    curve = fine_tune(model, train, test, options.epochs, options.lr, checkpoint)
     merged, difference = merge_difference(model, test)
     plot(curve, probe, options.plot)
 

@@ -86,7 +86,7 @@ def sharded(config: LlamaConfig, base: Path, attach: Callable[[nn.Module], objec
 # %%
 def train(model: Any, batches: Iterable[Tensor]) -> torch.optim.Optimizer:
     """A step for each batch of token ids."""
-    optimizer = torch.optim.AdamW(glora.parameters(model), lr=0.01)
+    optimizer = torch.optim.AdamW(glora.parameter_groups(model, lr=0.01))
     for tokens in batches:
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()

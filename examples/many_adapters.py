@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from shared import draw, options, train
+from shared import done, draw, options, train
 from torch import Tensor, nn
 
 import glora
@@ -57,7 +57,7 @@ def adapters(base: nn.Module, folder: Path, steps: int) -> dict[str, list[float]
             x = torch.randn(128, 32)
             return (model(x) - x @ task).square().mean()
 
-        losses[name] = train(glora.parameters(model), loss, steps, 1e-2, name)
+        losses[name] = train(glora.parameter_groups(model, 1e-2), loss, steps, 1e-2, name, folder)
         glora.save(model, folder / name)
     return losses
 
@@ -141,6 +141,7 @@ def main() -> None:
 
     glora.load(model, chosen.out / "lora", "lora", trainable=False, replace=True)
     print(f"adapters: {', '.join(glora.adapters(model))}")
+    done(chosen.out)
 
 
 if __name__ == "__main__":

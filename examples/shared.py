@@ -1,11 +1,13 @@
-"""What the tutorials share: their command line, training under a progress bar, and a learning curve as a PNG."""
+"""What the tutorials share: a command line, training that goes on where it was stopped, a learning curve as a PNG."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -31,20 +33,55 @@ def options(description: str | None, name: str, **numbers: int) -> argparse.Name
 
 
 def train(
-    parameters: Iterable[nn.Parameter], loss_of: Callable[[], Tensor], steps: int, lr: float, title: str
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
+    loss_of: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    title: str,
+    out: Path,
+    *,
+    every: int = 50,
 ) -> list[float]:
-    """AdamW on some parameters, one step for each loss, down to a learning rate of zero; the losses."""
+    """AdamW on parameters or groups of them, a step for each loss, down to a learning rate of zero; the losses.
+
+    Every 50 steps and at the end all that a training needs goes into a checkpoint in `out`. A call that finds one of
+    the same title, steps, rate and seed goes on from there: a script that was stopped is just called again. `done`
+    removes the checkpoints, so that a script that was changed trains anew.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    trained: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{re.sub(r'[^a-z]+', '_', title.lower())}-{steps}-{lr:g}-{torch.initial_seed()}.checkpoint"
     losses: list[float] = []
-    for _ in tqdm(range(steps), desc=title, unit="step"):
+    if file.exists():
+        held = torch.load(file)
+        with torch.no_grad():
+            for parameter, value in zip(trained, held["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(held["optimizer"])
+        schedule.load_state_dict(held["schedule"])
+        torch.set_rng_state(held["random"])
+        losses = held["losses"]
+    for step in tqdm(range(len(losses) + 1, steps + 1), desc=title, unit="step", initial=len(losses), total=steps):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if step % every == 0 or step == steps:
+            state: dict[str, Any] = {"parameters": [p.detach() for p in trained], "losses": losses}
+            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save(state | {"random": torch.get_rng_state()}, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)  # a whole checkpoint, or the one before
     return losses
+
+
+def done(out: Path) -> None:
+    """Remove the checkpoints of `train`."""
+    for file in out.glob("*.checkpoint"):
+        file.unlink()
 
 
 def draw(curves: dict[str, list[float]], file: Path, *, across: str = "step", upwards: str = "loss") -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
-from shared import draw, options, train
+from shared import done, draw, options, train
 from torch import Tensor
 
 import glora
@@ -90,15 +90,14 @@ def main() -> None:
     chosen = options(__doc__, "stable_diffusion", pretraining=150, steps=100)
     schedule = DDPMScheduler()
     base = unet()
-    curves = {
-        "the base, on rows": train(
-            base.parameters(), lambda: denoising_loss(base, schedule, "rows"), chosen.pretraining, 2e-3, "the base"
-        )
-    }
+
+    def fit(model: Any, parameters: Any, stripes: str, steps: int, lr: float, title: str) -> list[float]:
+        return train(parameters, lambda: denoising_loss(model, schedule, stripes), steps, lr, title, chosen.out)
+
+    curves = {"the base, on rows": fit(base, base.parameters(), "rows", chosen.pretraining, 2e-3, "the base")}
     model = glora.apply(copy.deepcopy(base), ATTENTION, glora.GLoRAConfig.lora(rank=4))
-    curves["the adapter, on columns"] = train(
-        glora.parameters(model), lambda: denoising_loss(model, schedule, "columns"), chosen.steps, 1e-2, "the adapter"
-    )
+    groups = glora.parameter_groups(model, 1e-2)
+    curves["the adapter, on columns"] = fit(model, groups, "columns", chosen.steps, 1e-2, "the adapter")
 
     file = chosen.out / "columns.safetensors"
     glora.interop.save_lycoris(model, file, prefix="lora_unet")
@@ -111,6 +110,7 @@ def main() -> None:
     print(table("error of the noise", ["model", "rows", "columns"], rows))
     print(f"{file}: {file.stat().st_size:,} bytes")
     draw(curves, chosen.out / "learning_curve.png")
+    done(chosen.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import re
 import runpy
 import subprocess
@@ -10,6 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+import glora
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -44,6 +49,36 @@ def test_it_runs(
     adapters = [file.parent for file in tmp_path.rglob("glora_config.json")]
     assert adapters or (tmp_path / "columns.safetensors").is_file()
     assert all((folder / "README.md").is_file() for folder in adapters)
+
+
+@pytest.mark.parametrize("stopped_at", [0, 49, 50, 73])
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
+    stopped_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    shared = importlib.import_module("shared")
+
+    def training(folder: Path, stop: int | None = None) -> tuple[list[float], torch.Tensor]:
+        torch.manual_seed(5)
+        layer = glora.apply(torch.nn.Linear(4, 4))
+        calls = itertools.count()
+
+        def loss() -> torch.Tensor:
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return (layer(torch.randn(8, 4)) - 1).square().mean()
+
+        losses = shared.train(glora.parameter_groups(layer, 0.1), loss, 80, 0.1, "A training", folder)
+        return losses, layer.weight.detach()
+
+    losses, weight = training(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path / "stopped", stopped_at)
+    again, found = training(tmp_path / "stopped")
+    assert again == losses
+    assert torch.equal(found, weight)
+    shared.done(tmp_path / "stopped")
+    assert not list((tmp_path / "stopped").iterdir())
 
 
 @pytest.mark.integration
