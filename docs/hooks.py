@@ -1,12 +1,14 @@
-"""mkdocs: a tutorial's page is its script, and pages show pictures and tables of benchmarks/results."""
+"""mkdocs: a tutorial's page is its script, pages show pictures and tables of the results, formulas are MathML."""
 
 from __future__ import annotations
 
 import ast
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """`{{ script examples/NAME.py }}` is the script as a page; `{{ file NAME }}` is the text of a file."""
     markdown = re.sub(r"\{\{ script (\S+) \}\}", lambda found: page_of(ROOT / found[1]), markdown)
     return re.sub(r"\{\{ file (\S+) \}\}", lambda found: (ROOT / found[1]).read_text(), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers set by themselves: no script, and nothing from another host."""
+
+    def formula(found: re.Match[str]) -> str:
+        return convert(unescape(found[1]), display="block" if found[0].startswith("<div") else "inline")
+
+    return re.sub(
+        r'<(?:div|span) class="arithmatex">\\[(\[](.*?)\\[)\]]</(?:div|span)>', formula, html, flags=re.DOTALL
+    )
 
 
 def page_of(script: Path) -> str:
