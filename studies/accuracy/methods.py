@@ -59,9 +59,9 @@ _NONE: dict[str, Any] = dict.fromkeys("CDE", "none")
 METHODS: dict[str, Method] = {
     "LoRA r8": _glora(_C.lora(rank=8)),
     "A r8": _glora(_C.hira(rank=8)),
-    "A + B r4": _glora(_C(rank=4, **_NONE)),
+    "A + B r4": _glora(_C(rank=4, A="lora", B="lora", **_NONE)),
     "all paths r3": _glora(_C(rank=3, A="lora", B="lora", C="vector", D="vector", E="vector")),
-    "A vector, B r8": _glora(_C(A="vector", rank=8, **_NONE)),
+    "A vector, B r8": _glora(_C(rank=8, A="vector", B="lora", **_NONE)),
     "all paths r3, not balanced": _glora(
         _C(rank=3, A="lora", B="lora", C="vector", D="vector", E="vector", balance="none")
     ),

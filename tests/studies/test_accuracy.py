@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
@@ -14,6 +15,8 @@ pytest.importorskip("tqdm")
 
 from studies.accuracy import data, tables
 from studies.accuracy.data import Task, splits
+from studies.accuracy.methods import METHODS
+from studies.accuracy.model import Classifier
 from studies.accuracy.runs import BEYOND, CHOOSING, LEARNING_RATES, Run, chosen_rate, runs_at_chosen_rate, wanted
 
 LORA, OTHER = "LoRA r8", "A r8"
@@ -126,3 +129,14 @@ def test_a_row_is_of_methods_that_ran_on_every_task_with_paired_differences() ->
     assert rows[1]["less LoRA (95%)"].startswith("+1.5 [")
     alone = [each for each in runs if (each.task, each.method) != ("tweets", OTHER)]
     assert [row["method"] for row in tables.rows(alone, ["trec6", "tweets"], [LORA, OTHER])] == [LORA]
+
+
+@pytest.mark.parametrize(
+    "name", ["A r8", "A + B r4", "all paths r3", "A vector, B r8", "A r8, larger right", "LoRA+ r8"]
+)
+def test_a_method_has_about_as_many_numbers_as_the_lora_that_it_is_compared_with(name: str) -> None:
+    def trained(method: str) -> int:
+        model = Classifier(torch.nn.Sequential(torch.nn.Linear(384, 384)), 384, ["0"], lambda *_: torch.zeros(1), 2)
+        return sum(p.numel() for group in METHODS[method](model) for p in group.parameters)
+
+    assert trained(LORA) == pytest.approx(trained(name), rel=0.1)
