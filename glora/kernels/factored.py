@@ -156,7 +156,7 @@ def _compute(
     thin = F.linear(x, right)
     if x.dtype == torch.bfloat16:
         return *_compute_narrow(x, W0, bias, output_scale, left, thin), thin
-    product = y = F.linear(x, W0, None if output_scale is not None else bias)
+    product = y = F.linear(x, as_dtype(W0, x.dtype), None if output_scale is not None else bias)
     if output_scale is not None:
         y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)
     return y.addmm_(thin, left.T), product, thin
