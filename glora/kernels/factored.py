@@ -38,7 +38,7 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
     """
     x = as_dtype(x, dtype)
     if terms.shift is not None and _can_fuse(W0, terms, terms.shift, dtype):
-        output_scale = None if terms.outputs is None else as_dtype(1 + terms.outputs, dtype)
+        output_scale = None if terms.outputs is None else 1 + terms.outputs
         left, right = terms.shift
         if left.dtype != dtype:
             left, right = left.to(dtype), right.to(dtype)
@@ -103,7 +103,13 @@ def _expanded(x: Tensor, W0: Tensor, bias: Tensor | None, entries: Pair) -> Tens
 # gradient of x is the sum of two results. In one Function the second product adds to the first one in place, forward
 # and backward. Saved are x, the thin product x R^T, and x W0^T where the output scale asks for a gradient; under
 # autocast W0 itself and no narrow copy of it. In bfloat16 the shift is part of the product with W0, or without a bias
-# comes first: x W0^T is added to it in float32 (Note [Late terms]). The factors' gradients are then bfloat16's own.
+# comes first: x W0^T is added to it in float32 (Note [Late terms]); with an output scale that product is wide, and kept
+# in bfloat16 as the gradient of the outputs is. The factors' gradients are then bfloat16's own.
+#
+# x W0^T is kept although it is `(y - bias - shift) / output_scale`. To keep y instead is free only where the next
+# module keeps y too (of 108 MiB in BERT 24 would stay). A module that writes over y in place would raise in its own
+# backward pass. A GPU would have to be waited for to tell where a scale near 0 or a large bias loses too much. To
+# compute it anew, or the scale's gradient as the row sums of `(g^T x) * W0`, is a third product.
 
 
 def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool:
@@ -116,7 +122,7 @@ def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool
         return False
     if torch.is_grad_enabled() and not shift[1].requires_grad:
         return False  # it would save x, which no gradient needs
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and terms.outputs is not None):
+    if dtype == torch.float16:
         return False  # Note [Late terms]
     return not (is_quantised(W0) or torch.compiler.is_compiling() or in_transform() or is_tracing())
 
@@ -124,13 +130,13 @@ def _can_fuse(W0: Tensor, terms: Terms, shift: Pair, dtype: torch.dtype) -> bool
 def fused(
     x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, right: Tensor
 ) -> Tensor:
-    """`output_scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0 and bias.
+    """`output_scale * (x W0^T) + bias + (x right^T) left^T`, all of one dtype but W0, bias and the scale.
 
     Args:
         x: `(tokens, in)`.
         W0: `(out, in)`, which asks for no gradient; under autocast it is wider, as is the bias.
         bias: `(out,)` or None.
-        output_scale: `(out,)`, not in bfloat16; None for 1.
+        output_scale: `(out,)`, of its `working_dtype`; None for 1.
         left: `(out, r)`.
         right: `(r, in)`.
 
@@ -148,19 +154,31 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, `x W0^T` (with the bias where nothing scales it), and `x right^T`."""
     thin = F.linear(x, right)
-    if x.dtype == torch.bfloat16 and bias is not None:  # Note [Late terms]
-        bias = as_dtype(bias, x.dtype)
-        if len(x) <= row_blocks.FEW:
-            y = row_blocks.widened(x, W0).addmm_(wide(thin), wide(left).T).add_(bias)
-            return (y := y.to(x.dtype)), y, thin
-        return (y := F.linear(torch.cat([x, thin], 1), row_blocks.side_by_side(W0, left, x.dtype), bias)), y, thin
-    W = as_dtype(W0, x.dtype)
     if x.dtype == torch.bfloat16:
-        return (y := F.linear(thin, left).addmm_(x, W.T)), y, thin
-    product = y = F.linear(x, W, None if output_scale is not None else bias)
+        return *_compute_narrow(x, W0, bias, output_scale, left, thin), thin
+    product = y = F.linear(x, as_dtype(W0, x.dtype), None if output_scale is not None else bias)
     if output_scale is not None:
         y = y * output_scale if bias is None else torch.addcmul(bias, y, output_scale)
     return y.addmm_(thin, left.T), product, thin
+
+
+def _compute_narrow(
+    x: Tensor, W0: Tensor, bias: Tensor | None, output_scale: Tensor | None, left: Tensor, thin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first two of `_compute` in bfloat16 (Note [Late terms])."""
+    bias = None if bias is None else as_dtype(bias, x.dtype)
+    if output_scale is not None or (bias is not None and len(x) <= row_blocks.FEW):
+        product = y = row_blocks.widened(x, W0)
+        if output_scale is not None:
+            y = y * output_scale if bias is None else torch.addcmul(wide(bias), y, output_scale)
+        elif bias is not None:
+            y.add_(bias)
+        return y.addmm_(wide(thin), wide(left).T).to(x.dtype), product
+    if bias is None:
+        y = F.linear(thin, left).addmm_(x, as_dtype(W0, x.dtype).T)
+    else:
+        y = F.linear(torch.cat([x, thin], 1), row_blocks.side_by_side(W0, left, x.dtype), bias)
+    return y, y
 
 
 def _chain(
@@ -171,7 +189,7 @@ def _chain(
     if W0 is not None:
         product = F.linear(x, as_dtype(W0, x.dtype))
         y = y + (product if output_scale is None else product * output_scale)
-    return y if bias is None else (y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -187,7 +205,7 @@ class _Fused(torch.autograd.Function):
             x,
             W0 if dx or dscale else None,
             output_scale,
-            product if dscale else None,
+            as_dtype(product, x.dtype) if dscale else None,
             thin if dleft else None,
             left,
             right,
@@ -206,10 +224,13 @@ class _Fused(torch.autograd.Function):
             thin_g = g @ left
             if wanted[3]:
                 buffer = g * product
-                dscale = buffer.sum(0)
-            if wanted[0]:
+                dscale = buffer.sum(0, dtype=output_scale.dtype)
+            if wanted[0] and output_scale is not None and g.dtype == torch.bfloat16 and not g.is_cuda:
+                dx = row_blocks.multiply(g * output_scale, W0, transposed=True)
+                dx = dx.addmm_(wide(thin_g), wide(right)).to(g.dtype)
+            elif wanted[0]:
                 scaled_g = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
-                dx = (scaled_g @ as_dtype(W0, g.dtype)).addmm_(thin_g, right)
+                dx = (as_dtype(scaled_g, g.dtype) @ as_dtype(W0, g.dtype)).addmm_(thin_g, right)
             if wanted[2]:
                 dbias = g.sum(0, dtype=ctx.bias_dtype)
             if wanted[4]:

@@ -91,6 +91,27 @@ def test_a_backward_pass_under_autocast_or_in_a_dual_level() -> None:
         torch.testing.assert_close(derivative, torch.autograd.grad(layer(x), x, tangent)[0])
 
 
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("grad", [True, False], ids=["input too", "factors alone"])
+def test_the_gradient_of_a_scale_is_as_good_where_the_scale_is_0_or_the_bias_large(mode: str, grad: bool) -> None:
+    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    layer = glora.apply(nn.Linear(48, 5, dtype=dtype), config=only(A="vector", B="lora", init="random"))
+    W0, A = layer.parametrizations.weight.original, glora.state_dict(layer)["A.value"]
+    with torch.no_grad():
+        A.copy_(torch.tensor([-1, -1 + 1e-6, -1 - 1e-3, 0, 50]).unsqueeze(1))
+        layer.bias.fill_(1e3)
+    x, g = (torch.randn(64, n).to(torch.float32 if mode == "float32" else torch.bfloat16) for n in (48, 5))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        y = layer(x.requires_grad_(grad))
+    kept = y.detach().clone()
+    y.relu_()  # as a module that works in place does; every output is positive
+    assert torch.equal(kept, y)
+    y.backward(g)
+    found = dict[str, Any](glora.named_parameters(layer))["A.value"].grad.double()
+    wanted = ((g.double().T @ x.detach().double()) * W0.double()).sum(1, keepdim=True)
+    assert ((found - wanted).norm() <= (1e-5 if mode == "float32" else 1e-2) * wanted.norm()).all()
+
+
 def test_w0_may_change_where_no_gradient_needs_it() -> None:
     layer = glora.apply(nn.Linear(6, 5), config=only(B="lora", init="random"))
     y = layer(torch.randn(4, 6)).sum()
