@@ -363,7 +363,7 @@ Parametrizations: TypeAlias = dict[str, parametrize.ParametrizationList]
 
 def live_parametrizations(module: nn.Module) -> Parametrizations:
     """The parametrizations that the module has now."""
-    parametrizations = vars(module).get("_modules", {}).get("parametrizations")
+    parametrizations = module.__dict__.get("_modules", {}).get("parametrizations")
     return cast("Parametrizations", parametrizations._modules) if isinstance(parametrizations, nn.ModuleDict) else {}
 
 
