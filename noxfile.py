@@ -18,7 +18,7 @@ nox.options.sessions = ["checks", "tests", "docs", "package"]
 
 CONSTRAINTS = Path("constraints.txt")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-OLDEST = "2.8.0"  # pyproject.toml's `torch>=`
+OLDEST = "2.13.0"  # pyproject.toml's `torch>=`
 
 
 def install(session: nox.Session, *arguments: str) -> None:
