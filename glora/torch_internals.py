@@ -20,12 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
-    "CAN_WIDEN",
     "CheckpointedRegion",
     "checkpointed_regions",
     "in_backward",
     "in_transform",
-    "is_exporting",
     "is_mapped",
     "is_traceable_wrapper_subclass",
     "is_traced",
@@ -49,12 +47,6 @@ not_compiled: Any = _disable_dynamo
 """Decorates a function that torch.compile calls and does not trace. torch.compiler.disable imports the compiler."""
 
 _in_func_transform: Any = _C._are_functorch_transforms_active
-
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in the oldest torch
-
-
-CAN_WIDEN: bool = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether `torch.mm` takes an `out_dtype`, which CUDA alone has a kernel for; not in the oldest torch."""
 
 
 def in_transform() -> bool:

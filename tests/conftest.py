@@ -1,4 +1,7 @@
-"""Every test starts from the same seed; hypothesis draws the same examples at every run, but in the profile `fresh`."""
+"""Every test starts from the same seed; hypothesis draws the same examples at every run, but in the profile `fresh`.
+
+The plain command draws the first few; .ci/run draws three times as many, the same ones first.
+"""
 
 import os
 from collections.abc import Generator
@@ -16,6 +19,7 @@ settings.register_profile(
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("short", settings.get_profile("pinned"), max_examples=20)
 settings.register_profile("long", settings.get_profile("pinned"), max_examples=1000)
 # A few new examples at every run; one that fails is printed as what `@reproduce_failure` takes.
 settings.register_profile(
@@ -29,7 +33,7 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
     report_multiple_bugs=False,
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pinned"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 class TorchRandom:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from glora import functional
 from glora.precision import multiply
 from tests.helpers import reference
+from tests.helpers.marks import examples
 from tests.helpers.strategies import DTYPES, close
 
 WEIGHT_FORMS = ["none", "lora", "vector", "constant", "whole"]
@@ -36,7 +37,7 @@ sizes = st.tuples(st.integers(1, 33), st.integers(1, 17), st.integers(1, 4))
 
 @pytest.mark.parametrize("product", ["hadamard", "matmul"])
 @pytest.mark.parametrize("A_form", WEIGHT_FORMS)
-@settings(max_examples=20)
+@examples(20)
 @given(
     size=sizes,
     dtype=st.sampled_from(DTYPES),

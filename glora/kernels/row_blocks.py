@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora.precision import as_dtype, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
-from glora.torch_internals import CAN_WIDEN, in_transform, is_exporting, is_mapped, is_tracing
+from glora.torch_internals import in_transform, is_mapped, is_tracing
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
@@ -79,7 +79,7 @@ def wide_product(x: Tensor, W0: Tensor) -> Tensor:
     Returns:
         `(..., out)`. Its gradients are computed in float32 too, or on CUDA in x's dtype.
     """
-    if in_transform() or is_tracing() or is_exporting():
+    if in_transform() or is_tracing() or torch.compiler.is_exporting():
         with outside_autocast(x):
             return F.linear(wide(x), wide(as_dtype(dense(W0), x.dtype)))
     tokens = x.reshape(-1, W0.shape[1])
@@ -90,7 +90,7 @@ def wide_product(x: Tensor, W0: Tensor) -> Tensor:
 def widened(x: Tensor, W0: Tensor) -> Tensor:
     """`wide_product` without autograd, of an x of two dimensions."""
     with outside_autocast(x):
-        if x.is_cuda and CAN_WIDEN:
+        if x.is_cuda:
             return torch.mm(x, as_dtype(dense(W0), x.dtype).T, out_dtype=torch.float32)
         dtype, x = x.dtype, wide(x)
         # Smaller blocks: what has just been widened is still in the cache.

@@ -15,7 +15,7 @@ from glora.kernels import blockwise, factored, samplewise
 from glora.kernels.terms import terms_of
 from glora.precision import in_autocast
 from glora.tensors import dense, is_quantised
-from glora.torch_internals import in_transform, is_exporting, is_traced, is_tracing
+from glora.torch_internals import in_transform, is_traced, is_tracing
 
 Kernel: TypeAlias = Literal["dense", "factored", "blockwise", "expanded"]
 
@@ -124,7 +124,7 @@ def choose(x: Tensor, W0: Tensor, adapters: Sequence[WeightFactors]) -> Kernel:
     if not rank:
         return "factored"
     no_operator = torch.compiler.is_compiling() and is_quantised(W0)  # Note [Opaque]
-    if in_transform() or is_tracing() or is_exporting() or (no_operator and not torch.is_grad_enabled()):
+    if in_transform() or is_tracing() or torch.compiler.is_exporting() or (no_operator and not torch.is_grad_enabled()):
         return "dense"
     if torch.is_grad_enabled() or result_dtype(x, W0) == torch.float16:
         return "blockwise"

@@ -80,7 +80,7 @@ def tensor_of(
     if name in module._parameters:
         plain = module._parameters[name]
     else:  # a buffer; or an attribute that a hook sets, as pruning and the older weight_norm do
-        plain = module._buffers.get(name, vars(module).get(name))
+        plain = module._buffers.get(name, module.__dict__.get(name))
     if plain is not None or name not in parametrizations:
         return plain
     parametrization = parametrizations[name]

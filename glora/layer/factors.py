@@ -17,7 +17,6 @@ from glora.config import GLoRAConfig
 from glora.functional import Factors, is_one
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, gathered, is_sharded, replicated_like, sharded_like, write_into
-from glora.torch_internals import is_exporting
 
 
 class LowRank(nn.Module):
@@ -70,7 +69,7 @@ class LowRank(nn.Module):
     def factors(self, adapter_weight: Tensor, dropout: bool = False) -> Factors:
         """`(left, right)` and the scale of left's columns: one number, or with `dropout` a fresh draw of r numbers."""
         left, right = self.left, self.right
-        if torch.compiler.is_compiling() and not is_exporting():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             scale = adapter_weight * self.compiled_scaling
         else:
             scale = adapter_weight if self.scaling == 1.0 else adapter_weight * self.scaling

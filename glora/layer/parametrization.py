@@ -25,7 +25,7 @@ from glora.layer.factors import FrozenPrompt, LowRank, Vector, balance_of, init_
 from glora.matrices import LINEAR, Matrix
 from glora.precision import wide, working_dtype
 from glora.tensors import dense, is_sharded, replicated_like
-from glora.torch_internals import is_exporting, not_persistent
+from glora.torch_internals import not_persistent
 
 AdapterWeights: TypeAlias = Mapping[str, Tensor]
 """The adapters that act: name to weight, the w_i of `W0 + sum_i w_i (W0 * A_i + B_i)`."""
@@ -66,7 +66,8 @@ class Acting:
 
     def of_a_call(self) -> AdapterWeights:
         """The adapter weights for a forward pass that begins here."""
-        return self.compiled if torch.compiler.is_compiling() and not is_exporting() else self._adapter_weights
+        traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return self.compiled if traced else self._adapter_weights
 
 
 # Note [Named adapters live in one parametrization]
@@ -362,7 +363,7 @@ Parametrizations: TypeAlias = dict[str, parametrize.ParametrizationList]
 
 def live_parametrizations(module: nn.Module) -> Parametrizations:
     """The parametrizations that the module has now."""
-    parametrizations = vars(module).get("_modules", {}).get("parametrizations")
+    parametrizations = module.__dict__.get("_modules", {}).get("parametrizations")
     return cast("Parametrizations", parametrizations._modules) if isinstance(parametrizations, nn.ModuleDict) else {}
 
 

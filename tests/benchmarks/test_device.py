@@ -23,6 +23,7 @@ from tests.helpers import internals
 
 # torch's own, where a compiled block's input is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.long
 def test_the_whole_run_at_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["device", "--device", "cpu", "--quick", "--threads", str(torch.get_num_threads())]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])

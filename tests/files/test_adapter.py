@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import glora
 from tests.helpers import internals
 from tests.helpers.files import damages, is_reordered, saved, small_model, stored_sum
+from tests.helpers.marks import examples
 from tests.helpers.state import clones, same
 from tests.helpers.strategies import Case, cases
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases(max_adapters=1))
 def test_load_attaches_and_fills_what_save_wrote(tmp_path_factory: Any, case: Case) -> None:
     directory = tmp_path_factory.mktemp("adapter")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +25,7 @@ from tests.helpers import internals
 from tests.helpers.calls import quiet
 from tests.helpers.files import copied_without_base, half_precision_model, saved_half_precision, sharded
 from tests.helpers.kinds import experts
+from tests.helpers.marks import examples
 from tests.helpers.strategies import Case, cases
 
 
@@ -54,7 +55,7 @@ def test_merge_gives_the_bits_of_glora_merge(shape: str, folder: bool, tmp_path:
         assert out.read_bytes()[-size:] == (tmp_path / "wanted.safetensors").read_bytes()[-size:]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases(max_adapters=1))
 def test_every_form_is_merged_to_the_bit(tmp_path_factory: Any, case: Case) -> None:
     folder = tmp_path_factory.mktemp("merge")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 At = tuple[int, ...]
 

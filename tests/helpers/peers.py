@@ -6,14 +6,16 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import glora
 from tests.helpers.calls import attach
 from tests.helpers.kinds import Experts
+
+Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ import glora
 from glora import interop
 from glora.__main__ import main
 from tests.helpers.calls import only
+from tests.helpers.marks import examples
 
 peft = pytest.importorskip("peft", reason="the extra `interop` brings it")
 
@@ -55,7 +56,7 @@ def configs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> glora.GLoRAConfig:
     return glora.GLoRAConfig.glora(**forms, product=draw(st.sampled_from(["hadamard", "matmul"])), rank=2, alpha=3)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(config=configs(), rank=st.integers(1, 6))
 def test_peft_lora_is_what_save_peft_writes_of_the_model(
     tmp_path_factory: Any, config: glora.GLoRAConfig, rank: int

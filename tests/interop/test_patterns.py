@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 import glora
 from glora import interop
 from glora.interop.patterns import _letters, _parse, _ways_on, matches
+from tests.helpers.marks import examples
 
 PATH = "a" * 40 + "!"
 HOSTILE = [
@@ -101,7 +102,7 @@ class _Steps:
 
 
 @pytest.mark.parametrize("letters_tell", [False, True])
-@settings(max_examples=200)
+@examples(200)
 @given(st.lists(NESTED, min_size=1, max_size=3).map("".join), st.text("ab.", max_size=10))
 def test_a_regex_takes_no_more_steps_than_its_ways(letters_tell: bool, pattern: str, path: str) -> None:
     """Counted, not timed: each way passes through each part at each letter at most, and looks at the next letters."""

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glora
 from glora import interop
+from tests.helpers.marks import examples
 from tests.helpers.peers import IDS, assert_same, every
 from tests.helpers.state import snapshot
 
@@ -178,7 +179,7 @@ def trained(config: Any, seed: int, transposed: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), seed=st.integers(0, 9), transposed=st.booleans())
 def test_it_computes_what_peft_computes(
     tmp_path_factory: Any, method: Callable[[Draw], Any], data: st.DataObject, seed: int, transposed: bool
@@ -200,7 +201,7 @@ def test_it_computes_what_peft_computes(
 
 
 @pytest.mark.parametrize("method", [lora, loha, vera, randlora, miss, hira, tokens], ids=lambda m: m.__name__)
-@settings(max_examples=5)
+@examples(5)
 @given(data=st.data())
 def test_what_came_from_peft_is_saved_and_loaded_as_any_adapter(
     tmp_path_factory: Any, method: Callable[[Draw], Any], data: st.DataObject

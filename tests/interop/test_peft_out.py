@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ import glora
 from glora import GLoRAConfig, interop
 from glora.__main__ import main
 from tests.helpers.calls import FORMS, quiet
+from tests.helpers.marks import examples
 from tests.helpers.peers import IDS, assert_same, every
 
 peft = pytest.importorskip("peft", reason="the extra `interop` brings it")
@@ -87,7 +88,7 @@ def loras(draw: st.DrawFn) -> dict[str, GLoRAConfig]:
     return configs
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(loras(), st.integers(0, 9), st.booleans())
 def test_a_lora_by_its_forms_leaves_exactly(tmp_path_factory: Any, configs: Any, seed: int, transposed: bool) -> None:
     directory = tmp_path_factory.mktemp("out")
@@ -100,7 +101,7 @@ def test_a_lora_by_its_forms_leaves_exactly(tmp_path_factory: Any, configs: Any,
     assert_same(again(IDS), model(IDS), every(seed, transposed)(IDS))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data(), st.integers(0, 9))
 def test_what_auto_writes_is_exact_or_refused(tmp_path_factory: Any, data: st.DataObject, seed: int) -> None:
     """Any forms: where a method holds them PEFT computes the same; else nothing is written."""
@@ -149,7 +150,7 @@ def test_ia3_of_outputs_with_a_bias_is_ia3(tmp_path: Path) -> None:
     assert assert_peft_computes(model, tmp_path).peft_type.value == "IA3"
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data(), st.integers(0, 9))
 def test_a_lora_of_pefts_goes_back_to_the_bit(tmp_path_factory: Any, data: st.DataObject, seed: int) -> None:
     directory = tmp_path_factory.mktemp("back")
@@ -178,7 +179,7 @@ def weight_of(model: nn.Module, place: str) -> Tensor:
     return getattr(model.get_submodule(module), name or "weight")
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.sampled_from(PLACES), st.integers(1, 6), st.integers(0, 9), st.data())
 def test_the_nearest_lora_has_the_error_that_it_says(
     tmp_path_factory: Any, place: str, rank: int, seed: int, data: st.DataObject

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import glora
 from glora import interop
 from tests.helpers.calls import FORMS, quiet
+from tests.helpers.marks import examples
 from tests.helpers.peers import Layers, layers, net
 from tests.helpers.state import snapshot
 
@@ -76,7 +77,7 @@ def other_configs(draw: st.DrawFn) -> Any:
     )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(layers(), st.one_of(glora_configs(), other_configs()))
 def test_peft_to_glora_computes_what_peft_computes(tmp_path_factory: Any, made: Layers, config: Any) -> None:
     directory = tmp_path_factory.mktemp("peft")
@@ -158,7 +159,7 @@ def of_method(directory: Path, method: str, **fields: Any) -> None:
     (directory / CONFIG).write_text(json.dumps(config))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.sampled_from(sorted(SOME)), st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2))
 def test_an_odd_config_is_an_adapter_file_error(tmp_path_factory: Any, method: str, fields: dict[str, Any]) -> None:
     directory = tmp_path_factory.mktemp("odd")

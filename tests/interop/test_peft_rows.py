@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glora
 from glora import interop
+from tests.helpers.marks import examples
 from tests.helpers.peers import assert_same
 
 peft = pytest.importorskip("peft", reason="the extra `interop` brings it")
@@ -59,7 +60,7 @@ def sizes(draw: st.DrawFn) -> tuple[int, int, list[int]]:
     return tokens, features, draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=5, unique=True))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(sizes(), st.booleans(), st.integers(0, 9))
 def test_rows_come_and_go_as_rows(
     tmp_path_factory: Any, size: tuple[int, int, list[int]], beside: bool, seed: int

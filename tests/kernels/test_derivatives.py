@@ -13,10 +13,11 @@ import glora
 from tests.helpers import internals
 from tests.helpers.calls import factors_of
 from tests.helpers.kernels import KINDS, run_kernel
+from tests.helpers.marks import long
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("kernel", "block"), [(None, 2**21), (None, 11), ("dense", 2**21)])
+@pytest.mark.parametrize(("kernel", "block"), [(None, 2**21), (None, 11), long("dense", 2**21)])
 @pytest.mark.parametrize("tokens", [1, 60])
 def test_compiled_without_a_break_and_equal(tokens: int, kernel: Any, block: int, name: str) -> None:
     torch._dynamo.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -12,12 +12,13 @@ import glora
 from tests.helpers import internals
 from tests.helpers.calls import attach, factors_of
 from tests.helpers.kernels import KINDS, call_layer
+from tests.helpers.marks import examples
 from tests.helpers.strategies import Case, cases, close, tally
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(cases(dtypes=[torch.float64], max_size=(4, 3), max_adapters=2))
 def test_double_backward(case: Case) -> None:
     layer, x = case.build(), case.input(3).requires_grad_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ import glora
 from tests.helpers import internals
 from tests.helpers.calls import RANDOM, attach, factors_of
 from tests.helpers.counting import count_products
+from tests.helpers.marks import examples
 from tests.helpers.strategies import DTYPES, HALF, Case, cases, close
 
 LORA = glora.GLoRAConfig.lora(rank=4, init="random")
@@ -31,7 +32,7 @@ def routed(layer: nn.Module, x: Tensor, names: list[str | None], masked: bool, *
         return layer(x)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     cases(dtypes=DTYPES, min_adapters=2),
     st.lists(st.integers(-1, 2), min_size=2, max_size=6),
@@ -54,7 +55,7 @@ def test_each_sample_is_as_with_its_adapter_alone(
     assert close(flat.view_as(found), wanted, ulps=8 if case.dtype in HALF else 2000)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     cases(dtypes=[torch.float64], min_adapters=2),
     st.lists(st.integers(-1, 2), min_size=2, max_size=6),

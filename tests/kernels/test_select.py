@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,6 +14,7 @@ import glora
 from tests.helpers import internals, reference
 from tests.helpers.calls import RANDOM, attach, factors_of, only
 from tests.helpers.kernels import KINDS, run_kernel
+from tests.helpers.marks import examples
 from tests.helpers.strategies import cases, close, expected
 
 
@@ -54,7 +55,7 @@ SHAPES = [(5,), (2, 3), (1, 2, 2), (0,), (1,), (), (40, 3)]
 
 
 @pytest.mark.parametrize("kernel", ["factored", "blockwise"])
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data(), shape=st.sampled_from(SHAPES), block=st.sampled_from([1, 11, 2**21]))
 def test_every_kernel_is_the_dense_one_and_the_reference(
     data: st.DataObject, shape: tuple[int, ...], kernel: Any, block: int
@@ -76,7 +77,7 @@ def test_every_kernel_is_the_dense_one_and_the_reference(
 
 
 @pytest.mark.parametrize("kernel", ["factored", "blockwise", "expanded"])
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data(), shape=st.sampled_from(SHAPES))
 def test_without_gradients_every_kernel_is_the_reference_in_every_dtype(
     data: st.DataObject, shape: tuple[int, ...], kernel: Any

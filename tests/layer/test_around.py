@@ -152,6 +152,7 @@ def dies(_: Any) -> None:
     os._exit(3)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the runner's, of 3.12 on
 def test_a_child_that_dies_is_noticed() -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -161,6 +162,7 @@ def test_a_child_that_dies_is_noticed() -> None:
         received(queue, child)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the runner's, of 3.12 on
 def test_a_forked_child_serves_and_trains_a_copy() -> None:
     model, x = adapted_block(), torch.randn(4, 6)
     before = {key: tensor.clone() for key, tensor in glora.state_dict(model).items()}

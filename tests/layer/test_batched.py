@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as T
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +15,8 @@ import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import RANDOM
 from tests.helpers.kinds import KINDS
+
+T: Any = pytest.importorskip("transformers")
 
 NAMES = st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=4)
 LORA = GLoRAConfig.lora(rank=2, init="random")

@@ -16,7 +16,6 @@ from tests.helpers.kernels import KINDS
 from tests.helpers.models import adapted_block, block
 
 kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def test_twelve_equal_blocks_compile_like_plain_ones() -> None:
@@ -37,8 +36,7 @@ def test_twelve_equal_blocks_compile_like_plain_ones() -> None:
 
     plain = graphs([block() for _ in range(12)])
     assert graphs([adapted_block() for _ in range(12)]) == plain
-    if TORCH >= (2, 5):  # earlier versions compile each plain block anew
-        assert plain == 1
+    assert plain == 1
 
 
 def test_a_weight_of_an_adapter_recompiles_nothing_and_a_set_of_adapters_once() -> None:
@@ -82,7 +80,7 @@ def test_a_form_is_traced_once(config: glora.GLoRAConfig, dtype: torch.dtype) ->
 
 def test_adapters_beyond_torchs_limit_run_uncompiled_and_right_and_a_higher_limit_compiles_each_once() -> None:
     # A graph for each set of adapters: their names are keys that it is guarded by.
-    limit = torch._dynamo.config.recompile_limit if TORCH >= (2, 6) else torch._dynamo.config.cache_size_limit
+    limit = torch._dynamo.config.recompile_limit
     names = [f"a{i}" for i in range(limit + 2)]
     model: nn.Module = nn.Sequential(nn.Linear(6, 5))
     for name in names:
@@ -91,7 +89,7 @@ def test_adapters_beyond_torchs_limit_run_uncompiled_and_right_and_a_higher_limi
     for allowed in (limit, len(names)):
         torch._dynamo.reset()
         graphs = CompileCounter()
-        with torch._dynamo.config.patch({"recompile_limit" if TORCH >= (2, 6) else "cache_size_limit": allowed}):
+        with torch._dynamo.config.patch(recompile_limit=allowed):
             compiled = torch.compile(model, backend=graphs)
             for _ in range(2):
                 for name in names:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glora
 from glora import GLoRAConfig
 from tests.helpers.calls import attach, only
+from tests.helpers.marks import examples
 from tests.helpers.strategies import HALF, configs
 
 # torch's own, of some shapes that are drawn.
@@ -71,7 +72,7 @@ def with_tensors(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
     return layer
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     layer=convolutions(),
     config=configs(create_bias=False),
@@ -101,7 +102,7 @@ def test_outputs_are_rounded_once_beside_any_bias(
     assert bool(((y.double() - wanted).abs() <= bound + torch.finfo(half).tiny).all())
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(layer=convolutions(), config=configs(create_bias=False), half=st.sampled_from(HALF), autocast=st.booleans())
 def test_gradients_are_those_of_double_precision(
     layer: Any, config: GLoRAConfig, half: torch.dtype, autocast: bool

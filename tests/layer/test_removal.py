@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 from torch.nn.utils import parametrize
 
 import glora
 from tests.helpers.calls import RANDOM, attach, quiet, remove_with_torch
+from tests.helpers.marks import examples
 from tests.helpers.models import build
 from tests.helpers.state import snapshot
 from tests.helpers.strategies import Case, cases, close, expected, tally
@@ -27,7 +28,7 @@ MERGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("how", MERGES)
-@settings(max_examples=30)
+@examples(30)
 @given(case=cases())
 def test_merged_equals_unmerged(case: Case, how: str) -> None:
     layer, x = case.build(), case.input(2, 3)
@@ -53,7 +54,7 @@ def test_merged_equals_unmerged(case: Case, how: str) -> None:
 
 @pytest.mark.parametrize("acted", ["all act", "one acts", "none acts"])
 @pytest.mark.parametrize("bake", [True, False])
-@settings(max_examples=20)
+@examples(20)
 @given(case=cases(both_tensors=True))
 def test_half_removed_still_uses_the_frozen_weight_whatever_acted_and_acts(case: Case, acted: str, bake: bool) -> None:
     layer, plain = case.build(), case.plain()

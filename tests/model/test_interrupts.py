@@ -16,6 +16,7 @@ from glora import fingerprint
 from glora.search import Space
 from tests.helpers.calls import attach
 from tests.helpers.interrupts import READING, Interrupt, everything
+from tests.helpers.marks import long
 from tests.helpers.search import supernet
 
 CREATE = glora.GLoRAConfig.glora(rank=1, init="random", create_bias=True)
@@ -138,12 +139,16 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+# The plain command has one of each kind: what adds, what switches, what takes off.
+SHORT = {"apply another", "activate", "remove"}
+
+
+@pytest.mark.parametrize("name", [name if name in SHORT else long(name) for name in CALLS])
 def test_a_change(name: str) -> None:
     cut_off_everywhere(*CALLS[name])
 
 
-@pytest.mark.parametrize("make", [plain, one])
+@pytest.mark.parametrize("make", [long(plain), one])
 def test_load(make: Callable[[], nn.Module], saved: Path) -> None:
     cut_off_everywhere(make, lambda model: glora.load(model, saved, "c"), MemoryError)
 
@@ -172,7 +177,7 @@ def test_entering(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("raised", [None, ValueError("in the block")], ids=["normally", "by an exception"])
+@pytest.mark.parametrize("raised", [long(None), ValueError("in the block")], ids=["normally", "by an exception"])
 def test_leaving(name: str, raised: Exception | None) -> None:
     def enter(model: nn.Module) -> AbstractContextManager[object]:
         context = CONTEXTS[name](model)

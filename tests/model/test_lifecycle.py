@@ -466,8 +466,8 @@ def same_function(one: Adapter, other: Adapter) -> bool:
     return True
 
 
-PROFILES = {"long": (2000, 60), "mutation": (15, 20), "fresh": (50, 30)}
-EXAMPLES, STEPS = PROFILES.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (200, 30))
+PROFILES = {"pinned": (200, 30), "long": (2000, 60), "mutation": (15, 20), "fresh": (50, 30)}
+EXAMPLES, STEPS = PROFILES.get(os.environ.get("HYPOTHESIS_PROFILE", ""), (40, 30))
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS)
 

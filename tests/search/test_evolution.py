@@ -16,12 +16,14 @@ from glora import GLoRAConfig
 from glora.search import Result, Space, choose, evolve, extract
 from glora.search.choices import layers_of
 from glora.search.genes import Genes
+from tests.helpers.marks import long
 from tests.helpers.planted import BEST, BUDGET, X, build, history, planted, search
 from tests.helpers.search import supernet
 
 SAMPLERS = ["nsga2", "random"]
 
 
+@pytest.mark.long
 def test_a_planted_best_choice_is_found_within_400_evaluations() -> None:
     # One of 72 choices (of 144 with the ranks) in each of three layers: random search would see one in a thousand.
     found: dict[str, list[Result]] = {}
@@ -55,7 +57,7 @@ def test_no_evaluation_is_over_the_budget_or_repeated(sampler: str, budget: int)
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("budget", [None, 12])
-@pytest.mark.parametrize("stop", [None, -1])
+@pytest.mark.parametrize("stop", [long(None), -1])
 def test_all_of_a_small_space_is_evaluated_however_it_is_cut(
     sampler: str, budget: int | None, stop: int | None, tmp_path: Path
 ) -> None:

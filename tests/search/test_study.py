@@ -21,10 +21,11 @@ from glora.search import evolve
 from glora.search.choices import layers_of
 from glora.search.genes import Genes
 from glora.search.study import next_trial, open_study
+from tests.helpers.marks import long
 from tests.helpers.planted import BUDGET, X, build, history, planted, search
 
 
-@pytest.mark.parametrize("file", ["study.db", "study.journal"])
+@pytest.mark.parametrize("file", ["study.db", long("study.journal")])
 def test_interrupted_and_resumed_it_is_the_same_study(file: str, tmp_path: Path) -> None:
     unbroken = search(budget=BUDGET, trials=70)
     for stop in (7, 55):  # in the first generation, and in the second
@@ -78,6 +79,7 @@ def process(storage: Path, kill_at: int, together: int = 1) -> subprocess.Popen[
     )
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_is_the_same_study(tmp_path: Path) -> None:
     first = process(tmp_path / "study.db", kill_at=53)
     first.communicate()
@@ -87,6 +89,7 @@ def test_killed_and_resumed_it_is_the_same_study(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["study.db", "study.journal"])
 def test_two_processes_share_a_study_and_repeat_nothing(file: str, tmp_path: Path) -> None:
     both = [process(tmp_path / file, kill_at=0, together=2) for _ in range(2)]
