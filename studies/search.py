@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -243,8 +243,8 @@ METHODS: dict[str, Callable[[Work], list[Run]]] = {
 
 def weights_of(model: Classifier) -> dict[str, nn.Parameter]:
     """Path to weight of each layer that is adapted."""
-    planned: list[Any] = glora.plan(model.encoder, model.targets).layers
-    return {layer.path: layer.module.weight for layer in planned}
+    layers = glora.plan(model.encoder, model.targets).layers
+    return {layer.path: cast("Any", layer.module).weight for layer in layers}
 
 
 def budget(weights: Mapping[str, Tensor]) -> int:

@@ -32,9 +32,9 @@ def evolve(
     """Search a supernet for its best choice of forms.
 
     Every choice is brought under the budget before it is evaluated, and none is evaluated twice
-    (Note [Under the budget]). The same arguments on the same storage go on with the same study after an interruption, as
-    if there had been none (Note [Resumed]): one process at a time. A supernet of other weights has a study of its own;
-    for another task take another storage (Note [One task a study]).
+    (Note [Under the budget]). The same arguments on the same storage go on with the same study after an interruption,
+    as if there had been none (Note [Resumed]): one process at a time. A supernet of other weights has a study of its
+    own; for another task take another storage (Note [One task a study]).
 
     Args:
         model: the model, with a trained supernet.
@@ -120,7 +120,7 @@ def _refuse_idle(model: nn.Module, layers: Mapping[str, Layer]) -> None:
 # Note [One task a study]
 # What a storage holds are the scores of one supernet on one task. The weights of the model are part of the study's
 # name. The task is not: `evaluate` is a function, whose name and code say little of its data. So a search that goes on
-# alone with a study evaluates its best choice once more, and the score must be the one that is stored, but for the
+# with a study evaluates its best choice once more, and the score must be the one that is stored, but for the
 # noise of an accelerator.
 _NOISE = 0.01
 _MOST = 1000  # numbers of a parameter
