@@ -27,17 +27,17 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10350,
-    "ground": 1221,
+    "all": 10256,
+    "ground": 1218,
     "kernels": 596,
     "layer": 1371,
-    "model": 2313,
+    "model": 2312,
     "engines": 194,
-    "files": 783,
-    "arithmetic": 494,
+    "files": 782,
+    "arithmetic": 492,
     "interop": 2392,
     "integrations": 346,
-    "search": 644,
+    "search": 553,
 }
 FILES = {
     "all": 110,

@@ -6,7 +6,7 @@ Source: GLoRA, arXiv 2306.07967, section 3.3; weight entanglement is AutoFormer'
 from glora.search.choices import choose, spaces
 from glora.search.evolution import evolve
 from glora.search.extraction import extract
-from glora.search.result import Result, Trial, read_targets, write_targets
+from glora.search.result import Result, Trial
 from glora.search.space import Space
 from glora.search.supernet import supernet
 
@@ -17,8 +17,6 @@ __all__ = [
     "choose",
     "evolve",
     "extract",
-    "read_targets",
     "spaces",
     "supernet",
-    "write_targets",
 ]

@@ -108,7 +108,7 @@ def switch(layers: Mapping[str, Layer], configs: Mapping[str, GLoRAConfig | None
 def complete(layers: Mapping[str, Layer], targets: Mapping[str, GLoRAConfig]) -> dict[str, GLoRAConfig]:
     """The config of every layer in a choice; ValueError where the choice is not in the supernet's space."""
     problems = [f"{path!r} is no layer of it" for path in targets if path not in layers]
-    configs = {path: targets.get(path, layer.space.nothing) for path, layer in layers.items()}
+    configs = {path: targets.get(path, layer.space.config({}, 1)) for path, layer in layers.items()}
     for path, config in configs.items():
         if not isinstance(config, GLoRAConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             problems.append(f"{path!r}: {config!r}, no GLoRAConfig")

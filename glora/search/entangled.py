@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from glora.layer.factors import FrozenPrompt, LowRank, Vector
 from glora.layer.parametrization import Paths
 from glora.search.space import Space
 from glora.torch_internals import in_backward, not_compiled
-
-_Choice = TypeVar("_Choice")
 
 
 # Note [Entangled]
@@ -107,8 +104,7 @@ class Entangled(Paths):
 # config is stored under the key: the replay meets the key again. A new key inside a backward pass belongs to a replay
 # whose first run is unknown; it is refused, since its gradients would be wrong.
 #
-# The forms come from a generator of the part's own. Each path deals its forms like cards, all of them once before any
-# of them twice, so that each is trained equally often.
+# The forms come from a generator of the part's own, all of them equally likely (the paper's uniform draw).
 _PENDING = 1024  # forwards of one layer between a forward and its backward, at most
 
 
@@ -117,7 +113,6 @@ class Draws:
 
     def __init__(self, seed: str) -> None:
         self.random = random.Random(seed)
-        self.decks: dict[str, list[Any]] = {}
         self.drawn: dict[int, GLoRAConfig] = {}
 
     def next(self, space: Space) -> GLoRAConfig:
@@ -129,17 +124,11 @@ class Draws:
                     "A supernet in training draws its forms anew in each forward, and activation checkpointing could "
                     "not replay them: keep its preserve_rng_state=True, or choose the forms (glora.search.choose)."
                 )
-            forms = {path: self._deal(path, forms) for path, forms in space.forms.items()}
-            self.drawn[key] = space.config(forms, self._deal("rank", space.ranks))
+            forms = {path: self.random.choice(forms) for path, forms in space.forms.items()}
+            self.drawn[key] = space.config(forms, self.random.choice(space.ranks))
             if len(self.drawn) > _PENDING:
                 del self.drawn[next(iter(self.drawn))]
         return self.drawn[key]
-
-    def _deal(self, name: str, choices: Sequence[_Choice]) -> _Choice:
-        deck = self.decks.setdefault(name, [])
-        if not deck:
-            deck += self.random.sample(choices, len(choices))
-        return deck.pop()
 
 
 # Not compiled: the draw is data of each call.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
 from glora.config import GLoRAConfig
-from glora.files.container import bytes_of, import_optional, plain_tensors
+from glora.files.container import import_optional
 from glora.model.adapters import adapters
 from glora.model.walk import Model
 from glora.search.choices import Layer, complete, layers_of, switch
@@ -33,10 +32,9 @@ def evolve(
     """Search a supernet for its best choice of forms.
 
     Every choice is brought under the budget before it is evaluated, and none is evaluated twice
-    (Note [Under the budget]). The same arguments on the same storage go on with the same study: after an interruption,
-    as if there had been none, or in several processes at once, on one machine or many. A trial that a killed process of
-    this machine left is made again (Note [Abandoned trials]). A supernet of other weights has a study of its own; for
-    another task take another storage (Note [One task a study]).
+    (Note [Under the budget]). The same arguments on the same storage go on with the same study after an interruption,
+    as if there had been none (Note [Resumed]): one process at a time. A supernet of other weights has a study of its
+    own; for another task take another storage (Note [One task a study]).
 
     Args:
         model: the model, with a trained supernet.
@@ -81,19 +79,18 @@ def evolve(
         )
     import_optional("optuna", "search")
     tqdm = import_optional("tqdm", "search").tqdm
-    from glora.search.study import evaluated, make, next_trial, open_study, taking_part
+    from glora.search.study import ended, evaluated, make, open_study
 
     def score(configs: Mapping[str, GLoRAConfig]) -> float:
         switch(layers, configs)
         return float(evaluate(model))
 
-    study = open_study(genes, sampler, seed, storage, _digest(model))
+    study = open_study(genes, sampler, seed, storage, _sample(model))
     before = {path: layer.parts[0].chosen for path, layer in layers.items()}
     try:
-        with taking_part(study) as alone, tqdm(total=trials, desc="glora.search", disable=None) as bar:
-            if alone:
-                _check_scores(evaluated(study, genes), lambda targets: score(complete(layers, targets)))
-            while (trial := next_trial(study, trials)) is not None and make(study, trial, genes, score):
+        _check_scores(evaluated(study, genes), lambda targets: score(complete(layers, targets)))
+        with tqdm(total=trials, desc="glora.search", disable=None) as bar:
+            while len(ended(study)) < trials and make(study, genes, score):
                 bar.update()
         result = result_of(evaluated(study, genes))
     except BaseException:
@@ -103,14 +100,10 @@ def evolve(
     return result
 
 
-def _digest(model: nn.Module) -> str:
-    """Tells the parameters of two models apart, up to a thousand numbers of each."""
-    total = hashlib.sha256()
-    for parameter in model.parameters():
-        if type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta:
-            numbers = parameter.detach().reshape(-1)
-            total.update(bytes_of(plain_tensors({"": numbers[:: max(1, len(numbers) // _MOST)]})[""]))
-    return total.hexdigest()
+def _sample(model: nn.Module) -> list[Any]:
+    """Tells the parameters of two models apart: up to a thousand numbers of each."""
+    plain = [p.detach().reshape(-1) for p in model.parameters() if type(p) in (Tensor, nn.Parameter) and not p.is_meta]
+    return [cast("Any", numbers[:: max(1, len(numbers) // _MOST)]).tolist() for numbers in plain]
 
 
 def _refuse_idle(model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -127,7 +120,7 @@ def _refuse_idle(model: nn.Module, layers: Mapping[str, Layer]) -> None:
 # Note [One task a study]
 # What a storage holds are the scores of one supernet on one task. The weights of the model are part of the study's
 # name. The task is not: `evaluate` is a function, whose name and code say little of its data. So a search that goes on
-# alone with a study evaluates its best choice once more, and the score must be the one that is stored, but for the
+# with a study evaluates its best choice once more, and the score must be the one that is stored, but for the
 # noise of an accelerator.
 _NOISE = 0.01
 _MOST = 1000  # numbers of a parameter

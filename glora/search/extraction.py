@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from glora.config import GLoRAConfig
 from glora.engines.fsdp import is_fully_sharded
-from glora.layer.parametrization import Paths, Store, stores_of
+from glora.layer.parametrization import stores_of
 from glora.layer.registration import unregister
 from glora.model.adapters import set_acting
 from glora.model.change import change
@@ -55,17 +55,13 @@ def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
             for tensor_name, store in owner.stores.items():
                 for name, part in list(store.parts().items()):
                     if isinstance(part, Entangled):
-                        _put(store, name, part.extracted(configs[part.owner]))
+                        paths = part.extracted(configs[part.owner])
+                        if paths is None:
+                            store.detach(name)
+                        else:
+                            store.parts()[name] = paths
                 if not store.parts():
                     unregister(owner.module, tensor_name, keep_value=False)
             if stores_of(owner.module):
                 set_acting(owner, owner.acting.adapter_weights)
     return model
-
-
-def _put(store: Store, name: str, paths: Paths | None) -> None:
-    """Put ordinary paths in the place of a supernet's; None takes the supernet's off."""
-    if paths is None:
-        store.detach(name)
-    else:
-        store.parts()[name] = paths

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -59,30 +57,19 @@ class Genes:
         return sum([self.layers[path].count(config) for path, config in configs.items()])
 
     def every(self) -> Iterator[dict[str, Any]]:
-        """The genes of each choice within the budget, once; a rank that has no say is the lowest."""
-        known = [self._of_layer(path) for path in self.layers]
-        # What the layers from each one on cost at least: no choice is begun that cannot be ended.
-        least = [*itertools.accumulate([min(cost for cost, _ in each) for each in known[::-1]], initial=0)][::-1]
-        begun = [(iter(known[0]), math.inf if self.budget is None else self.budget, dict[str, Any]())]
+        """The genes of each choice within the budget; a rank that has no say is the lowest."""
+        cheapest = {gene: values[0] for gene, values in self.values.items()}
+        begun: list[tuple[Any, ...]] = [()]  # the values of the first genes
         while begun:
-            options, room, chosen = begun[-1]
-            option = next(options, None)
-            if option is None:
-                begun.pop()
-            elif room - option[0] >= least[len(begun)]:
-                if len(begun) == len(known):
-                    yield chosen | option[1]
-                else:
-                    begun.append((iter(known[len(begun)]), room - option[0], chosen | option[1]))
-
-    def _of_layer(self, path: str) -> list[tuple[int, dict[str, Any]]]:
-        """The parameters and the genes of each config that a layer may have, once."""
-        names = [gene for gene, owner in self.owner.items() if owner == path]
-        genes_of: dict[GLoRAConfig, dict[str, Any]] = {}
-        for values in itertools.product(*[self.values[gene] for gene in names]):
-            genes = dict(zip(names, values, strict=True))
-            genes_of.setdefault(self.config(path, genes), genes)
-        return [(self.layers[path].count(config), genes) for config, genes in genes_of.items()]
+            first = begun.pop()
+            genes = cheapest | dict(zip(self.values, first, strict=False))
+            configs = self.configs(genes)
+            if self.budget is not None and self.parameters(configs) > self.budget:
+                continue  # nor does any choice that begins like this one: the other genes are at their cheapest
+            if len(first) < len(genes):
+                begun += [(*first, value) for value in list(self.values.values())[len(first)]]
+            elif all(genes.get(f"{path} rank", config.rank) == config.rank for path, config in configs.items()):
+                yield genes
 
     # Note [Under the budget]
     # Of random choices none is near a budget of a thousandth, and a search that rejected what is over it would never

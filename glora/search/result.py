@@ -1,13 +1,9 @@
-"""What a search has found, and a choice as a file."""
+"""What a search has found."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 from glora.config import GLoRAConfig
 
@@ -69,30 +65,3 @@ def result_of(trials: Sequence[Trial]) -> Result:
             front.append(trial)
     best = front[0]
     return Result(best.targets, -scored[0][0], best.parameters, trials, front[::-1])
-
-
-def write_targets(targets: Mapping[str, GLoRAConfig], file: str | os.PathLike[str]) -> None:
-    """Write a choice as JSON.
-
-    Example:
-        >>> import tempfile, pathlib, glora
-        >>> file = pathlib.Path(tempfile.mkdtemp(), "choice.json")
-        >>> glora.search.write_targets({"0": glora.GLoRAConfig.lora(rank=4)}, file)
-        >>> glora.search.read_targets(file) == {"0": glora.GLoRAConfig.lora(rank=4)}
-        True
-    """
-    Path(file).write_text(json.dumps({path: asdict(config) for path, config in targets.items()}, indent=1) + "\n")
-
-
-def read_targets(file: str | os.PathLike[str]) -> dict[str, GLoRAConfig]:
-    """The choice that `write_targets` wrote.
-
-    Raises:
-        ValueError: no such file's contents.
-    """
-    try:
-        choices: dict[str, dict[str, Any]] = json.loads(Path(file).read_text())
-        older: dict[str, Any] = {"balance": "none"}  # of files that do not say
-        return {path: GLoRAConfig(**older | fields) for path, fields in choices.items()}
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(file)!r} must be what write_targets wrote; it is not ({error}).") from error

@@ -75,11 +75,6 @@ class Space:
         """The cheapest form of every path, at the lowest rank."""
         return self.config({path: forms[-1] for path, forms in self.forms.items()}, min(self.ranks))
 
-    @property
-    def nothing(self) -> GLoRAConfig:
-        """No path at all; in the space only where every path may be none."""
-        return self.config({}, min(self.ranks))
-
     def config(self, forms: dict[str, str], rank: int) -> GLoRAConfig:
         """These forms as a config: paths left out are none; without a low-rank path the rank is the lowest.
 

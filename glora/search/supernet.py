@@ -26,7 +26,7 @@ def supernet(
 
     The vector form of a path is column 0 of its `left` `(out, r)`, the constant its entry [0, 0], a smaller rank the
     first columns of `left` and rows of `right` `(r, in)` (Note [Entangled]). In training every layer draws its forms
-    anew in each forward, each form equally often; in eval nothing is drawn, and the largest forms act. `choose` sets
+    anew in each forward, all equally likely; in eval nothing is drawn, and the largest forms act. `choose` sets
     the forms, for both. `layer.weight`, `glora.merge` and all else that reads tensors has the chosen forms, or the
     largest.
 

@@ -134,7 +134,7 @@ def forms_drawn(layer: nn.Linear, forwards: int) -> dict[str, Counter[str]]:
     found = {path: Counter[str]() for path in FORMS}
     for _ in range(forwards):
         layer.zero_grad()
-        layer(torch.randn(3, 4)).square().sum().backward()
+        layer(torch.randn(3, 4, requires_grad=True)).square().sum().backward()
         grads = {key: p.grad for key, p in glora.named_parameters(layer)}
         for path in FORMS:
             left = grads.get(f"{path}.left", grads.get(f"{path}.value"))
@@ -145,10 +145,13 @@ def forms_drawn(layer: nn.Linear, forwards: int) -> dict[str, Counter[str]]:
     return found
 
 
-def test_each_form_is_drawn_equally_often() -> None:
-    layer = supernet(nn.Linear(4, 5), Space(ranks=[2])).train()
-    for path, counts in forms_drawn(layer, 24).items():
-        assert counts == dict.fromkeys(FORMS[path], 24 // len(FORMS[path]))
+def test_each_form_is_drawn_about_equally_often() -> None:
+    layer, forwards = supernet(nn.Linear(4, 5), Space(ranks=[2])).train(), 600
+    for path, counts in forms_drawn(layer, forwards).items():
+        share = 1 / len(FORMS[path])
+        deviation = (forwards * share * (1 - share)) ** 0.5
+        assert set(counts) == set(FORMS[path])
+        assert all(abs(count - forwards * share) < 4 * deviation for count in counts.values())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,13 +1,10 @@
-"""Results, and choices as files."""
+"""Results: the best choice, and those that no other beats."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from glora import GLoRAConfig
-from glora.search import read_targets, write_targets
 from glora.search.result import Trial, result_of
 
 TARGETS = {
@@ -27,15 +24,3 @@ def test_the_best_and_the_front() -> None:
     assert [t.number for t in result.front] == [3, 1]
     with pytest.raises(RuntimeError, match="of 1 none did: it broke"):
         result_of(trials[-1:])
-
-
-def test_a_choice_survives_a_file(tmp_path: Path) -> None:
-    write_targets(TARGETS, tmp_path / "choice.json")
-    assert read_targets(tmp_path / "choice.json") == TARGETS
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"B": "low"}}', '{"a": {"F": "lora"}}'])
-def test_what_is_no_choice_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "choice.json").write_text(text)
-    with pytest.raises(ValueError, match=r"'.*choice\.json' must be what write_targets wrote"):
-        read_targets(tmp_path / "choice.json")

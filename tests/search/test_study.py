@@ -1,4 +1,4 @@
-"""A study goes on: interrupted, killed, in several processes, in any storage."""
+"""A study goes on: interrupted, killed, in any storage."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from torch import nn
 
 import glora
 from glora.search import evolve
-from glora.search.choices import layers_of
-from glora.search.genes import Genes
-from glora.search.study import next_trial, open_study
 from tests.helpers.marks import long
 from tests.helpers.planted import BUDGET, X, build, history, planted, search
 
@@ -46,17 +43,12 @@ def test_interrupted_and_resumed_it_is_the_same_study(file: str, tmp_path: Path)
 
 
 SCRIPT = """
-import glob, os, pathlib, signal, sys, time, torch
+import os, signal, sys, torch
 sys.path[:0] = [sys.argv[1]]
 from tests.helpers.planted import BUDGET, build, planted, search
 torch.set_num_threads(1)
 model, calls = build(), 0
 evaluate = planted(model)
-pathlib.Path(f"{sys.argv[2]}.{os.getpid()}.ready").touch()
-for _ in range(600):  # until as many are ready as begin together
-    if len(glob.glob(f"{sys.argv[2]}.*.ready")) >= int(sys.argv[4]):
-        break
-    time.sleep(0.1)
 def counted(net):
     global calls
     calls += 1
@@ -64,14 +56,13 @@ def counted(net):
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(net)
 search(model, counted, budget=BUDGET, trials=60, storage=sys.argv[2])
-print(calls)
 """
 
 
-def process(storage: Path, kill_at: int, together: int = 1) -> subprocess.Popen[str]:
+def process(storage: Path, kill_at: int) -> subprocess.Popen[str]:
     root = str(Path(__file__).parents[2])
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, root, str(storage), str(kill_at), str(together)],
+        [sys.executable, "-c", SCRIPT, root, str(storage), str(kill_at)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,40 +71,14 @@ def process(storage: Path, kill_at: int, together: int = 1) -> subprocess.Popen[
 
 
 @pytest.mark.long
-def test_killed_and_resumed_it_is_the_same_study(tmp_path: Path) -> None:
-    first = process(tmp_path / "study.db", kill_at=53)
+@pytest.mark.parametrize("file", ["study.db", "study.journal"])
+def test_killed_and_resumed_it_is_the_same_study(file: str, tmp_path: Path) -> None:
+    first = process(tmp_path / file, kill_at=53)
     first.communicate()
     assert first.returncode == -signal.SIGKILL
-    assert history(search(budget=BUDGET, trials=60, storage=tmp_path / "study.db")) == history(
+    assert history(search(budget=BUDGET, trials=60, storage=tmp_path / file)) == history(
         search(budget=BUDGET, trials=60)
     )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("file", ["study.db", "study.journal"])
-def test_two_processes_share_a_study_and_repeat_nothing(file: str, tmp_path: Path) -> None:
-    both = [process(tmp_path / file, kill_at=0, together=2) for _ in range(2)]
-    outputs = [one.communicate() for one in both]
-    assert [one.returncode for one in both] == [0, 0], outputs
-    calls = [int(output) for output, _ in outputs]
-    result = search(budget=BUDGET, trials=60, storage=tmp_path / file)
-    assert 60 <= len(result.trials) == sum(calls) <= 61
-    assert len({repr(sorted(t.targets.items())) for t in result.trials}) == len(result.trials)
-
-
-def test_a_search_beside_another_leaves_its_trials_alone(tmp_path: Path) -> None:
-    model, inner = build(), []
-    evaluate = planted(model)
-
-    def beside(net: nn.Module) -> float:
-        if not inner:  # a second one begins while the first one's trial is under way
-            inner.append(search(budget=BUDGET, trials=20, storage=tmp_path / "study.db"))
-        return evaluate(net)
-
-    outer = search(model, beside, budget=BUDGET, trials=20, storage=tmp_path / "study.db")
-    assert [t.number for t in inner[0].trials] == list(range(1, 20))
-    assert [t.number for t in outer.trials] == list(range(20))
-    assert len({repr(sorted(t.targets.items())) for t in outer.trials}) == 20
 
 
 def test_other_arguments_are_another_study_in_the_same_storage(tmp_path: Path) -> None:
@@ -123,17 +88,6 @@ def test_other_arguments_are_another_study_in_the_same_storage(tmp_path: Path) -
     assert history(search(budget=BUDGET, trials=5, storage=file))[:5] == history(short)
     assert len(search(budget=BUDGET, trials=4, storage=file, seed=1).trials) == 4
     assert len(search(budget=BUDGET - 1, trials=4, storage=f"sqlite:///{file}").trials) == 4
-
-
-def test_a_trial_of_another_machine_is_left_alone() -> None:
-    study = open_study(Genes(layers_of(build()), BUDGET), "random", 0, None)
-    ours, theirs = next_trial(study, 2), next_trial(study, 2)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    ours.set_user_attr("process", [ours.user_attrs["process"][0], gone.pid])
-    theirs.set_user_attr("process", ["another machine", gone.pid])
-    assert next_trial(study, 2).number == ours.number
-    assert next_trial(study, 2) is None
 
 
 def test_interrupted_in_memory_it_goes_on_too() -> None:
