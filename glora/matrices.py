@@ -102,9 +102,9 @@ def register_matrix(kind: Kind, tensors: str | Mapping[str, str | None], pattern
     """Teach glora how a kind of module holds its matrices, so that `targets=` can reach them.
 
     They are reached where they are named, as convolutions are, and not by "all-linear". A call adds to earlier ones;
-    where two name one tensor, the later one counts. For a kind that is registered nothing counts that glora knows by
-    itself. An adapter that is attached keeps to what was known then, and the tensor takes no other one beside it until
-    what is registered is that again.
+    where two name one tensor, the later one counts. What is registered for a kind
+    replaces all that glora knows of it by itself. An attached adapter keeps to the registration that it was attached
+    under; no second adapter goes onto that tensor until the same registration holds again.
 
     Args:
         kind: a class of modules, its subclasses included, or a predicate `module -> bool`.

@@ -45,7 +45,7 @@ def test_the_first_lines_and_the_everyday_calls_run(tmp_path: Path, monkeypatch:
     assert glora.adapters(held["model"]) == {}
     assert not any("parametrizations" in key for key in held["model"].state_dict())
 
-    forms: dict[Any, Any] = {r".*q_proj": glora.GLoRAConfig(A="vector"), r".*mlp.*": glora.GLoRAConfig.ssf()}
+    forms: dict[Any, Any] = {r".*q_proj": glora.GLoRAConfig(A="vector"), r".*mlp.*": glora.GLoRAConfig.hira()}
     glora.save(glora.apply(small(), forms), "adapters/new")
     tuned = small()
     with torch.no_grad():

@@ -301,6 +301,6 @@ def extract_checkpoint(
             numbers = fingerprint(parameter)
             known |= {} if numbers is None else {join(path, name): numbers}
     if not layers:
-        raise ValueError(f"Something must have been changed; of {tuned}, nothing that {targets!r} matches was.")
+        raise ValueError(f"{tuned} must differ from the base in a matrix that {targets!r} matches; it does in none.")
     missing = [key for key in after if key not in before]
     return AdapterSpec(layers, {}, tensors, {}, known), fits, [*(key for key in others if key not in known), *missing]

@@ -74,8 +74,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter; tensors on the meta device; more layers than a file describes.
-            Or a model and a folder that are exchanged; the name of a file.
+        ValueError: no `name`, and not exactly one adapter; tensors on the meta device; more layers than a file can
+            describe. Also the two arguments in the wrong order, and a `directory` that is a file.
         ImportError: safetensors is not installed (the extra `glora[files]`).
         RuntimeError: tensors that FullyShardedDataParallel has flattened; see its `summon_full_params`.
 

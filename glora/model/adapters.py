@@ -223,7 +223,7 @@ def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tupl
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter.
+        ValueError: no `name`, and not exactly one adapter.
 
     Example:
         >>> import torch, glora
@@ -259,7 +259,7 @@ def reset_parameters(model: Model, name: str | None = None) -> Model:
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter.
+        ValueError: no `name`, and not exactly one adapter.
         RuntimeError: inside `glora.merged` or `glora.route`.
 
     Example:

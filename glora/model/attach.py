@@ -66,8 +66,8 @@ def apply(
         targets: which layers. A regex (it must match a layer's whole path), a list of path suffixes (whole dotted
             components, as `["q_proj", "v_proj"]`), a predicate `(path, module) -> bool`, `"all-linear"` (all but a
             model's embeddings, convolutions and what was registered), or a mapping from regex to the config of
-            the layers that it is first to match. A list reaches embeddings, and a regex that matches nothing else; a
-            predicate does not see them. A matrix that is not called `weight` has its own path,
+            the layers that it is first to match. A list reaches embeddings too, and so does a regex that matches
+            nothing else; a predicate does not see them. A matrix that is not called `weight` has its own path,
             `experts.gate_up_proj`.
         config: the forms of the paths; `GLoRAConfig()` if None, which is LoRA of rank 8.
         exclude: layers to leave out, in the grammar of `targets`; wins over it.

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, lr: float, name: str | None = None) -> li
         number by about the rate, and W0 multiplies what that does. A supernet's trains at `lr`.
 
     Raises:
-        ValueError: an lr that is not positive; None, and not exactly one adapter.
+        ValueError: an lr that is not positive; no `name`, and not exactly one adapter.
         KeyError: no adapter of that name.
 
     Source: Adam, arXiv 1412.6980, section 2.1 (the size of a step); the derivation is Note [Balance].

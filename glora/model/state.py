@@ -39,7 +39,7 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter.
+        ValueError: no `name`, and not exactly one adapter.
         RuntimeError: tensors that FullyShardedDataParallel has flattened.
 
     Example:
@@ -192,7 +192,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: None, and not exactly one adapter.
+        ValueError: no `name`, and not exactly one adapter.
         RuntimeError: torch's removal has taken the adapters off a part of a head, or has baked in the weight of a layer
             whose bias had a C, of which only the vector W0 C is left.
     """
