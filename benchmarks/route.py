@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -125,12 +126,68 @@ def kinds(width: int, batch: int, tokens: int, rank: int, device: str) -> dict[s
     return {"glora, routed": routed, LOOP: loop, "the base alone": base}
 
 
+def decoding(layers: int, width: int, adapters: int, rank: int, samples: int) -> dict[str, Callable[[], object]]:
+    """Name to one token of each sample through many layers, by LoRA; W0 is shared, but for the merged model's."""
+    plain: nn.Module = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).eval()
+
+    def sharing() -> nn.Module:
+        return copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+
+    names, ours = [f"adapter{number}" for number in range(adapters)], sharing()
+    for name in names:
+        glora.apply(ours, config=glora.GLoRAConfig.lora(rank=rank), name=name)
+    peer: Any = peft_model(sharing(), "LoraConfig", rank, target_modules=[str(i) for i in range(layers)]).eval()
+    for name in names:
+        peer.add_adapter(name, peer.peft_config["default"])
+    merged, x = copy.deepcopy(plain), torch.randn(samples, 1, width)
+    owners: list[str] = [names[i % adapters] for i in range(samples)]
+
+    def routed() -> None:
+        with torch.no_grad(), glora.route(ours, owners):
+            ours(x)
+
+    def call(model: Callable[..., object], **options: object) -> Callable[[], object]:
+        return torch.no_grad()(lambda: model(x, **options))
+
+    if samples == 1:
+        return {"glora": call(ours), PEFT: call(peer), MERGED: call(merged)}
+    return {"glora, routed": routed, PEFT: call(peer, adapter_names=owners), MERGED: call(merged)}
+
+
+PEFT, MERGED = "PEFT", "merged"
+
+
+def _decoding(options: Any, seconds: float) -> None:
+    torch.set_num_threads(1)
+    layers, width = (2, 64) if options.quick else (24, 1024)
+    rows: list[dict[str, Any]] = []
+    for adapters, samples in ((1, 1), (1, 16), (4, 16), (16, 16)):
+        calls = decoding(layers, width, adapters, 8, samples)
+        times = interleaved(calls, seconds=seconds, clock=time.process_time)
+        for name, timing in times.items():
+            row: dict[str, Any] = {
+                "adapters": adapters,
+                "samples": samples,
+                "call": name,
+                "step_ms": 1e3 * timing.median,
+            }
+            for other in (PEFT, MERGED):
+                low, ratio, high = timing.ratio(times[other])
+                row |= {f"to_{other}": ratio, f"to_{other}_from": low, f"to_{other}_to": high}
+            rows.append(row)
+    report.table(f"one token through {layers} layers of {width}, LoRA of rank 8, CPU time on one thread", rows)
+
+
 def main() -> None:
     parser = report.options_of("route", __doc__)
+    parser.add_argument("--decoding", action="store_true", help="only one token through 24 layers, by CPU time")
     parser.add_argument("--kinds", action="store_true", help="only the batch for adapters of five kinds")
     parser.add_argument("--seconds", type=float, help="for each size (default: 20; quick: 2)")
     options = report.start(parser)
     seconds = options.seconds or (2.0 if options.quick else 20.0)
+    if options.decoding:
+        _decoding(options, seconds)
+        return
     if not options.kinds:
         _adapters(options, seconds)
     _of_five_kinds(options, seconds)

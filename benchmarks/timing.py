@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -60,6 +61,7 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 200,
     device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time callables side by side (Note [Interleaved]); CUDA work by events, in the order of the stream.
 
@@ -69,11 +71,12 @@ def interleaved(
         min_rounds: rounds at least, 2 or more.
         max_rounds: rounds at most.
         device: "cpu", or a CUDA device.
+        clock: on a CPU; `time.process_time` on a machine that is busy, with one thread.
 
     Returns:
         Name to Timing, in the order of `callables`.
     """
-    block = _cuda_block if torch.device(device).type == "cuda" else _cpu_block
+    block = _cuda_block if torch.device(device).type == "cuda" else partial(_cpu_block, clock=clock)
     numbers = {name: _number(call, block) for name, call in callables.items()}
     samples: dict[str, list[float]] = {name: [] for name in callables}
     order = list(callables)
@@ -100,11 +103,11 @@ def _number(call: Callable[[], object], block: Callable[[Callable[[], object], i
     return max(1, min(1000, math.ceil(_BLOCK_SECONDS / max(cached_in_call, 1e-9))))
 
 
-def _cpu_block(call: Callable[[], object], number: int) -> float:
-    begin = time.perf_counter()
+def _cpu_block(call: Callable[[], object], number: int, clock: Callable[[], float]) -> float:
+    begin = clock()
     for _ in range(number):
         call()
-    return (time.perf_counter() - begin) / number
+    return (clock() - begin) / number
 
 
 def _cuda_block(call: Callable[[], object], number: int) -> float:

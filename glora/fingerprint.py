@@ -34,6 +34,7 @@ Fingerprint: TypeAlias = tuple[float, ...]
 _ANGLES = ((1.0, 2.0), (2.0, 4.0), (4.0, 1.0))
 _TOLERANCE, _SMALLEST = 2.0**-6, 2.0**-24
 _CHUNK = 2**19  # numbers of a block: about what a cache holds
+_SMALL = 2**12  # numbers of a matrix that is summed up by fewer calls
 _SQUARES = 1e-20, 1e30  # sums of squares of which float32 loses nothing that counts
 
 # Note [Fingerprints remembered]
@@ -96,9 +97,15 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
     """The sum of squares, and that of each pair of angles, with blocks multiplied in this dtype."""
     count, columns = matrix.shape
     right = _cosines(1, 0, columns, device, dtype)
-    sums = torch.zeros(1 + len(_ANGLES), dtype=torch.float64, device=device)
     step = min(max(1, _CHUNK // columns), count)
     there = (dtype, device) == (matrix.dtype, matrix.device)
+    if step == count and count * columns <= _SMALL and not is_quantised(matrix):
+        # Calls take longest here: one product for all three.
+        block = matrix if there else matrix.to(device, dtype)
+        left, flat = _cosines(0, 0, count, device, torch.float64), block.reshape(-1)
+        weighted = cast("Any", (left * (right @ block.mT)).sum(1))
+        return [torch.dot(flat, flat).item(), *weighted.tolist()]
+    sums = torch.zeros(1 + len(_ANGLES), dtype=torch.float64, device=device)
     memory = None if there else torch.empty(step, columns, dtype=dtype, device=device)
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -106,13 +113,14 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
         block = block if memory is None else memory[: stop - start].copy_(block)
         left, flat = _cosines(0, start, stop, device, torch.float64), block.reshape(-1)
         # Three vectors one by one: a product with a matrix of three columns takes five times as long.
-        products = [torch.dot(a, torch.mv(block, b).to(a.dtype)) for a, b in zip(left, right, strict=True)]
+        pairs = zip(left.unbind(), right.unbind(), strict=True)
+        products = [torch.dot(a, torch.mv(block, b).to(a.dtype)) for a, b in pairs]
         sums += torch.stack([torch.dot(flat, flat).to(sums.dtype), *products])
     return cast("Any", sums).tolist()
 
 
-def _cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`cos(a i)` of the rows (side 0) or columns (side 1) i from start to stop, for each of `_ANGLES`."""
+def _cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`cos(a i)` of the rows (side 0) or columns (side 1) i from start to stop: a row for each of `_ANGLES`."""
     # Most layers of a model have a few sizes, and of small ones the cosines take longest.
     make = _kept_cosines if stop - start <= _MOST_KEPT else _kept_cosines.__wrapped__
     return make(side, start, stop, device, dtype)
@@ -122,10 +130,10 @@ _MOST_KEPT = 4096
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _kept_cosines(side: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     angles = torch.tensor([pair[side] for pair in _ANGLES], dtype=torch.float64, device=device)
     positions = torch.arange(start, stop, dtype=torch.float64, device=device)
-    return tuple(torch.outer(angles, positions).cos().to(dtype).unbind())
+    return torch.outer(angles, positions).cos().to(dtype)
 
 
 _ROWS = 32

@@ -27,13 +27,13 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10256,
-    "ground": 1218,
+    "all": 10272,
+    "ground": 1225,
     "kernels": 596,
-    "layer": 1371,
-    "model": 2312,
+    "layer": 1372,
+    "model": 2319,
     "engines": 194,
-    "files": 782,
+    "files": 783,
     "arithmetic": 492,
     "interop": 2392,
     "integrations": 346,

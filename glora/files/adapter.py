@@ -94,8 +94,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str | None =
     """
     _check_arguments("save", model, directory)
     with uncollected():
-        adapter, base = describe(model, name), hub_name(model)
-        warn_of_changed_buffers(owners(model), stacklevel=2)
+        adapter, walk = describe(model, name), owners(model)
+        base = hub_name(walk)
+        warn_of_changed_buffers(walk, stacklevel=2)
         save_together(
             adapter.tensors,
             lambda gathered: write(Path(directory), dataclasses.replace(adapter, tensors=gathered), base),

@@ -201,10 +201,10 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def hub_name(model: nn.Module) -> str | None:
+def hub_name(walk: Iterable[Owner]) -> str | None:
     """The name on a hub, `owner/name`, that a model was loaded from; None for a folder, and where it is not known."""
-    for module in model.modules():
-        name: object = getattr(getattr(module, "config", None), "_name_or_path", None)
+    for owner in walk:
+        name: object = getattr(getattr(owner.module, "config", None), "_name_or_path", None)
         if isinstance(name, str) and name:
             known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII)
             return name if known and not os.path.lexists(name) else None

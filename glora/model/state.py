@@ -203,6 +203,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
     statistics = {owner.path: names for owner, names in kept_statistics(walk, name)}
     base: dict[str, Fingerprint] = {}
     key_of_copy: dict[int, str] = {}
+    described: dict[tuple[int, tuple[str, ...], bool], GLoRAConfig] = {}  # many layers share one
     source_of_key: dict[str, int] = {}
     for owner in walk:
         parts = {tensor: store.parts()[name] for tensor, store in owner.stores.items() if name in store.parts()}
@@ -212,7 +213,7 @@ def describe(model: nn.Module, name: str | None = None) -> AdapterSpec:
             both = [parts.get(tensor) for tensor in (site.matrix.weight, site.matrix.bias or "")]
             configs = {path: part.config for part in both if isinstance(part, Paths) for path in part.paths()}
             if configs:
-                layers[site.path] = _describe_layer(site, configs)
+                layers[site.path] = _describe_layer(site, configs, described)
                 base |= _fingerprints(site)
         copies = tuple(tensor for tensor, part in parts.items() if isinstance(part, HeadCopy))
         shared = {tensor: part.source for tensor, part in parts.items() if isinstance(part, SharedCopy)}
@@ -268,17 +269,23 @@ def padded(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[st
     return given
 
 
-def _describe_layer(site: Site, configs: Mapping[str, GLoRAConfig]) -> LayerSpec:
-    """A matrix with these paths of an adapter."""
-    if site.bias is not None and "C" in configs and site.bias.has_frozen_prompt():
+def _describe_layer(
+    site: Site, configs: Mapping[str, GLoRAConfig], described: dict[tuple[int, tuple[str, ...], bool], GLoRAConfig]
+) -> LayerSpec:
+    """A matrix with these paths of an adapter; `described` holds the configs that were made for others."""
+    bias = site.bias
+    if bias is not None and "C" in configs and bias.has_frozen_prompt():
         raise RuntimeError(
             f"torch's removal has baked the weight of {site.path!r} in, and only W0 C is left of its path C, which no "
             f"file holds. Remove the bias's adapters too, or merge before saving."
         )
     config = next(iter(configs.values()))
-    forms = {path: config.forms[path] if path in configs else "none" for path in FORMS}
-    created = site.bias is not None and site.bias.created and any(path in configs for path in "CE")
-    config = replace(config, **forms, create_bias=created)  # pyright: ignore
+    created = bias is not None and bias.created and any(path in configs for path in "CE")
+    key = id(config), tuple(configs), created
+    if key not in described:
+        forms = {path: getattr(config, path) if path in configs else "none" for path in FORMS}
+        described[key] = replace(config, **forms, create_bias=created)
+    config = described[key]
     *batch, out_features, in_features = site.weight.shape
     return LayerSpec(config, out_features, in_features, site.has_own_bias, site.matrix, tuple(batch))
 

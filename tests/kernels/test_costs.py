@@ -44,8 +44,8 @@ BUDGET = [
         for C in FORMS["C"]
     ],
 ]
-# In bfloat16 what A's gradient needs is kept in bfloat16, where it is one Function (Note [One Function]). Under autocast
-# x in bfloat16 is kept too, which is not the caller's x.
+# In bfloat16 what A needs is kept in bfloat16, where it is one Function (Note [One Function]); under autocast
+# x in bfloat16 too, which is not the caller's x.
 SCALED = only(A="vector", B="lora", C="vector", D="vector", E="vector")
 NARROW: list[Any] = [(SCALED, 1, "bf16", 2.10, N / 1024 + 0.05), (SCALED, 1, "autocast", 2.10, N / 1024 + 0.05)]
 
