@@ -327,12 +327,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing: the table and the plot of what is there")
     parser.add_argument("--quick", action="store_true", help="little data, two seeds of one task, into a new folder")
-    parser.add_argument("--out", type=Path, help="folder of search.csv (default: results; quick: a new one)")
+    parser.add_argument("--out", type=Path, help="folder of search-ranks.csv (default: results; quick: a new one)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     out = options.out or (Path(tempfile.mkdtemp(prefix="glora-")) if options.quick else RESULTS)
     tasks, seeds, size = (["trec6"], 2, QUICK) if options.quick else (options.tasks, options.seeds, Size())
-    store = Store(out / "search.csv", Run, report.machine("cpu"))
+    store = Store(out / "search-ranks.csv", Run, report.machine("cpu"))
     for seed in [] if options.report else range(seeds):
         for task in tasks:
             for method, make in METHODS.items():
@@ -342,7 +342,7 @@ def main() -> None:
                     store.add(run)
                     print(f"{task} {run.method} {seed}: {run.test:.1f} {run.passes} {run.cpu_s:.0f}s", flush=True)
     table(store.read())
-    plot(store.read(), out / "search.png")
+    plot(store.read(), out / "search-ranks.png")
 
 
 if __name__ == "__main__":
