@@ -99,9 +99,10 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
     right = _cosines(1, 0, columns, device, dtype)
     step = min(max(1, _CHUNK // columns), count)
     there = (dtype, device) == (matrix.dtype, matrix.device)
-    if step == count and count * columns <= _SMALL and not is_quantised(matrix):
+    if step == count and count * columns <= _SMALL:
         # Calls take longest here: one product for all three.
-        block = matrix if there else matrix.to(device, dtype)
+        block = rows(matrix, slice(0, count)) if is_quantised(matrix) else matrix
+        block = block if there else block.to(device, dtype)
         left, flat = _cosines(0, 0, count, device, torch.float64), block.reshape(-1)
         weighted = cast("Any", (left * (right @ block.mT)).sum(1))
         return [torch.dot(flat, flat).item(), *weighted.tolist()]
