@@ -27,8 +27,8 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10272,
-    "ground": 1225,
+    "all": 10273,
+    "ground": 1226,
     "kernels": 596,
     "layer": 1372,
     "model": 2319,
