@@ -73,7 +73,8 @@ def as_lycoris_reads(parts: dict[str, Tensor], layer: nn.Module) -> Tensor:
         module = module_of("glora")("x", layer, lora_dim=len(parts["a2.weight"]), alpha=float(parts["alpha"]))
     else:
         magnitude = parts.get("dora_scale", torch.ones(2, 1))
-        options = {"weight_decompose": "dora_scale" in parts, "wd_on_out": magnitude.shape[0] == layer.weight.shape[0]}
+        on_outputs = magnitude.shape[:2] == (layer.weight.shape[0], 1)
+        options = {"weight_decompose": "dora_scale" in parts, "wd_on_out": on_outputs}
         rank, alpha = len(parts["lora_down.weight"]), float(parts["alpha"])
         module = module_of("lora")("x", layer, lora_dim=rank, alpha=alpha, **options)
     module.load_state_dict(parts)

@@ -211,6 +211,7 @@ def test_what_came_from_peft_is_saved_and_loaded_as_any_adapter(
     ours = interop.load_peft(every(), directory).eval()
     glora.save(ours, directory / "ours")
     again = glora.load(every(), directory / "ours")
+    assume(bool(ours(IDS).isfinite().all()))  # as above
     torch.testing.assert_close(again(IDS), ours(IDS))
     with glora.disabled(ours):
         assert torch.equal(ours(IDS), every()(IDS))
