@@ -49,7 +49,11 @@ def test_of_the_same_forms_it_is_written_into_the_same_parameters(
     )
     assert glora.adapters(layer) == {name: float(name == "a0") for name in case.named_weights}
     for computed, expected in ((layer.weight, wanted.weight), (layer.bias, wanted.bias)):
-        assert (computed is None and expected is None) or torch.equal(computed, expected)
+        if rank < live.rank and computed is not None:
+            # Filled up with zeros, a product of another length: it may be summed in another order.
+            torch.testing.assert_close(computed, expected)
+        else:
+            assert (computed is None and expected is None) or torch.equal(computed, expected)
     assert all(same(others[name], glora.state_dict(layer, name)) for name in others)
     glora.save(layer, again, "a0")
     assert stored_sum(again) == stored_sum(folder)
