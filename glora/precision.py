@@ -42,15 +42,10 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(working_dtype(tensor))
 
 
-# Asked once: the compiler of torch 2.8 does not trace the question.
-_HAS_AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "meta", "mps", "xpu")}
-
-
 def in_autocast(tensor: Tensor) -> bool:
     """Whether autocast of the tensor's device is on."""
     device = tensor.device.type
-    available = _HAS_AUTOCAST[device] if device in _HAS_AUTOCAST else torch.amp.is_autocast_available(device)
-    return available and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
