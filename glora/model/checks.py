@@ -108,14 +108,20 @@ def unsupported_matrix(site: Site, config: GLoRAConfig, ties: Ties) -> str | Non
             "its max_norm writes into the weight at every call, or its scale_grad_by_freq rescales the gradient of the "
             "weight, which is frozen; make the embedding without them."
         )
-    own_forward = not (has_linear_forward(kind) or has_embedding_forward(kind)) or "forward" in vars(layer)
-    # MultiheadAttention's output projection: its weight is read, and its forward never called.
-    never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if config.rank_dropout and is_sharded(tensors[matrix.weight]):
         return "its weight is divided by parallelize_module, and rank dropout would differ by rank; use rank_dropout=0."
-    if config.rank_dropout and (own_forward or never_called):
+    if config.rank_dropout and not has_known_forward(layer):
         return "its forward is its own, and rank dropout acts in nn.Linear's; use rank_dropout=0."
     return None
+
+
+def has_known_forward(layer: nn.Module) -> bool:
+    """Whether the layer runs nn.Linear's or nn.Embedding's forward, in which rank dropout and a supernet draw."""
+    # MultiheadAttention's output projection: its weight is read, and its forward never called.
+    never_called = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    kind = parametrize.type_before_parametrizations(layer)
+    is_known = has_linear_forward(kind) or has_embedding_forward(kind)
+    return is_known and not never_called and "forward" not in vars(layer)
 
 
 def _unsupported_quantised(site: Site, name: str, tensor: Tensor) -> str | None:

@@ -5,10 +5,9 @@ Source: GLoRA, arXiv 2306.07967, section 3.3; weight entanglement is AutoFormer'
 
 from glora.search.choices import choose, spaces
 from glora.search.evolution import evolve
-from glora.search.extraction import extract
 from glora.search.result import Result, Trial
 from glora.search.space import Space
-from glora.search.supernet import supernet
+from glora.search.supernet import extract, supernet
 
 __all__ = [
     "Result",

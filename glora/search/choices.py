@@ -93,8 +93,7 @@ def choose(model: Model, targets: Mapping[str, GLoRAConfig] | None) -> Model:
         True
     """
     layers = layers_of(model)
-    configs = {} if targets is None else complete(layers, targets)
-    switch(layers, configs)
+    switch(layers, {} if targets is None else complete(layers, targets))
     return model
 
 

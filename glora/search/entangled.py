@@ -48,9 +48,7 @@ class Entangled(Paths):
 
     def factors(self, adapter_weight: Tensor, dropout: bool) -> dict[str, Factors]:
         """Path to tensors and their scale, in the forms chosen; in a layer's forward in training, in those drawn."""
-        config = self.chosen
-        if config is None:
-            config = draw(self.draws, self.space) if dropout else self.config
+        config = self.chosen or (draw(self.draws, self.space) if dropout else self.config)
         tensors = self.tensors(config)
         low_rank_scale = adapter_weight if config.alpha is None else adapter_weight * config.scaling
         factors: dict[str, Factors] = {}
@@ -90,10 +88,7 @@ class Entangled(Paths):
             return None
         plain = Paths(config, names, torch.empty(self.weight_shape, device="meta"))
         # Strides of their own: a corner of one number keeps those of the whole, which no file takes.
-        copies = {
-            key: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for key, tensor in self.tensors(config).items()
-        }
+        copies = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in self.tensors(config).items()}
         plain.load_state_dict(copies, assign=True)
         return plain
 

@@ -52,13 +52,12 @@ def result_of(trials: Sequence[Trial]) -> Result:
     Raises:
         RuntimeError: none has a score.
     """
-    scored = [(-trial.score, trial.parameters, trial.number, trial) for trial in trials if trial.score is not None]
+    scored = sorted([(-each.score, each.parameters, each.number, each) for each in trials if each.score is not None])
     if not scored:
         last = next((trial.error for trial in reversed(trials)), "no trial was made")
         raise RuntimeError(
             f"A search needs one evaluation at least that gives a number; of {len(trials)} none did: {last}"
         )
-    scored.sort(key=lambda row: row[:3])
     front: list[Trial] = []
     for *_, trial in scored:
         if not front or trial.parameters < front[-1].parameters:

@@ -31,8 +31,6 @@ class Space:
         >>> space = Space(A=["none"], C=["vector", "none"], ranks=[4, 2])
         >>> space.largest
         GLoRAConfig(A='none', B='lora', C='vector', D='vector', E='vector', rank=4, ...)
-        >>> space.smallest.forms
-        {'A': 'none', 'B': 'none', 'C': 'none', 'D': 'none', 'E': 'none'}
     """
 
     A: Sequence[str] = FORMS["A"]
@@ -69,11 +67,6 @@ class Space:
     def largest(self) -> GLoRAConfig:
         """The dearest form of every path, at the highest rank."""
         return self.config({path: forms[0] for path, forms in self.forms.items()}, max(self.ranks))
-
-    @property
-    def smallest(self) -> GLoRAConfig:
-        """The cheapest form of every path, at the lowest rank."""
-        return self.config({path: forms[-1] for path, forms in self.forms.items()}, min(self.ranks))
 
     def config(self, forms: dict[str, str], rank: int) -> GLoRAConfig:
         """These forms as a config: paths left out are none; without a low-rank path the rank is the lowest.

@@ -37,9 +37,8 @@ class BudgetSampler(RandomSampler):
     def __init__(self, genes: Genes, kind: str, seed: int) -> None:
         super().__init__()
         self.genes, self.kind, self.seed = genes, kind, seed
-        self.space: dict[str, BaseDistribution] = {g: CategoricalDistribution(v) for g, v in genes.values.items()}
         self.known: dict[int, tuple[object, ...]] = {}
-        self.every = genes.every()
+        self.space: dict[str, BaseDistribution] = {g: CategoricalDistribution(v) for g, v in genes.values.items()}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         """All genes."""
@@ -51,12 +50,10 @@ class BudgetSampler(RandomSampler):
         """A complete choice.
 
         Raises:
-            TrialPruned: there is no new one.
+            TrialPruned: no draw gave a new one.
         """
         others = ended(study)
-        for other in others:
-            if other.number not in self.known:
-                self.known[other.number] = self._key(other.params)
+        self.known |= {each.number: self._key(each.params) for each in others if each.number not in self.known}
         taken, rng = set(self.known.values()), random.Random(f"{self.seed} {len(others)}")
         for attempt in range(_ATTEMPTS):
             inherited: dict[str, Any] = {}
@@ -67,11 +64,7 @@ class BudgetSampler(RandomSampler):
             genes = self.genes.fit(inherited, rng)
             if self._key(genes) not in taken:
                 return genes
-        # Few are left, if any: the next one in order. Those before it were taken and stay so.
-        genes = next((genes for genes in self.every if self._key(genes) not in taken), None)
-        if genes is None:
-            raise optuna.TrialPruned
-        return genes
+        raise optuna.TrialPruned
 
     def _key(self, genes: dict[str, Any]) -> tuple[object, ...]:
         return tuple(self.genes.configs(genes).values())
@@ -103,7 +96,7 @@ def _storage(storage: object) -> Any:
 
 
 def make(study: optuna.Study, genes: Genes, score: Callable[[Mapping[str, GLoRAConfig]], float]) -> bool:
-    """Draw a choice and score it; False where there is no new one. A score that raises fails the trial alone."""
+    """Draw a choice and score it; False where no draw gave a new one. A score that raises fails the trial alone."""
     trial = study.ask()
     try:
         configs = genes.configs({gene: trial.suggest_categorical(gene, v) for gene, v in genes.values.items()})

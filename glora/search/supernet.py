@@ -1,19 +1,25 @@
-"""A supernet, attached."""
+"""A supernet: attached, and turned into an ordinary adapter."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from glora.matrices import has_linear_forward
+from glora.config import GLoRAConfig
+from glora.engines.fsdp import is_fully_sharded
+from glora.layer.parametrization import stores_of
+from glora.layer.registration import unregister
+from glora.model.adapters import set_acting
 from glora.model.attach import attach, warn_of
 from glora.model.change import change
+from glora.model.checks import has_known_forward
 from glora.model.plan import plan_targets
 from glora.model.records import PlannedLayer
 from glora.model.targets import Targets, Trainable
 from glora.model.walk import Model
+from glora.search.choices import complete, layers_of
 from glora.search.entangled import Entangled
 from glora.search.space import Space
 from glora.text import format_names
@@ -71,12 +77,12 @@ def supernet(
     with change(model) as walk:
         planned = plan_targets(walk, targets, space.largest, trainable=trainable, name=name)
         warn_of(planned)
-        not_sampled = [layer.path for layer in planned.layers if not _is_sampled(layer.module)]
+        not_sampled = [layer.path for layer in planned.layers if not has_known_forward(layer.module)]
         if not_sampled:
             warnings.warn(
-                f"Forms are drawn in nn.Linear's own forward; {len(not_sampled)} layers are never called, or have "
-                f"another forward ({format_names(not_sampled)}). They draw nothing and train their largest forms, "
-                f"unless others are chosen. Leave them out of targets=.",
+                f"Forms are drawn in the forward of nn.Linear and nn.Embedding; {len(not_sampled)} layers are never "
+                f"called, or have another forward ({format_names(not_sampled)}). They draw nothing and train their "
+                f"largest forms, unless others are chosen. Leave them out of targets=.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -84,11 +90,53 @@ def supernet(
     return model
 
 
-def _is_sampled(module: nn.Module) -> bool:
-    """Whether the layer runs nn.Linear's own forward, which draws."""
-    is_called = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return (
-        is_called
-        and "forward" not in vars(module)
-        and has_linear_forward(parametrize.type_before_parametrizations(module))
-    )
+def extract(model: Model, targets: Mapping[str, GLoRAConfig]) -> Model:
+    """Turn a supernet into an ordinary adapter of a choice's forms alone, with the weights that it inherits.
+
+    The outputs are those of the supernet with this choice. It is then the adapter that `glora.apply(model, targets)`
+    attaches: it merges, saves and trains as such. Heads stay as they are.
+
+    Args:
+        model: the model.
+        targets: path of a layer to its forms; a layer that is left out loses the adapter.
+
+    Returns:
+        The model. Its parameters are new tensors: make the optimizer after this.
+
+    Raises:
+        ValueError: as `choose`; a choice without any path.
+        RuntimeError: inside `glora.merged` or `glora.route`; another parametrization beside or on top of the supernet;
+            a model under `fully_shard`.
+
+    Example:
+        >>> import torch, glora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = glora.search.supernet(model, "all-linear", glora.search.Space(ranks=[1, 2]))
+        >>> model = glora.search.extract(model, {"2": glora.GLoRAConfig.lora(rank=1)})
+        >>> list(glora.state_dict(model))
+        ['2.B.left', '2.B.right']
+    """
+    configs = complete(layers_of(model), targets)
+    if any(is_fully_sharded(module) for module in model.modules()):
+        raise RuntimeError(
+            "fully_shard takes no new parameters, and an extracted adapter has new ones; found a model that it has "
+            "sharded. Extract first, or bring the supernet's glora.state_dict into a model with the same supernet that "
+            "is not sharded, with glora.load_state_dict, and extract there."
+        )
+    if not any(config.paths for config in configs.values()):
+        raise ValueError("A choice must have a path to be an adapter; every path of this one is none in every layer.")
+    with change(model, taking_off=True) as walk:
+        for owner in walk:
+            for tensor_name, store in owner.stores.items():
+                for name, part in list(store.parts().items()):
+                    if isinstance(part, Entangled):
+                        paths = part.extracted(configs[part.owner])
+                        if paths is None:
+                            store.detach(name)
+                        else:
+                            store.parts()[name] = paths
+                if not store.parts():
+                    unregister(owner.module, tensor_name, keep_value=False)
+            if stores_of(owner.module):
+                set_acting(owner, owner.acting.adapter_weights)
+    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_cut_off_it_has_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def cut_off(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glora.search.extraction.unregister", cut_off)
+    monkeypatch.setattr(sys.modules["glora.search.supernet"], "unregister", cut_off)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         extract(model, {"2": TARGETS["2"]})
     assert torch.equal(model(x), y)

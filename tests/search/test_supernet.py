@@ -68,3 +68,16 @@ def test_wrong_states_are_refused() -> None:
         choose(model, None)
     with pytest.raises(ValueError, match=r"must be a glora\.search\.Space"):
         glora.search.supernet(block(), "all-linear", LORA)
+
+
+def test_an_embedding_draws_and_is_not_named() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4))
+    assert not [
+        m
+        for m in warned(lambda: glora.search.supernet(model, ["0"], Space(C=["none"], D=["none"], E=["none"])))
+        if "draw" in m
+    ]
+    with torch.no_grad():
+        for parameter in glora.parameters(model):
+            parameter.copy_(torch.randn_like(parameter))
+    assert len({model(torch.arange(6)).sum().item() for _ in range(20)}) > 1
