@@ -92,8 +92,11 @@ class Table:
     def __str__(self) -> str:
         lines = [list(self.header), *([_cell(cell) for cell in row] for row in self.rows)]
         most = max(_COLUMNS, shutil.get_terminal_size().columns)
-        aligned = _aligned(lines if _width(lines) <= most else _narrowed(lines, most))
-        return "\n".join([self.title, *aligned, *textwrap.wrap(self.note, most, break_long_words=False)])
+        shown, notes = lines if _width(lines) <= most else _narrowed(lines, most), [self.note]
+        if any(path and path not in {row[0] for row in lines} for path, *_ in shown):
+            notes += ["The first names of paths are cut to their first letters; a wider terminal shows them whole."]
+        wrapped = [line for note in notes for line in textwrap.wrap(note, most, break_long_words=False)]
+        return "\n".join([self.title, *_aligned(shown), *wrapped])
 
     def _repr_html_(self) -> str:
         def row(cells: Iterable[str], tag: str) -> str:

@@ -146,7 +146,7 @@ class Coverage:
     def __str__(self) -> str:
         named = [f"{name} {count / self.total:.0%}" for name, count in self.rest]
         rest = f"; not reached: {shorten(named, _MOST, ', ', ' and ')}" if named else ""
-        return f"reaches {self.share:.0%} of {self.total:,} matrix numbers{rest}"
+        return f"reaches {self.share:.0%} of {self.total:,} numbers in weight matrices{rest}"
 
 
 def coverage(

@@ -167,7 +167,7 @@ def _match(places: list[Place], walk: list[Owner], text: str, role: str, test: C
     else:
         hint = ""
     words = re.findall(r"\w{3,}", text)
-    near = [p.path for p in places if any(word in p.path for word in words)] or _nearest(text, places)
+    near = _nearest(text, places) or [p.path for p in places if any(word in p.path for word in words)]
     raise ValueError(f"{rule} none. {hint}There are: {format_names(near or (p.path for p in places))}.")
 
 

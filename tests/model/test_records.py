@@ -19,7 +19,7 @@ def test_a_plan_prints_every_layer_head_and_skipped_layer() -> None:
     planned = glora.plan(model, config=GLoRAConfig.glora(rank=2), exclude=["1.k_proj"], trainable=["0.norm"])
     lines = str(planned).splitlines()
     assert re.search(r"'default'.* 3 layers, ", lines[0])
-    assert lines[-1] == "reaches 75% of 64 matrix numbers; not reached: Linear.weight 25%"
+    assert lines[-1] == "reaches 75% of 64 numbers in weight matrices; not reached: Linear.weight 25%"
     cells = {line.split()[0]: line for line in lines[2:-1]}
     assert set(cells) == {*ALL_OF_NET, "layers.0.norm"}
     assert re.search(r"A=lora B=lora C=vector D=vector E=vector +2 +\d+$", cells["layers.0.q_proj"])
@@ -60,7 +60,7 @@ def test_what_is_left_out_is_named_by_kind_the_largest_first() -> None:
     found = coverage(owners(model), sites(owners(model)), [], [])
     assert found.rest == (("Conv1d.weight", 54), ("Linear.weight", 10), ("Bilinear.weight", 1))
     assert str(found) == (
-        "reaches 0% of 65 matrix numbers; not reached: Conv1d.weight 83%, Linear.weight 15%, Bilinear.weight 2%"
+        "reaches 0% of 65 numbers in weight matrices; not reached: Conv1d.weight 83%, Linear.weight 15%, Bilinear.weight 2%"
     )
 
 
