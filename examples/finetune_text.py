@@ -38,7 +38,7 @@ import transformers
 from fetch import package_directory
 from rich.console import Console
 from rich.table import Table
-from shared import OUT
+from shared import OUT, keep, take_up
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -209,23 +209,15 @@ def fine_tune(
     """Train the adapters and the head, on from the checkpoint if there is one; test accuracy after each epoch."""
     optimizer, schedule = optimizer_of(model, train, epochs, lr)
     curve: list[float] = []
-    if checkpoint.exists():
-        held = torch.load(checkpoint)
+    if (held := take_up(checkpoint, optimizer, schedule)) is not None:
         curve = held["curve"]
         glora.load_state_dict(model, held["adapter"])
-        optimizer.load_state_dict(held["optimizer"])
-        schedule.load_state_dict(held["schedule"])
-        torch.set_rng_state(held["random"])
         print(f"on from epoch {len(curve)} of {checkpoint}")
     for epoch in range(len(curve) + 1, epochs + 1):
         loss = train_epoch(model, train, optimizer, schedule, f"epoch {epoch}/{epochs}")
         curve.append(accuracy(in_batches(model, test.texts), test))
         print(f"epoch {epoch}/{epochs}: loss {loss:.3f}, test accuracy {curve[-1]:.1f}%")
-        states = {"adapter": glora.state_dict(model), "optimizer": optimizer.state_dict()}
-        states |= {"schedule": schedule.state_dict(), "curve": curve, "random": torch.get_rng_state()}
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(states, checkpoint.with_suffix(".new"))
-        checkpoint.with_suffix(".new").replace(checkpoint)  # a whole checkpoint, or the one before
+        keep(checkpoint, optimizer, schedule, adapter=glora.state_dict(model), curve=curve)
     checkpoint.unlink()
     return curve
 

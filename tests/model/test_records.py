@@ -60,7 +60,8 @@ def test_what_is_left_out_is_named_by_kind_the_largest_first() -> None:
     found = coverage(owners(model), sites(owners(model)), [], [])
     assert found.rest == (("Conv1d.weight", 54), ("Linear.weight", 10), ("Bilinear.weight", 1))
     assert str(found) == (
-        "reaches 0% of 65 numbers in weight matrices; not reached: Conv1d.weight 83%, Linear.weight 15%, Bilinear.weight 2%"
+        "reaches 0% of 65 numbers in weight matrices; not reached: Conv1d.weight 83%, "
+        "Linear.weight 15%, Bilinear.weight 2%"
     )
 
 
