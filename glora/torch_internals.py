@@ -29,6 +29,7 @@ __all__ = [
     "is_traced",
     "is_tracing",
     "is_view",
+    "is_watched",
     "memory_of",
     "not_compiled",
     "not_persistent",
@@ -70,6 +71,19 @@ def in_backward() -> bool:
 
 saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _C._autograd._top_saved_tensors_default_hooks
 """Given False: the innermost pair of hooks for saved tensors; None for none."""
+
+
+_watchers: list[Callable[[], bool]] = [_in_func_transform, _C._is_tracing, _C._is_any_autocast_enabled]
+
+
+def is_watched() -> bool:
+    """Whether anything looks at the operations that run here, or changes them: a tracer, autocast, a checkpoint."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # pyright: ignore
+        return True
+    for watches in _watchers:  # functions of C, each of which is called by itself: this is asked in every forward
+        if watches():
+            return True
+    return saved_tensors_hooks(False) is not None or running_backward() != -1
 
 
 class CheckpointedRegion(NamedTuple):

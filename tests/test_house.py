@@ -27,23 +27,23 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10221,
-    "ground": 1224,
-    "kernels": 596,
-    "layer": 1372,
+    "all": 10284,
+    "ground": 1236,
+    "kernels": 601,
+    "layer": 1420,
     "model": 2322,
     "engines": 194,
-    "files": 783,
+    "files": 781,
     "arithmetic": 492,
     "interop": 2392,
     "integrations": 346,
     "search": 500,
 }
 FILES = {
-    "all": 109,
+    "all": 110,
     "ground": 13,
     "kernels": 8,
-    "layer": 16,
+    "layer": 17,
     "model": 20,
     "engines": 4,
     "files": 6,
@@ -54,11 +54,11 @@ FILES = {
 }
 IMPORT_CHAIN = 14  # rooms of which each imports the next
 CALLS = {  # files that a call passes through, how often it goes from one to another, functions called
-    "layer(x)": (14, 45, 71),
-    "layer(x) of a LoRA": (13, 23, 30),
+    "layer(x)": (15, 47, 73),
+    "layer(x) of a LoRA": (8, 7, 10),
     "apply": (28, 255, 586),
     "load": (31, 310, 884),
-    "route": (20, 353, 619),
+    "route": (21, 365, 631),
     "merge": (26, 354, 644),
 }
 

@@ -13,6 +13,7 @@ from glora import functional
 from glora.functional import Factors, WeightFactors
 from glora.kernels import select
 from glora.layer.computed import adapter_weights_of, caching_reads, kernel_weight, tensor_of
+from glora.layer.lone_lora import lone_lora
 from glora.layer.parametrization import AdapterWeights, live_parametrizations
 from glora.matrices import EMBEDDING, Matrix
 from glora.torch_internals import is_tracing
@@ -22,6 +23,8 @@ def linear_forward(matrix: Matrix) -> Callable[[nn.Module, Tensor], Tensor]:
     """The forward of a class that holds its weight as `matrix`."""
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if (lora := lone_lora(self, input)) is not None:
+            return select.lone_lora(input, *lora)
         parametrizations, dropout = live_parametrizations(self), self.training
         adapter_weights = adapter_weights_of(self, parametrizations)
         for parametrization in parametrizations.values() if not input.is_meta else ():

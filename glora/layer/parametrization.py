@@ -64,6 +64,11 @@ class Acting:
         }
         self._adapter_weights = adapter_weights
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acting:
+        memo[id(self)] = replica = Acting()
+        replica.adapter_weights = self.adapter_weights  # the very tensors: `ONE` is told by its identity
+        return replica
+
     def of_a_call(self) -> AdapterWeights:
         """The adapter weights for a forward pass that begins here."""
         traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()

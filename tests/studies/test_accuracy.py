@@ -36,8 +36,10 @@ def test_no_example_is_in_two_parts_of_a_seed_and_texts_that_differ_in_case_are_
         texts = [text for part in (each.train, each.validation, each.test) for text in part.inputs]
         assert len(texts) == len(set(texts)) == 20
     assert found[0].train.inputs != found[1].train.inputs
+    assert [len(part) for part in (found[0].train, found[0].validation, found[0].test)] == [10, 4, 6]
+    assert len(splits("made", 0, (10, 5, 6)).test) == 5  # what is left
     with pytest.raises(ValueError, match="20 examples"):
-        splits("made", 0, (10, 5, 6))
+        splits("made", 0, (10, 10, 6))
 
 
 def test_digits_are_squares_of_28_pixels() -> None:
