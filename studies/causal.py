@@ -38,7 +38,7 @@ METHODS = {
     "A + B r4": glora.GLoRAConfig(rank=4, A="lora", B="lora", C="none", D="none", E="none"),
     "A r8": glora.GLoRAConfig.hira(rank=8),
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 STEPS, BATCH, TOKENS, HELD, SEEDS = 200, 2, 64, 48, 3
 FROZEN = "not tuned"
 

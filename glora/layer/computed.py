@@ -84,7 +84,7 @@ def tensor_of(
     if plain is not None or name not in parametrizations:
         return plain
     parametrization = parametrizations[name]
-    store, *others = cast("list[nn.Module]", parametrization._modules.values())
+    store, *others = parametrization._modules.values()
     try:
         if isinstance(store, Weight):
             value = store(parametrization.original, adapter_weights, dropout)

@@ -168,7 +168,7 @@ class Paths(nn.Module):
         """Path to raw tensors and their scale."""
         factors: dict[str, Factors] = {}
         for name, path in self._modules.items():
-            factors[name] = cast("LowRank | Vector", path).factors(adapter_weight, dropout)
+            factors[name] = path.factors(adapter_weight, dropout)  # pyright: ignore
         return factors
 
     # Note [Descriptions of state dicts]
@@ -251,9 +251,9 @@ class Weight(Store):
         """The paths of each adapter that acts."""
         adapters: list[WeightFactors] = []
         for name, adapter_weight in adapter_weights.items():
-            paths = cast("Paths | None", self._modules.get(name))
+            paths: Any = self._modules.get(name)  # no cast: it is a call, and this runs in every forward
             if paths is not None:
-                factors = paths.factors(adapter_weight, dropout)
+                factors: dict[str, Factors] = paths.factors(adapter_weight, dropout)
                 adapters.append(WeightFactors(factors.get("A"), factors.get("B"), paths.product))
         return adapters
 
@@ -369,7 +369,7 @@ Parametrizations: TypeAlias = dict[str, parametrize.ParametrizationList]
 def live_parametrizations(module: nn.Module) -> Parametrizations:
     """The parametrizations that the module has now."""
     parametrizations = module.__dict__.get("_modules", {}).get("parametrizations")
-    return cast("Parametrizations", parametrizations._modules) if isinstance(parametrizations, nn.ModuleDict) else {}
+    return parametrizations._modules if isinstance(parametrizations, nn.ModuleDict) else {}  # pyright: ignore
 
 
 def parametrizations_of(module: nn.Module) -> Parametrizations:
