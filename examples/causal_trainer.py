@@ -156,8 +156,8 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
 # %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining", type=int, default=200, help="training steps of the base (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each adapter (default: %(default)s)")
+    parser.add_argument("--pretraining", type=int, default=200, help="steps of the base model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each adapter (default: %(default)s)")
     parser.add_argument("--dpo", action="store_true", help="also train on preferences with DPO; needs trl")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT / "causal", help="output folder (default: %(default)s)")

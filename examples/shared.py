@@ -27,7 +27,7 @@ HELP = {
 
 
 def options(description: str | None, name: str, **numbers: int) -> argparse.Namespace:
-    """The command line of a tutorial: `--seed`, `--out`, and an option for each number. A notebook takes the defaults."""
+    """The command line of a tutorial: `--seed`, `--out`, and an option for each number; in a notebook, the defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, number in {**numbers, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=number, help=f"{HELP[option]} (default: %(default)s)")
