@@ -52,7 +52,7 @@ def train(
 
     Every `every` steps and at the end, a checkpoint is written to `out`. A call that finds one with the same title,
     steps, learning rate and seed resumes from it, so a script that was stopped is simply run again. `done` removes the
-    checkpoints: without that, a script that was edited would resume from old ones.
+    checkpoints, so that an edited script trains anew.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
