@@ -76,7 +76,7 @@ def serve(model: nn.Module, requests: list[tuple[str | None, Tensor]]) -> Tensor
 
 
 def one_after_the_other(model: nn.Module, requests: list[tuple[str | None, Tensor]]) -> Tensor:
-    """The same with one call per request, switching adapters between them; `activate` affects all threads."""
+    """The same with one call per request; `activate` switches the adapter, for all threads."""
     answers: list[Tensor] = []
     for name, x in requests:
         glora.activate(model, {} if name is None else name)

@@ -55,7 +55,7 @@ def unet() -> Any:
 
 
 def latents(count: int, stripes: str) -> Tensor:
-    """Striped pictures of four channels, in the place of a VAE's latents."""
+    """Striped pictures of four channels, like a VAE's latents."""
     phase = 6.3 * torch.rand(count, 4, 1, 1)
     along = torch.arange(8.0).view((1, 1, 8, 1) if stripes == "rows" else (1, 1, 1, 8))
     return torch.sin(1.5 * along + phase).expand(count, 4, 8, 8)
