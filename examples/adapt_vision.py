@@ -1,19 +1,18 @@
-"""Adapt a vision model: a small ViT that knows shapes learns them from noisy negatives.
+"""Adapt a small ViT to pictures from another camera in four ways, compare them, and save and merge an adapter.
+It takes about a minute on two CPU cores, and downloads nothing: the script draws its pictures.
 
     pip install -e ".[examples,files]"
     python examples/adapt_vision.py
-
-About a minute on two CPU cores. Nothing is downloaded: the images are drawn by the script.
 """
 
 # %% [markdown]
 # ## The task
 #
-# A Vision Transformer of transformers is trained on clean pictures of four shapes. Then the camera changes: pictures
-# come as negatives, with noise. The model is adapted to them from a few of these pictures, in four ways.
+# A Vision Transformer from transformers is trained on clean pictures of four shapes. Then the camera changes: its
+# pictures are noisy negatives. The model is adapted in four ways, with 400 of these pictures.
 #
-# With a model of your own, start at [the adapter](#the-adapter): replace `vit()` by `from_pretrained`, or by a model of
-# timm or torchvision, and the pictures by your data loader.
+# With a model of your own, start at [the adapter](#the-adapter): replace `vit()` by `from_pretrained`, or by a model
+# from timm or torchvision, and the pictures by your data loader.
 
 # %%
 from __future__ import annotations
@@ -34,12 +33,12 @@ from glora.text import table
 # %% [markdown]
 # ## Pictures
 #
-# A filled circle, a ring, a square and a cross, at a random place and of a random size, in 24 x 24 grey pixels.
+# A disc, a ring, a square or a cross, at a random place and of a random size, in 24 x 24 grey pixels.
 
 
 # %%
 def pictures(count: int, *, negative: bool) -> tuple[Tensor, Tensor]:
-    """Pictures (count, 1, 24, 24) and the shape in each one."""
+    """Pictures (count, 1, 24, 24), and the label of the shape in each."""
     labels = torch.randint(4, (count,))
     size = 4 + 5 * torch.rand(count, 1, 1)
     place = 9 + 6 * torch.rand(2, count, 1, 1)
@@ -69,7 +68,7 @@ def vit() -> Any:
 
 
 def fit(model: Any, x: Tensor, y: Tensor, steps: int, lr: float, title: str, out: Path) -> list[float]:
-    """Train what asks for a gradient, on random batches of 64."""
+    """Train the parameters that require a gradient, on random batches of 64."""
 
     def loss() -> Tensor:
         rows = torch.randint(len(x), (64,))
@@ -82,16 +81,16 @@ def fit(model: Any, x: Tensor, y: Tensor, steps: int, lr: float, title: str, out
 
 @torch.no_grad()
 def accuracy(model: Any, x: Tensor, y: Tensor) -> float:
-    """The share of shapes that are named right."""
+    """The share of right answers."""
     return (model(x).logits.argmax(1) == y).float().mean().item()
 
 
 # %% [markdown]
 # ## The adapter
 #
-# `glora.plan` says what `glora.apply` would do. `"all-linear"` reaches the attention and the feed-forward layers; the
-# patch embedding is a convolution, and is adapted where it is named. The classifier is small, and trains as a whole:
-# `trainable="auto"` finds it.
+# `glora.plan` shows what `glora.apply` would do. `LINEAR` matches the linear layers of attention and feed-forward, as
+# `"all-linear"` would. The patch embedding is a convolution, so it is adapted only if it is named, as in `ALL`. The
+# classifier is small and is trained in full: `trainable="auto"` finds it.
 
 # %%
 LINEAR = {r".*\.(attention\..*|intermediate\.dense|output\.dense|mlp\..*)": glora.GLoRAConfig.lora(rank=4)}
@@ -99,7 +98,7 @@ ALL = {r".*patch_embeddings\.projection": glora.GLoRAConfig.lora(rank=4), **LINE
 
 
 def adapted(base: Any, kind: str) -> Any:
-    """A copy of the base that trains in one of four ways."""
+    """A copy of the base, ready to be trained in one of four ways."""
     model = copy.deepcopy(base)
     if kind == "classifier alone":
         model.requires_grad_(False)
@@ -139,7 +138,7 @@ def main() -> None:
             glora.save(model, chosen.out / "adapter")
             before = model(test[0]).logits
             difference = (glora.merge(model)(test[0]).logits - before).abs().max()
-            print(f"merged: the largest difference of a logit is {difference:.1e}")
+            print(f"merging changed a logit by at most {difference:.1e}")
     print(table("noisy negatives", ["method", "trainable", "test accuracy"], rows))
     draw(curves, chosen.out / "learning_curve.png")
     done(chosen.out)

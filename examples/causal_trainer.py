@@ -1,17 +1,16 @@
-"""A causal language model with transformers' Trainer, and then with TRL's DPO.
+"""Train an adapter of a causal language model with transformers' Trainer, and another with TRL's DPO.
+It takes a minute on two CPU cores, and downloads nothing: the model is small and random, the text Python's own manual.
 
     pip install -e ".[examples,trainer]"     # and trl, for --dpo
     python examples/causal_trainer.py --dpo
-
-A minute on two CPU cores. Nothing is downloaded: the model is small and random, the text is Python's own manual.
 """
 
 # %% [markdown]
 # ## The task
 #
-# A small Llama reads letters. It learns from a part of Python's manual, and then its adapter learns another text, in
-# capitals. The Trainer needs nothing but an adapted model: its checkpoints hold the adapter alone, and it resumes from
-# them.
+# A small Llama, whose tokens are single characters, is trained on a part of Python's manual. Then an adapter learns
+# another part, in capitals. The Trainer takes the adapted model as it is: its checkpoints hold the adapter alone, and
+# it resumes from them.
 #
 # With a model of your own, replace `base()` by `AutoModelForCausalLM.from_pretrained(...)` and `tokens` by your
 # tokenizer and data set.
@@ -40,7 +39,7 @@ from glora.text import table
 # %% [markdown]
 # ## Text as numbers
 #
-# A token is one printable ASCII character. Four more stand before them: padding, start, end, and what is none of these.
+# A token is one printable ASCII character or a newline. Four special tokens come first: padding, start, end, unknown.
 
 # %%
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -50,7 +49,7 @@ TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def tokens(text: str) -> list[dict[str, Tensor]]:
-    """Rows of `LENGTH` tokens, as the Trainer takes them."""
+    """The text as rows of `LENGTH` tokens, in the format of the Trainer."""
     ids = torch.tensor([len(SPECIAL) + LETTERS.index(letter) for letter in text if letter in LETTERS])
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     return [{"input_ids": row, "labels": row} for row in rows]
@@ -79,7 +78,7 @@ def base() -> Any:
 
 # %%
 def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
-    """What both trainings have in common."""
+    """Arguments that the Trainer and DPO have in common."""
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -94,7 +93,7 @@ def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
 
 
 def train(model: Any, text: str, folder: Path, steps: int, lr: float, seed: int) -> list[float]:
-    """Train what asks for a gradient; the losses. It goes on from the folder's last checkpoint, if there is one."""
+    """Train, from the folder's last checkpoint if there is one; return the losses."""
     trainer = Trainer(model, TrainingArguments(**arguments(folder, steps, lr, seed)), train_dataset=tokens(text))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -110,16 +109,16 @@ def loss_on(model: Any, text: str) -> float:
 # %% [markdown]
 # ## DPO, with the base as the reference
 #
-# Preference training compares the model with the one that it started from. `BaseReference` makes the base model, which
-# stands under the adapter anyway, that reference: there is no second model in memory.
+# DPO compares the model with a reference: the model as it was before DPO. `BaseReference` uses the base model, which is
+# in memory under the adapter anyway, so there is no second model.
 #
-# The reference must be the model that was trained before. So its adapter is merged first, and preferences train an
-# adapter of their own: the base below it is the merged model. Here short answers are preferred.
+# The reference must have what the first adapter learned. So that adapter is merged first, and DPO trains a new one: its
+# base is the merged model. Here short answers are preferred.
 
 
 # %%
 def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
-    """Merge what was trained, and train an adapter on preferences; the losses, log(2) at the start."""
+    """Merge the first adapter, and train a new one on preferences; return the losses, which start at log(2)."""
     from datasets import Dataset
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -157,11 +156,11 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
 # %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretraining", type=int, default=200, help="steps of the base (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of the adapter (default: %(default)s)")
-    parser.add_argument("--dpo", action="store_true", help="train on preferences too; needs trl")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT / "causal", help="where to write (default: %(default)s)")
+    parser.add_argument("--pretraining", type=int, default=200, help="steps of the base model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each adapter (default: %(default)s)")
+    parser.add_argument("--dpo", action="store_true", help="also train on preferences with DPO; needs trl")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT / "causal", help="output folder (default: %(default)s)")
     chosen = parser.parse_args([] if "ipykernel" in sys.modules else None)
     warnings.simplefilter("ignore", FutureWarning)
     set_seed(chosen.seed)

@@ -1,19 +1,18 @@
-"""From a fine-tuned checkpoint to an adapter: how small can it be?
+"""Turn a fine-tuned checkpoint into an adapter, and see how close adapters of several sizes come to it.
+It takes half a minute on two CPU cores, and downloads nothing.
 
     pip install -e ".[examples,files]"
     python examples/extract_adapter.py
-
-Half a minute on two CPU cores. Nothing is downloaded.
 """
 
 # %% [markdown]
 # ## The task
 #
-# Somebody has fine-tuned a model as a whole, and there is a checkpoint of it, as large as the base. `glora.extract`
-# finds the adapter that comes closest to it, and says how close. It needs no data and no training: for a LoRA the
-# nearest one is given by the singular values of the difference, layer by layer.
+# Someone has fully fine-tuned a model, and the checkpoint is as large as the base. `glora.extract` finds the adapter
+# that comes closest to it, and prints how close. It needs no data and no training: the nearest LoRA comes from the
+# singular value decomposition (SVD) of the difference, layer by layer.
 #
-# Here a small network learns one function, and is fine-tuned on another one.
+# Here a small network learns one function, and is then fine-tuned on another.
 
 # %%
 from __future__ import annotations
@@ -40,12 +39,12 @@ def network() -> nn.Sequential:
 
 
 def task(x: Tensor, shift: float) -> Tensor:
-    """Four smooth functions of eight numbers; `shift` makes others of them."""
+    """Four smooth functions of eight inputs; another `shift` gives another task."""
     return torch.stack([torch.sin(x[:, i] * 2 + shift) * x[:, i + 4] for i in range(4)], 1)
 
 
 def fit(model: nn.Module, shift: float, steps: int, lr: float, title: str, out: Path) -> list[float]:
-    """Train all of the model on a task."""
+    """Train the whole model on a task."""
 
     def loss() -> Tensor:
         x = torch.randn(256, 8)
@@ -64,7 +63,7 @@ def error(model: nn.Module, x: Tensor) -> float:
 # ## Extract
 #
 # The checkpoint is read tensor by tensor: there is no second model in memory. `extract` prints the error of each layer,
-# as a share of what fine-tuning has changed, and attaches the adapter, which can be trained on, saved, or merged.
+# as a share of the change by fine-tuning, and attaches the adapter, which can be trained further, saved, or merged.
 
 
 # %%
@@ -76,8 +75,8 @@ def extracted(base: nn.Module, tuned: Path, config: glora.GLoRAConfig) -> nn.Mod
 # %% [markdown]
 # ## How small can it be?
 #
-# All five paths also take the change of the biases; a LoRA leaves it out. The last line does the same on the command
-# line, where no model is needed.
+# All five paths together also adapt the biases; LoRA does not. The last lines run the same on the command line, which
+# needs only the two checkpoints.
 
 
 # %%
@@ -101,7 +100,7 @@ def main() -> None:
         rows.append([name, count, f"{error(model, x):.4f}"])
         glora.save(model, chosen.out / "adapter")
     rows.append(["the fine-tuned model", whole, f"{error(tuned, x):.4f}"])
-    print(table("the second task", ["model", "numbers", "error"], rows))
+    print(table("the second task", ["model", "numbers saved", "error"], rows))
     draw(curves, chosen.out / "learning_curve.png")
 
     files = [str(chosen.out / name) for name in ("base.safetensors", "tuned.safetensors", "by_command")]

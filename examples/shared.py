@@ -1,4 +1,4 @@
-"""What the tutorials share: a command line, training that goes on where it was stopped, a learning curve as a PNG."""
+"""What the tutorials share: a command line, training that resumes where it was stopped, a learning curve as a PNG."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 OUT = Path(__file__).parent / "out"
+HELP = {
+    "pretraining": "training steps of the base",
+    "steps": "training steps",
+    "finetuning": "steps of full fine-tuning",
+    "pictures": "pictures to adapt to",
+    "requests": "requests in the batch",
+    "seed": "random seed",
+}
 
 
 def options(description: str | None, name: str, **numbers: int) -> argparse.Namespace:
-    """The command line of a tutorial: `--seed`, `--out`, and an option for each number. A notebook has none of it."""
+    """The command line of a tutorial: `--seed`, `--out`, and an option for each number; in a notebook, the defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, number in {**numbers, "seed": 0}.items():
-        parser.add_argument(f"--{option}", type=int, default=number, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default=OUT / name, help="folder for what is written (default: %(default)s)"
-    )
+        parser.add_argument(f"--{option}", type=int, default=number, help=f"{HELP[option]} (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT / name, help="output folder (default: %(default)s)")
     found = parser.parse_args([] if "ipykernel" in sys.modules else None)
     found.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(found.seed)
@@ -42,11 +48,11 @@ def train(
     *,
     every: int = 50,
 ) -> list[float]:
-    """AdamW on parameters or groups of them, a step for each loss, down to a learning rate of zero; the losses.
+    """Train parameters, or groups of them, with AdamW and a learning rate that falls to zero; return the losses.
 
-    Every 50 steps and at the end all that a training needs goes into a checkpoint in `out`. A call that finds one of
-    the same title, steps, rate and seed goes on from there: a script that was stopped is just called again. `done`
-    removes the checkpoints, so that a script that was changed trains anew.
+    Every `every` steps and at the end, a checkpoint is written to `out`. A call that finds one with the same title,
+    steps, learning rate and seed resumes from it, so a script that was stopped is simply run again. `done` removes the
+    checkpoints, so that an edited script trains anew.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -72,7 +78,7 @@ def train(
 
 
 def keep(file: Path, optimizer: Any, schedule: Any, **more: Any) -> None:
-    """Write a checkpoint of both, of torch's generator and of more; a whole one, or the one before stays."""
+    """Write a checkpoint of both, of torch's random state and of `more`; if that fails, the old file stays."""
     states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": torch.get_rng_state()}
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(states | more, file.with_suffix(".new"))
@@ -80,7 +86,7 @@ def keep(file: Path, optimizer: Any, schedule: Any, **more: Any) -> None:
 
 
 def take_up(file: Path, optimizer: Any, schedule: Any) -> dict[str, Any] | None:
-    """Put both and torch's generator into the states of a checkpoint, which is returned; None if there is none."""
+    """Restore both and torch's random state from a checkpoint, and return it; None if there is no such file."""
     if not file.exists():
         return None
     held = torch.load(file)
@@ -97,8 +103,8 @@ def done(out: Path) -> None:
 
 
 def draw(curves: dict[str, list[float]], file: Path, *, across: str = "step", upwards: str = "loss") -> None:
-    """Curves over their steps, as a PNG."""
-    matplotlib.use("Agg")  # a file is all that is wanted: no window
+    """Plot curves over their steps, as a PNG."""
+    matplotlib.use("Agg")  # writes a file; opens no window
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, values in curves.items():
         axes.plot(range(1, len(values) + 1), values, label=name)

@@ -1,19 +1,19 @@
-"""Stable Diffusion's UNet: train a LoRA on its attention, and write it as kohya's scripts do.
+"""Train a LoRA on the attention of Stable Diffusion's UNet, write it as a file in kohya's format, and load that file.
+It takes one or two minutes on two CPU cores, and downloads nothing: the UNet is small and random, pictures are drawn.
 
     pip install -e ".[examples,files]" diffusers
     python examples/stable_diffusion.py
-
-One or two minutes on two CPU cores. Nothing is downloaded: the UNet is small and random, the pictures are drawn.
 """
 
 # %% [markdown]
 # ## The task
 #
-# A UNet of diffusers learns to remove noise from pictures of one kind. The adapter is written into a `.safetensors`
-# file with kohya's names (`lora_unet_...`), which web UIs read, and read back into another copy of the UNet.
+# A UNet from diffusers learns to remove noise from pictures of horizontal stripes (rows), and an adapter of it from
+# vertical ones (columns). The adapter is written to a `.safetensors` file with kohya's names (`lora_unet_...`), which
+# web UIs read, and loaded into another copy of the UNet.
 #
 # With the real model, replace `unet()` by `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, the
-# pictures by the latents of its VAE, and the context by the states of its text encoder.
+# pictures by latents of its VAE, and the zeros by outputs of its text encoder.
 
 # %%
 from __future__ import annotations
@@ -32,7 +32,7 @@ from glora.text import table
 # %% [markdown]
 # ## A UNet, and pictures
 #
-# It has the parts of Stable Diffusion's: convolutions, and attention to a text in the same layers.
+# The UNet has the parts of Stable Diffusion's: convolutions, self-attention, and cross-attention to a text.
 
 # %%
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -55,14 +55,14 @@ def unet() -> Any:
 
 
 def latents(count: int, stripes: str) -> Tensor:
-    """Pictures of four channels with stripes."""
+    """Striped pictures of four channels, like a VAE's latents."""
     phase = 6.3 * torch.rand(count, 4, 1, 1)
     along = torch.arange(8.0).view((1, 1, 8, 1) if stripes == "rows" else (1, 1, 1, 8))
     return torch.sin(1.5 * along + phase).expand(count, 4, 8, 8)
 
 
 def denoising_loss(model: Any, schedule: Any, stripes: str) -> Tensor:
-    """The error of the predicted noise, at random times; the text is left empty."""
+    """The squared error of the predicted noise, at random timesteps; the text is all zeros."""
     x, times = latents(16, stripes), torch.randint(schedule.config.num_train_timesteps, (16,))
     noise = torch.randn(x.shape)
     predicted = model(schedule.add_noise(x, noise, times), times, torch.zeros(16, 4, 32)).sample
@@ -71,7 +71,7 @@ def denoising_loss(model: Any, schedule: Any, stripes: str) -> Tensor:
 
 @torch.no_grad()
 def error(model: Any, schedule: Any, stripes: str) -> float:
-    """The same, for the same noise at each call."""
+    """The mean loss over eight batches, with the same noise at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return sum(denoising_loss(model, schedule, stripes).item() for _ in range(8)) / 8
@@ -80,9 +80,9 @@ def error(model: Any, schedule: Any, stripes: str) -> float:
 # %% [markdown]
 # ## Train, write, read
 #
-# The attention's projections are linear layers. `targets=` takes convolutions too, by their names: then the file is a
-# LoCon. `glora.interop.load_lycoris` reads files for the UNet and the text encoders at once, when it is given a mapping
-# from the prefix to the model.
+# The projections of attention are linear layers. `targets=` also takes convolutions, by name; the file is then a LoCon.
+# `glora.interop.load_lycoris` takes a mapping from prefix to model, so one call reads a file for the UNet and the text
+# encoders.
 
 
 # %%
@@ -107,7 +107,7 @@ def main() -> None:
         [name, f"{error(each, schedule, 'rows'):.3f}", f"{error(each, schedule, 'columns'):.3f}"]
         for name, each in (("the base", base), ("with the adapter", model), ("the same, from the file", other))
     ]
-    print(table("error of the noise", ["model", "rows", "columns"], rows))
+    print(table("error of the predicted noise", ["model", "rows", "columns"], rows))
     print(f"{file}: {file.stat().st_size:,} bytes")
     draw(curves, chosen.out / "learning_curve.png")
     done(chosen.out)
