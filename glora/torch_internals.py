@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _C._autograd._to
 
 
 _watchers: list[Callable[[], bool]] = [_in_func_transform, _C._is_tracing, _C._is_any_autocast_enabled]
+if torch.backends.mps.is_built():  # torch's "any" leaves it out
+    _watchers.append(partial(torch.is_autocast_enabled, "mps"))
 
 
 def is_watched() -> bool:

@@ -27,8 +27,8 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10284,
-    "ground": 1236,
+    "all": 10287,
+    "ground": 1239,
     "kernels": 601,
     "layer": 1420,
     "model": 2322,

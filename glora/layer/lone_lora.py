@@ -26,6 +26,7 @@ def lone_lora(module: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None, 
     """W0, bias, `left` and `right` of an adapted nn.Linear where one LoRA is all there is (Note [At a glance])."""
     if is_watched() or routed.active_routes:
         return None
+    bias = module._parameters.get("bias", _ABSENT)  # first: another thread may adapt it meanwhile (Note [Never torn])
     stacks: Any = module._modules.get("parametrizations")
     if type(stacks) is not nn.ModuleDict or len(stacks._modules) != 1 or module._parameters.get("weight") is not None:
         return None
@@ -44,12 +45,12 @@ def lone_lora(module: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None, 
     if type(B) is not LowRank or B.scaling != 1.0 or (module.training and (B.dropout or not is_graded)):
         return None  # in training without gradients this may be the first run of a checkpointed region
     factors: Any = B._parameters
-    W0, bias = stack._parameters.get("original"), module._parameters.get("bias", _ABSENT)
-    left, right = factors["left"], factors["right"]
+    # Replicas of DataParallel, flattened and pruned modules hold their tensors elsewhere: none of the three is sure.
+    W0, left, right = stack._parameters.get("original"), factors.get("left"), factors.get("right")
     for tensor in (W0, left, right) if bias is None else (W0, left, right, bias):
         if type(tensor) is not nn.Parameter or tensor.dtype is not dtype:
             return None
-    if W0.is_meta or W0.requires_grad or input.shape[-1:] != W0.shape[1:] or (is_graded and not right.requires_grad):
+    if W0.is_meta or W0.requires_grad or (is_graded and not right.requires_grad):
         return None
-    is_plain = type(input) is Tensor and dtype in _DTYPES
+    is_plain = type(input) is Tensor and dtype in _DTYPES and not input.is_nested and input.shape[-1:] == W0.shape[1:]
     return (W0, bias, left, right) if is_plain else None  # pyright: ignore[reportReturnType] - the loop saw to it

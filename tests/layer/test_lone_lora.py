@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import glora
+from glora import torch_internals
 from glora.layer import forward
 from glora.layer.lone_lora import lone_lora
 from tests.helpers.calls import LORA
@@ -162,3 +164,63 @@ def test_under_whatever_looks_at_operations_it_goes_the_general_way() -> None:
     y.register_hook(look)
     y.sum().backward()
     assert seen == [True] * 7
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_nested_inputs_go_the_general_way(graded: bool) -> None:
+    layer, parts = adapted().train(graded), [torch.randn(2, 5), torch.randn(3, 5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that they are a prototype
+        x = torch.nested.nested_tensor(parts)  # a plain Tensor by its type, which has no shape
+    with torch.set_grad_enabled(graded):
+        for found, part in zip(layer(x).unbind(), parts, strict=True):
+            assert torch.allclose(found, layer(part), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["original", "left", "right", "bias"])
+def test_tensors_held_elsewhere_go_the_general_way(name: str) -> None:
+    # As replicas of DataParallel, modules that FullyShardedDataParallel has flattened, and pruned ones hold them.
+    layer, x = adapted(), torch.randn(2, 5)
+    expected = layer(x)
+    holder = next(module for module in layer.modules() if module._parameters.get(name) is not None)
+    setattr(holder, name, holder._parameters.pop(name).clone())  # pyright: ignore[reportOptionalMemberAccess]
+    assert lone_lora(layer, x) is None
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_autocast_of_any_device_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    internals: Any = runpy.run_path(torch_internals.__file__)  # as where torch is built for all of them
+    assert not internals["is_watched"]()
+    torch.set_autocast_enabled(device, True)  # `torch.autocast` wants the device to be there
+    try:
+        assert internals["is_watched"]()
+    finally:
+        torch.set_autocast_enabled(device, False)
+
+
+def test_a_bias_that_another_thread_adapts_meanwhile_is_not_lost() -> None:
+    layer, x = adapted(), torch.randn(2, 5)
+    expected = layer(x)
+
+    class Interrupted(dict[str, Any]):
+        """The dictionary of parametrizations, during whose look-up another thread attaches an adapter."""
+
+        done = False
+
+        def __len__(self) -> int:
+            count = super().__len__()
+            if not self.done:
+                self.done = True
+                glora.apply(
+                    layer, config=glora.GLoRAConfig(A="none", B="none", C="none", D="none", E="vector"), name="E"
+                )
+                glora.activate(layer, {"default": 1})
+            return count
+
+    stacks = layer._modules["parametrizations"]
+    assert stacks is not None
+    stacks._modules = Interrupted(stacks._modules)
+    assert torch.equal(layer(x), expected)
+    assert "bias" in stacks._modules
