@@ -43,7 +43,7 @@ def evolve(
         budget: the most trainable parameters, heads left out: they are the same in every choice. None searches for both
             a high score and few parameters.
         trials: evaluations in all, those found in the storage included; fewer where 200 draws in a row give
-            no choice that is new, as in a small space that is used up.
+            no choice that is new, as in a small space that is used up (another seed may find more).
         sampler: `"nsga2"` (evolution with the paper's population of 50, uniform crossover and mutation 0.2), or as a
             baseline `"random"`.
         storage: None for memory; a file, SQLite's (`.db`, `.sqlite`, `.sqlite3`) or else a journal; a URL or an optuna
