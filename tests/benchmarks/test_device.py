@@ -52,7 +52,7 @@ THROUGH: dict[str, Any] = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_takes_the_kernel_that_it_names_and_finds_a_fault_in_it(name: str) -> None:
     kernel = name.partition(",")[0]
-    room, function = THROUGH[kernel], "multiply" if kernel == "row blocks" else "linear"
+    room, function = THROUGH[kernel], {"row blocks": "multiply", "factored": "fused"}.get(kernel, "linear")
     mode = "bfloat16" if kernel == "row blocks" else "float32"
     right, called = getattr(room, function), list[object]()
 
