@@ -162,6 +162,8 @@ def test_a_child_that_dies_is_noticed() -> None:
         received(queue, child)
 
 
+# There autograd has threads of its own once anything was differentiated, and no forked child can do so too.
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch is built with CUDA")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the runner's, of 3.12 on
 def test_a_forked_child_serves_and_trains_a_copy() -> None:
     model, x = adapted_block(), torch.randn(4, 6)
