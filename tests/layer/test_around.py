@@ -162,7 +162,7 @@ def test_a_child_that_dies_is_noticed() -> None:
         received(queue, child)
 
 
-# There autograd has threads of its own once anything was differentiated, and no forked child can do so too.
+# With CUDA, autograd has threads of its own once anything was differentiated, and a forked child cannot differentiate.
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch is built with CUDA")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the runner's, of 3.12 on
 def test_a_forked_child_serves_and_trains_a_copy() -> None:
