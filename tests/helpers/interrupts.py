@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import linecache
 import sys
 import threading
@@ -47,7 +46,7 @@ class Interrupt:
 
     def run(self, call: Callable[[], object]) -> BaseException | None:
         """What the call raised."""
-        before, threshold, thread = sys.gettrace(), gc.get_threshold(), threading.get_ident()
+        before, thread = sys.gettrace(), threading.get_ident()
 
         def on_call(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001 - the interpreter's signature
             file = frame.f_code.co_filename
@@ -61,7 +60,6 @@ class Interrupt:
                     raise self.error  # the interpreter stops tracing: what cleans up is not cut off
             return on_line
 
-        gc.set_threshold(0)  # a __del__ would be traced, and what it raises goes to nobody; the library sees gc enabled
         sys.settrace(on_call)
         try:
             call()
@@ -69,7 +67,6 @@ class Interrupt:
             return error
         finally:
             sys.settrace(before)
-            gc.set_threshold(*threshold)
         return None
 
 
