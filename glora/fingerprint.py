@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glora.precision import outside_autocast
-from glora.tensors import is_quantised, rows
+from glora.tensors import dense, is_quantised, rows
 from glora.torch_internals import is_view, writes_to
 
 Fingerprint: TypeAlias = tuple[float, ...]
@@ -101,8 +101,7 @@ def _sums(matrix: Tensor, device: torch.device, dtype: torch.dtype) -> list[floa
     there = (dtype, device) == (matrix.dtype, matrix.device)
     if step == count and count * columns <= _SMALL:
         # Calls take longest here: one product for all three.
-        block = rows(matrix, slice(0, count)) if is_quantised(matrix) else matrix
-        block = block if there else block.to(device, dtype)
+        block = dense(matrix) if there else dense(matrix).to(device, dtype)
         left, flat = _cosines(0, 0, count, device, torch.float64), block.reshape(-1)
         weighted = cast("Any", (left * (right @ block.mT)).sum(1))
         return [torch.dot(flat, flat).item(), *weighted.tolist()]

@@ -68,10 +68,8 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, adapters: Sequence[Weight
 
 def lone_lora(x: Tensor, W0: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`x (W0 + left right)^T + bias` of plain tensors of one dtype, not a narrow one (Note [At a glance])."""
-    if x.ndim == 2:
-        return factored.fused(x, W0, bias, None, left, right)
-    y = factored.fused(x.reshape(-1, W0.shape[1]), W0, bias, None, left, right)
-    return y.reshape(*x.shape[:-1], W0.shape[0])
+    y = factored.fused(x if x.ndim == 2 else x.reshape(-1, W0.shape[1]), W0, bias, None, left, right)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W0.shape[0])
 
 
 def needing_a_call(x: Tensor, W0: Tensor, groups: Sequence[Sequence[WeightFactors]]) -> list[int] | None:
