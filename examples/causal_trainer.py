@@ -92,11 +92,11 @@ def arguments(folder: Path, steps: int, lr: float, seed: int) -> dict[str, Any]:
     }
 
 
-def train(model: Any, text: str, folder: Path, steps: int, lr: float, seed: int) -> list[float]:
-    """Train, from the folder's last checkpoint if there is one; return the losses."""
+def train(model: Any, text: str, folder: Path, steps: int, lr: float, seed: int) -> dict[int, float]:
+    """Train, from the folder's last checkpoint if there is one; return the loss at each step that was logged."""
     trainer = Trainer(model, TrainingArguments(**arguments(folder, steps, lr, seed)), train_dataset=tokens(text))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def loss_on(model: Any, text: str) -> float:
 
 
 # %%
-def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
+def dpo(model: Any, folder: Path, steps: int, seed: int) -> dict[int, float]:
     """Merge the first adapter, and train a new one on preferences; return the losses, which start at log(2)."""
     from datasets import Dataset
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -146,7 +146,7 @@ def dpo(model: Any, folder: Path, steps: int, seed: int) -> list[float]:
         processing_class=PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=128, **names),
     )
     trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
 
 
 # %% [markdown]
@@ -184,7 +184,7 @@ def main() -> None:
         curves["DPO, its own loss"] = dpo(model, chosen.out / "dpo", chosen.steps, chosen.seed)
         glora.save(model, chosen.out / "preferences")
     print(table("text in capitals", ["model", "trained", "loss"], rows))
-    draw(curves, chosen.out / "learning_curve.png", across="twentieths of a training")
+    draw(curves, chosen.out / "learning_curve.png")
 
 
 if __name__ == "__main__":

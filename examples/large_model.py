@@ -1,9 +1,9 @@
 """Train an adapter of a model that does not fit on one rank: shard the base, train, save, and merge the files offline.
-The run is on a small random Llama on CPUs; `--reckon` estimates the memory per rank for Llama 7B and 70B.
+The run is on a small random Llama on CPUs; `--estimate` prints the estimated memory per rank for Llama 7B and 70B.
 
     pip install -e ".[examples,files]"
     torchrun --nproc-per-node 2 examples/large_model.py
-    python examples/large_model.py --reckon
+    python examples/large_model.py --estimate
 """
 
 # %%
@@ -122,7 +122,9 @@ def held(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-def reckon(config: LlamaConfig, adapter: glora.GLoRAConfig, ranks: int, tokens: int, width: int = 2) -> dict[str, int]:
+def estimate(
+    config: LlamaConfig, adapter: glora.GLoRAConfig, ranks: int, tokens: int, width: int = 2
+) -> dict[str, int]:
     """Bytes per rank, by formula: frozen parameters of `width` bytes each, trained ones in float32, AdamW.
 
     Gathered: two blocks at a time, as the next one is gathered while one computes, and for the whole step the layers
@@ -174,13 +176,13 @@ def run(rank: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reckon", action="store_true", help="only print the memory per rank for 7B and 70B")
-    if parser.parse_args().reckon:
+    parser.add_argument("--estimate", action="store_true", help="only print the memory per rank for 7B and 70B")
+    if parser.parse_args().estimate:
         rows: list[list[str]] = []
         for size, config in SIZES.items():
             for name, adapter in CONFIGS.items():
                 for ranks in (1, 2, 8):
-                    found = reckon(config, adapter, ranks, tokens=4096)
+                    found = estimate(config, adapter, ranks, tokens=4096)
                     gigabytes = [f"{number / 1e9:.2f}" for number in (*found.values(), sum(found.values()))]
                     rows.append([size, name, str(ranks), *gigabytes])
         heading = ["model", "adapter", "ranks", "weights", "factors", "gradients", "optimizer", "gathered"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,14 @@ def done(out: Path) -> None:
         file.unlink()
 
 
-def draw(curves: dict[str, list[float]], file: Path, *, across: str = "step", upwards: str = "loss") -> None:
-    """Plot curves over their steps, as a PNG."""
+def draw(curves: Mapping[str, Sequence[float] | Mapping[int, float]], file: Path) -> None:
+    """Plot curves over their steps, as a PNG; of a curve that leaves out steps, the steps are its keys."""
     matplotlib.use("Agg")  # writes a file; opens no window
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    axes.set(xlabel=across, ylabel=upwards)
+    for name, curve in curves.items():
+        points = curve if isinstance(curve, Mapping) else dict(enumerate(curve, 1))
+        axes.plot(list(points), list(points.values()), label=name)
+    axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The recipe of examples/large_model.py: it equals one process, and what a rank holds is what was reckoned."""
+"""The recipe of examples/large_model.py: it equals one process, and what a rank holds is what was estimated."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def the_recipe(rank: int, folder: str) -> None:
         held = recipe.held(model, recipe.train(model, BATCHES[:3]))
         recipe.train(alone, BATCHES[:3])
         torch.testing.assert_close(whole(glora.state_dict(model)), glora.state_dict(alone), rtol=1e-3, atol=1e-5)
-        # Counted is reckoned.
-        expected = recipe.reckon(recipe.SMALL, config, ranks=2, tokens=0, width=4)
+        # What is counted is what was estimated.
+        expected = recipe.estimate(recipe.SMALL, config, ranks=2, tokens=0, width=4)
         assert held == {key: expected[key] for key in held}
         assert 0 < gathered[0] <= expected["gathered"]
         # From the file again, and on.
@@ -76,5 +76,5 @@ def the_recipe(rank: int, folder: str) -> None:
         dist.barrier()
 
 
-def test_the_recipe_equals_one_process_and_holds_what_is_reckoned(tmp_path: Path) -> None:
+def test_the_recipe_equals_one_process_and_holds_what_is_estimated(tmp_path: Path) -> None:
     on_two_ranks(the_recipe, str(tmp_path))
