@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 __all__ = [
     "CheckpointedRegion",
     "checkpointed_regions",
+    "has_half_units",
     "in_backward",
     "in_transform",
     "is_mapped",
@@ -123,6 +124,17 @@ def checkpointed_regions() -> list[CheckpointedRegion]:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether `torch.autograd.grad(..., is_grads_batched=True)` maps over the tensor."""
     return _C._functorch.is_legacy_batchedtensor(tensor)
+
+
+CPU_UNITS: dict[torch.dtype, bool] = {
+    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
+
+def has_half_units(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor's device multiplies matrices of half precision; a processor that cannot is given loops."""
+    return not tensor.is_cpu or CPU_UNITS[dtype]
 
 
 def not_persistent(module: nn.Module) -> set[str]:

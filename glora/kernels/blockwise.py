@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glora import functional
 from glora.kernels.double_backward import gradients, is_differentiated, placeholder
-from glora.kernels.row_blocks import FEW, blocks_of, columns, side_by_side
+from glora.kernels.row_blocks import blocks_of, columns, is_better_wide, side_by_side
 from glora.kernels.terms import Terms
 from glora.precision import as_dtype, is_half, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
@@ -34,7 +34,8 @@ from glora.tensors import dense, is_all_rows, is_quantised, rows
 #
 # In half precision (and under half autocast) rounding W' would lose small updates: W0 and the update stand beside each
 # other in one product of twice the size, `[x, x] [W0, dW]^T + bias` (Note [Late terms]). That is the fourth product of
-# a step; the backward pass uses W'. For few tokens W' is float32, and the product is.
+# a step; the backward pass uses W'. For few tokens, and where a processor has no units for half precision, W' and the
+# products are float32, forward and backward: three again.
 #
 # The size of a block: at 2048 x 2048, 1024 tokens, float32, on two cores, a step was timed with blocks of 2^19, 2^20,
 # 2^21 entries: 1.19, 1.12, 1.09 of a trained nn.Linear's. In small blocks the product for dW' suffers (it packs all of
@@ -79,19 +80,15 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None, terms: Terms, dtype: torc
 def forward(x: Tensor, W0: Tensor, bias: Tensor | None, dtype: torch.dtype, *factors: Any) -> Tensor:
     """`x W'^T + bias` in `dtype`; the factors are left and right of the entries and of the shift."""
     half = is_half(dtype)
-    few, beside = half and len(x) <= FEW, half and len(x) > FEW  # beside: W0 and the update
+    is_wide = half and is_better_wide(x, dtype)
+    beside = half and not is_wide  # W0 and the update
     with outside_autocast(x):
         x = as_dtype(x, dtype)
-        x = wide(x) if few else torch.cat([x, x], 1) if beside else x
+        x = wide(x) if is_wide else torch.cat([x, x], 1) if beside else x
         y = x.new_empty(x.shape[0], W0.shape[0])
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(y, block)
-            if few:
-                weight = _update(W, own).add_(as_dtype(W, dtype))
-            elif beside:
-                weight = side_by_side(W, _update(W, own), dtype)
-            else:
-                weight = as_dtype(_weight(W, own), dtype)
+            weight = side_by_side(W, _update(W, own), dtype) if beside else _weight(W, own, dtype, is_wide)
             if bias is None:
                 torch.mm(x, weight.T, out=part)
             else:
@@ -110,13 +107,16 @@ def backward(g: Tensor, x: Tensor | None, W0: Tensor, dtype: torch.dtype, *rest:
         rest: the factors as in `forward`; the dtypes of x and of the bias, None where it asks for no gradient.
     """
     *factors, dx_dtype, dbias_dtype = rest
+    is_wide = is_half(dtype) and is_better_wide(g, dtype)
     with outside_autocast(W0):
         g, x, dx = as_dtype(g, dtype), None if x is None else as_dtype(x, dtype), None
+        if is_wide:
+            g, x = wide(g), None if x is None else wide(x)
         entries, shift = _PairGradient(), _PairGradient()
         for block in blocks_of(W0):
             W, own, part = rows(W0, block), _rows(factors, block), columns(g, block)
             if dx_dtype is not None:
-                dx = _add_product(dx, part, as_dtype(_weight(W, own), dtype))
+                dx = _add_product(dx, part, _weight(W, own, dtype, is_wide))
             if x is not None:
                 left, right, shift_left, shift_right = own
                 dW = as_dtype(part.T @ x, left.dtype)
@@ -144,9 +144,11 @@ def _update(W: Tensor, factors: Factors, *, on_top: bool = False) -> Tensor:
     return update if shift_left is None else update.addmm_(shift_left, cast("Tensor", shift_right))
 
 
-def _weight(W: Tensor, factors: Factors) -> Tensor:
-    """A block of W', in W0's dtype, rounded once."""
-    return as_dtype(_update(W, factors, on_top=True), W.dtype)
+def _weight(W: Tensor, factors: Factors, dtype: torch.dtype, is_wide: bool) -> Tensor:
+    """A block of W' for products in `dtype`, rounded to W0's dtype first; with `is_wide` W0 alone is rounded."""
+    if is_wide:
+        return _update(W, factors).add_(as_dtype(W, dtype))
+    return as_dtype(as_dtype(_update(W, factors, on_top=True), W.dtype), dtype)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

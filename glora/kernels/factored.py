@@ -13,7 +13,7 @@ from glora.kernels.double_backward import gradients, is_differentiated, placehol
 from glora.kernels.terms import Pair, Terms
 from glora.precision import as_dtype, is_half, multiply, outside_autocast, wide, working_dtype
 from glora.tensors import is_quantised
-from glora.torch_internals import in_transform, is_traced, is_tracing
+from glora.torch_internals import has_half_units, in_transform, is_traced, is_tracing
 
 # Note [In place]
 # A pass over the outputs costs a few percent of the product that they come from: the number of passes is what sets one
@@ -167,7 +167,8 @@ def _compute_narrow(
 ) -> tuple[Tensor, Tensor]:
     """The first two of `_compute` in bfloat16 (Note [Late terms])."""
     bias = None if bias is None else as_dtype(bias, x.dtype)
-    if output_scale is not None or (bias is not None and len(x) <= row_blocks.FEW):
+    few = bias is not None and len(x) <= row_blocks.FEW
+    if output_scale is not None or few or not has_half_units(x, x.dtype):
         product = y = row_blocks.widened(x, W0)
         if output_scale is not None:
             y = y * output_scale if bias is None else torch.addcmul(wide(bias), y, output_scale)
@@ -220,13 +221,15 @@ class _Fused(torch.autograd.Function):
             bias = placeholder([len(left)], ctx.bias_dtype, g) if wanted[2] else None
             return gradients(_chain, g, (x, W0, bias, output_scale, left, right), wanted)
         dx = dbias = dscale = dleft = dright = buffer = None
+        full = g if g.dtype != torch.bfloat16 or has_half_units(g, g.dtype) else wide(g)  # Note [Late terms]
         with outside_autocast(g):
-            thin_g = g @ left
+            thin_g = full @ as_dtype(left, full.dtype)
             if wanted[3]:
                 buffer = g * product
                 dscale = buffer.sum(0, dtype=output_scale.dtype)
-            if wanted[0] and output_scale is not None and g.dtype == torch.bfloat16 and not g.is_cuda:
-                dx = row_blocks.multiply(g * output_scale, W0, transposed=True)
+            narrow = g.dtype == torch.bfloat16 and not g.is_cuda
+            if wanted[0] and narrow and (output_scale is not None or full is not g):
+                dx = row_blocks.multiply(full if output_scale is None else g * output_scale, W0, transposed=True)
                 dx = dx.addmm_(wide(thin_g), wide(right)).to(g.dtype)
             elif wanted[0]:
                 scaled_g = g if output_scale is None else torch.mul(g, output_scale, out=buffer)
@@ -236,5 +239,5 @@ class _Fused(torch.autograd.Function):
             if wanted[4]:
                 dleft = (thin.T @ g).T  # r rows of `out` are quicker than `out` rows of r
             if wanted[5]:
-                dright = thin_g.T @ x
+                dright = as_dtype(thin_g, x.dtype).T @ x
         return dx, None, dbias, dscale, dleft, dright

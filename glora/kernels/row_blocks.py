@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora.precision import as_dtype, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
-from glora.torch_internals import in_transform, is_mapped, is_tracing
+from glora.torch_internals import has_half_units, in_transform, is_mapped, is_tracing
 
 # A block has about CPU_BLOCK or CUDA_BLOCK entries (Note [Blocks]).
 CPU_BLOCK, CUDA_BLOCK = 2**21, 2**24
@@ -62,11 +62,17 @@ def linear(x: Tensor, W0: Tensor, bias: Tensor | None = None) -> Tensor:
 # - as one product: `[x, z] [W0, V]^T + bias` is `x W0^T + z V^T + bias`, summed where the product is. It copies W0 (a
 #   block of it) and x, and the outputs are written once.
 # - as a wide product, whose outputs are float32, where the sum is no product (a scale on x W0^T), or for few tokens,
-#   for which a copy of W0 would be dear. CUDA has a kernel for it. Elsewhere x and a block of W0 are widened: where the
-#   processor has no half precision of its own, that is quicker too.
+#   for which a copy of W0 would be dear. CUDA has a kernel for it. Elsewhere x and a block of W0 are widened. So they
+#   are for any number of tokens where a processor has no units for half precision: torch then multiplies it by loops,
+#   which took 4 to 75 times as long as float32 (512 tokens at 384, 1,024 at 768; one thread of a processor with AVX2).
 #
 # W0 and the bias are rounded first, as autocast rounds nn.Linear's. A quantised W0 alone is multiplied by its own
 # kernel, whose outputs are rounded for the base layer too.
+
+
+def is_better_wide(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of these tokens in half precision are rather computed in float32 (Note [Late terms])."""
+    return len(x) <= FEW or not has_half_units(x, dtype)
 
 
 def wide_product(x: Tensor, W0: Tensor) -> Tensor:

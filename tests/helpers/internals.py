@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from glora import torch_internals
 from glora.engines import fsdp
 from glora.files import checkpoint
 from glora.files.adapter import digest, read
@@ -35,6 +36,7 @@ __all__ = [
     "force_kernel",
     "fully_sharded_groups",
     "fused",
+    "half_units",
     "inside_operators",
     "interrupted_before",
     "is_unsupported",
@@ -109,6 +111,11 @@ def kernels_taken() -> Generator[list[Kernel]]:
 def entries_of_a_block(entries: int) -> AbstractContextManager[Any]:
     """How many entries of a weight are taken at a time where it is taken in blocks of rows."""
     return mock.patch("glora.kernels.row_blocks.CPU_BLOCK", entries)
+
+
+def half_units(there: bool) -> AbstractContextManager[Any]:
+    """As on a processor that multiplies half precision by units of its own, or on one that does not."""
+    return mock.patch.dict(torch_internals.CPU_UNITS, dict.fromkeys(torch_internals.CPU_UNITS, there))
 
 
 @contextmanager

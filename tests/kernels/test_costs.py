@@ -43,23 +43,38 @@ BUDGET = [
         for half in ("bf16", "fp16", "autocast")
         for C in FORMS["C"]
     ],
+    # As on a processor that has no units for it.
+    *[(only(A="lora", C="lora"), 1, f"{half}, loops", 3.1, 0.05) for half in ("bf16", "fp16", "autocast")],
 ]
 # In bfloat16 what A needs is kept in bfloat16, where it is one Function (Note [One Function]); under autocast
 # x in bfloat16 too, which is not the caller's x.
 SCALED = only(A="vector", B="lora", C="vector", D="vector", E="vector")
-NARROW: list[Any] = [(SCALED, 1, "bf16", 2.10, N / 1024 + 0.05), (SCALED, 1, "autocast", 2.10, N / 1024 + 0.05)]
+NARROW: list[Any] = [
+    *[(SCALED, 1, half, 2.10, N / 1024 + 0.05) for half in ("bf16", "autocast", "bf16, loops", "autocast, loops")],
+    *[(only(B="lora"), 1, half, 2.10, 0.05 + share) for half, share in (("bf16, loops", 0), ("autocast, loops", 1))],
+]
+
+
+def dtype_of(half: str | None) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get((half or "").partition(",")[0], torch.float32)
+
+
+def units_of(half: str | None) -> contextlib.AbstractContextManager[Any]:
+    return internals.half_units("loops" not in (half or ""))
+
+
+def autocast_of(half: str | None) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled="autocast" in (half or ""))
 
 
 @pytest.mark.parametrize(("config", "count", "half", "units", "share"), BUDGET + NARROW)
 def test_a_training_step_costs_what_was_promised(
     config: glora.GLoRAConfig, count: int, half: str | None, units: float, share: float
 ) -> None:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(half or "", torch.float32)
-    layer = one(config, count, dtype)
-    x = torch.randn(N, 1024, dtype=dtype, requires_grad=True)
-    autocast = torch.autocast("cpu", torch.bfloat16) if half == "autocast" else contextlib.nullcontext()
-    with count_products() as products:
-        with count_saved([x, *layer.parameters()]) as saved, autocast:
+    layer = one(config, count, dtype_of(half))
+    x = torch.randn(N, 1024, dtype=dtype_of(half), requires_grad=True)
+    with units_of(half), count_products() as products:
+        with count_saved([x, *layer.parameters()]) as saved, autocast_of(half):
             y = layer(x)
         torch.autograd.grad(y, [x, *factors_of(layer)], torch.ones_like(y))
     W0 = 1024 * 1024 * layer.weight.element_size()
@@ -72,10 +87,8 @@ def test_a_compiled_training_step_costs_the_same(
     config: glora.GLoRAConfig, count: int, half: str | None, units: float, share: float
 ) -> None:
     torch._dynamo.reset()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(half or "", torch.float32)
-    layer, products = one(config, count, dtype), count_products()
-    x = torch.randn(N, 1024, dtype=dtype, requires_grad=True)
-    autocast = torch.autocast("cpu", torch.bfloat16) if half == "autocast" else contextlib.nullcontext()
+    layer, products = one(config, count, dtype_of(half)), count_products()
+    x = torch.randn(N, 1024, dtype=dtype_of(half), requires_grad=True)
 
     # No mode may be on around a compiled function: the products are counted in what is compiled.
     def compile_counting(graph: torch.fx.GraphModule, _: object) -> Any:
@@ -92,8 +105,8 @@ def test_a_compiled_training_step_costs_the_same(
         keep_inference_input_mutations=True,
     )
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    with internals.inside_operators(products):
-        with count_saved([x, *layer.parameters()]) as saved, autocast:
+    with units_of(half), internals.inside_operators(products):
+        with count_saved([x, *layer.parameters()]) as saved, autocast_of(half):
             y = compiled(x)
         torch.autograd.grad(y, [x, *factors_of(layer)], torch.ones_like(y))
     assert 1.9 <= products.flops / (2 * N * 1024 * 1024) <= units
@@ -141,10 +154,10 @@ def test_a_factored_form_passes_over_activations_no_more_than_it_must(
         attach(layer, config, name=f"a{i}")
     glora.activate(layer, {f"a{i}": 1.0 for i in range(count)})
     x = torch.randn(512, in_features, dtype=dtype, requires_grad=True)
-    with count_passes(512 * 1024) as there:
+    with internals.half_units(True), count_passes(512 * 1024) as there:
         y = layer(x)
     g = torch.ones_like(y)
-    with count_passes(512 * 1024) as back:
+    with internals.half_units(True), count_passes(512 * 1024) as back:
         torch.autograd.grad(y, [x, *factors_of(layer)], g)
     one_pass = (y if side == "outputs" else x).nbytes
     assert there.bytes <= forward * one_pass
@@ -191,9 +204,10 @@ def test_autocast_makes_w0_narrow_no_more_often_than_it_must(
         glora.apply(layer, config=config)
     x = torch.randn(64, 512).bfloat16().requires_grad_()  # as after another layer; smaller than W0
     autocast = torch.autocast("cpu", torch.bfloat16)
-    with count_saved([x, *layer.parameters()]) as saved, count_casts(W0) as there, autocast:
+    units = internals.half_units(True)
+    with units, count_saved([x, *layer.parameters()]) as saved, count_casts(W0) as there, autocast:
         y = layer(x)
-    with count_casts(W0) as back:
+    with internals.half_units(True), count_casts(W0) as back:
         torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], torch.ones_like(y))
     assert (there.casts, back.casts) == casts
     assert (round(there.written, 1), round(back.written, 1)) == written

@@ -24,6 +24,9 @@ kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 modes = pytest.mark.parametrize("autocast", [False, True], ids=["half layer", "autocast"])
 
+# With units for half precision, as most devices have, and without.
+units = pytest.mark.parametrize("units", [False, True], ids=["loops", "units"])
+
 halves = pytest.mark.parametrize("half", HALF, ids=str)
 halves_compiled = pytest.mark.parametrize("half", [HALF[0], *map(long, HALF[1:])], ids=str)
 
@@ -39,13 +42,14 @@ def half_layer(
 @halves
 @modes
 @kinds
+@units
 @pytest.mark.parametrize("blocks", [1, 256])
 def test_the_inputs_gradient_is_as_good_as_the_dense_kernels_in_any_number_of_blocks(
-    blocks: int, config: glora.GLoRAConfig, autocast: bool, half: torch.dtype
+    blocks: int, units: bool, config: glora.GLoRAConfig, autocast: bool, half: torch.dtype
 ) -> None:
     layer, context = half_layer(256, 32, config, half, autocast)
-    x, g = torch.randn(8, 32).to(half).requires_grad_(), torch.randn(8, 256).to(half)
-    with context, internals.entries_of_a_block(32 * 256 // blocks):
+    x, g = torch.randn(40, 32).to(half).requires_grad_(), torch.randn(40, 256).to(half)
+    with context, internals.half_units(units), internals.entries_of_a_block(32 * 256 // blocks):
         exact = g.double() @ layer.weight.detach().double()
         (found,) = torch.autograd.grad(layer(x), x, g)
     # W' is rounded, and the result is.
@@ -149,10 +153,13 @@ def test_compiled_it_is_the_same_to_the_last_rounding(
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
+@units
 @pytest.mark.parametrize(
     "config", [glora.GLoRAConfig.glora(), glora.GLoRAConfig.glora(A="vector"), glora.GLoRAConfig.lora()]
 )
-def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autocast: bool, config: Any) -> None:
+def test_half_precision_gradients_are_those_of_float32(
+    half: torch.dtype, autocast: bool, units: bool, config: Any
+) -> None:
     torch.manual_seed(1)
     config = glora.GLoRAConfig.glora(**{**config.forms, "init": "random"})
     layer = glora.apply(nn.Linear(48, 40), config=config)
@@ -164,7 +171,7 @@ def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autoca
     wide = glora.apply(nn.Linear(48, 40), config=config)
     wide.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
     wanted = run_kernel(wide, x, "dense")
-    with torch.autocast("cpu", half) if autocast else contextlib.nullcontext():
+    with internals.half_units(units), torch.autocast("cpu", half) if autocast else contextlib.nullcontext():
         found = run_kernel(layer, x if autocast else x.detach().to(half).requires_grad_(), None)
     assert found[0].dtype == half
     for a, b in zip(found, wanted, strict=True):
@@ -177,6 +184,7 @@ def test_half_precision_gradients_are_those_of_float32(half: torch.dtype, autoca
     half=st.sampled_from(HALF),
     autocast=st.booleans(),
     tokens=st.sampled_from([1, 2, 40]),
+    units=st.booleans(),
     grad=st.booleans(),
     mean=st.sampled_from([0.0, 1.0, 20.0]),
     size=st.sampled_from([0.0, 1e-3, 1e-1]),
@@ -187,6 +195,7 @@ def test_outputs_are_rounded_once_beside_any_bias(
     half: torch.dtype,
     autocast: bool,
     tokens: int,
+    units: bool,
     grad: bool,
     mean: float,
     size: float,
@@ -208,7 +217,8 @@ def test_outputs_are_rounded_once_beside_any_bias(
         updates = [u.expand_as(W0) for u in functional.weight_updates(W0, factors) if u is not None]
         update, bias, base = sum(updates), layer.bias.to(half).double(), W0.to(half).double()
     exact = reference.linear(x, base + update, bias)
-    with torch.autocast("cpu", half) if autocast else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+    context = torch.autocast("cpu", half) if autocast else contextlib.nullcontext()
+    with context, torch.set_grad_enabled(grad), internals.half_units(units):
         y = layer(x)
     assert y.dtype == half
     # Each is rounded: the sum, the update's own terms; what they are added up from is as exact as float32 makes it.
@@ -222,11 +232,12 @@ def test_outputs_are_rounded_once_beside_any_bias(
     config=configs(init="identity"),
     autocast=st.booleans(),
     tokens=st.sampled_from([1, 40]),
+    units=st.booleans(),
     grad=st.booleans(),
     large=st.booleans(),
 )
 def test_float16_is_finite_where_the_merged_layer_is(
-    config: glora.GLoRAConfig, autocast: bool, tokens: int, grad: bool, large: bool
+    config: glora.GLoRAConfig, autocast: bool, tokens: int, units: bool, grad: bool, large: bool
 ) -> None:
     layer = nn.Linear(256, 2, dtype=torch.float32 if autocast else torch.float16)
     with torch.no_grad():  # either half of the product is above the largest float16
@@ -240,7 +251,7 @@ def test_float16_is_finite_where_the_merged_layer_is(
             layer.parametrizations.weight.original.div_(1000)
             tensors["A.value"].fill_(999.0)
     with torch.autocast("cpu", torch.float16) if autocast else contextlib.nullcontext():
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), internals.half_units(units):
             y = layer(x)
         with glora.merged(layer):
             wanted = layer(x)
