@@ -27,9 +27,9 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10287,
-    "ground": 1239,
-    "kernels": 601,
+    "all": 10297,
+    "ground": 1245,
+    "kernels": 605,
     "layer": 1420,
     "model": 2322,
     "engines": 194,
