@@ -15,6 +15,7 @@ import glora
 from glora import GLoRAConfig
 from glora.fingerprint import fingerprint
 from glora.tensors import dense, gathered, is_sharded, replicated_like, rows, sharded_like, storage_of, write_into
+from tests.helpers import internals
 from tests.helpers.calls import LORA, RANDOM, attach, refused, warned
 from tests.helpers.quantised import (
     FORMS,
@@ -46,9 +47,11 @@ def test_every_form_equals_the_float_model_and_trains_as_it_does(bias: bool, con
 
 
 @blocks
+@pytest.mark.parametrize("units", [False, True], ids=["loops", "units"])
 @pytest.mark.parametrize(("bias", "config"), of_layers(FORMS))
-def test_in_half_precision_too(bias: bool, config: GLoRAConfig, rows: int) -> None:
-    assert max(differences(quantise_rows, config, torch.bfloat16, bias, rows).values()) < 0.05
+def test_in_half_precision_too(bias: bool, config: GLoRAConfig, units: bool, rows: int) -> None:
+    with internals.half_units(units):
+        assert max(differences(quantise_rows, config, torch.bfloat16, bias, rows).values()) < 0.05
 
 
 @blocks

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glora.precision import as_dtype, outside_autocast, wide
+from glora.precision import as_dtype, is_half, outside_autocast, wide
 from glora.tensors import dense, is_all_rows, is_quantised, rows
 from glora.torch_internals import has_half_units, in_transform, is_mapped, is_tracing
 
@@ -157,8 +157,9 @@ class _Product(torch.autograd.Function):
         with outside_autocast(x):
             if transposed:
                 # In half precision the blocks' shares are added up in float32, however many there are.
-                shares = [columns(x, block) @ as_dtype(rows(W0, block), x.dtype) for block in blocks]
-                return shares[0] if len(shares) == 1 else reduce(add, map(wide, shares)).to(x.dtype)
+                full = wide(x) if is_half(x.dtype) and is_better_wide(x, x.dtype) else x
+                shares = [columns(full, block) @ as_dtype(rows(W0, block), full.dtype) for block in blocks]
+                return as_dtype(shares[0] if len(shares) == 1 else reduce(add, map(wide, shares)), x.dtype)
             if x.dtype == W0.dtype:
                 parts = [F.linear(x, W0 if is_all_rows(W0, block) else W0[block]) for block in blocks]
             else:  # not every quantised kernel takes this

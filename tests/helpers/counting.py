@@ -28,6 +28,7 @@ class count_products(TorchDispatchMode):
 
     Attributes:
         flops: `2 m n k` for each product.
+        narrow: those of them in half precision.
         calls: how many there were.
 
     Example:
@@ -40,14 +41,15 @@ class count_products(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
-        self.calls = 0
+        self.flops = self.narrow = self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0]
         if name in _FACTORS:
             first, second = args[_FACTORS[name] : _FACTORS[name] + 2]
-            self.flops += 2 * first.numel() * (second.shape[-1] if second.ndim > 1 else 1)
+            flops = 2 * first.numel() * (second.shape[-1] if second.ndim > 1 else 1)
+            self.flops += flops
+            self.narrow += flops if first.dtype in (torch.bfloat16, torch.float16) else 0
             self.calls += 1
         return func(*args, **(kwargs or {}))
 

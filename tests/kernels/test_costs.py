@@ -49,6 +49,7 @@ BUDGET = [
 # In bfloat16 what A needs is kept in bfloat16, where it is one Function (Note [One Function]); under autocast
 # x in bfloat16 too, which is not the caller's x.
 SCALED = only(A="vector", B="lora", C="vector", D="vector", E="vector")
+FIVE = glora.GLoRAConfig.glora()
 NARROW: list[Any] = [
     *[(SCALED, 1, half, 2.10, N / 1024 + 0.05) for half in ("bf16", "autocast", "bf16, loops", "autocast, loops")],
     *[(only(B="lora"), 1, half, 2.10, 0.05 + share) for half, share in (("bf16, loops", 0), ("autocast, loops", 1))],
@@ -80,6 +81,20 @@ def test_a_training_step_costs_what_was_promised(
     W0 = 1024 * 1024 * layer.weight.element_size()
     assert products.flops / (2 * N * 1024 * 1024) <= units
     assert saved.bytes / W0 <= share
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16", "autocast"])
+@pytest.mark.parametrize("config", [only(B="lora"), SCALED, only(B="lora", A="lora", product="matmul"), FIVE])
+def test_without_units_for_half_precision_only_thin_products_are_narrow(config: glora.GLoRAConfig, half: str) -> None:
+    layer, x = one(config, dtype=dtype_of(half)), torch.randn(64, 1024, dtype=dtype_of(half), requires_grad=True)
+    with internals.half_units(False), count_products() as products:
+        with autocast_of(half):
+            y = layer(x)
+        torch.autograd.grad(y, [x, *factors_of(layer)], torch.ones_like(y))
+        with torch.no_grad(), autocast_of(half):
+            layer(x)
+    assert products.flops >= 3 * 2 * x.numel() * 1024
+    assert products.narrow <= 0.05 * products.flops
 
 
 @pytest.mark.parametrize(("config", "count", "half", "units", "share"), BUDGET)
