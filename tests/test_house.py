@@ -27,9 +27,9 @@ from tests.helpers.calls import LORA
 # What was measured, on Python 3.11; less is always allowed. `python -m tests.test_house` prints what is now. To raise a
 # bound is a commit of its own, whose message says why.
 CODE_LINES = {  # no docstrings, comments or blank lines
-    "all": 10297,
+    "all": 10298,
     "ground": 1245,
-    "kernels": 605,
+    "kernels": 606,
     "layer": 1420,
     "model": 2322,
     "engines": 194,
