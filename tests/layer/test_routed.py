@@ -120,14 +120,15 @@ class Twice(nn.Linear):
 
 
 @pytest.mark.parametrize("beside", [lambda y: y.square().mean(), lambda y: y.mean().item(), lambda y: y[:, 0].sum()])
-def test_a_result_that_is_none_of_a_samples_and_differs_is_refused(beside: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), Twice(beside)), torch.randn(4, 4)
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_result_that_is_none_of_a_samples_and_differs_is_refused(beside: Any, each: int) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Twice(beside)), torch.randn(2 * each, 4)
     for name in "ab":
         glora.apply(model, ["0"], RANDOM, name=name, trainable=["1"])
     glora.state_dict(model, "b")["1.weight"].mul_(10)
-    with glora.route(model, ["a", "b", "a", "b"]), pytest.raises(RuntimeError, match="one for each sample"):
+    with glora.route(model, ["a", "b"] * each), pytest.raises(RuntimeError, match="one for each sample"):
         model(x)
-    with glora.route(model, ["b"] * 4):
+    with glora.route(model, ["b"] * 2 * each):
         y, aside = model(x)
     glora.activate(model, "b")
     torch.testing.assert_close((y, aside), model(x))

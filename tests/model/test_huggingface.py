@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def test_a_new_head_that_is_swept_in_is_warned_of_and_one_that_is_named_is_not()
     assert re.search(r'classifier may be a head that is new.*trainable="auto"', message)
     assert warned(lambda: glora.apply(Task(), ["1", "classifier"], config=glora.GLoRAConfig.glora())) == []
     assert warned(lambda: glora.apply(Vocabulary(), config=glora.GLoRAConfig.glora())) == []
+
+
+def test_without_a_backbone_the_last_linear_layer_is_a_head_by_its_name() -> None:
+    def warned_of(*names: str) -> list[str]:
+        model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names))
+        return warned(lambda: glora.apply(model, config=LORA))
+
+    (message,) = warned_of("body", "classifier")
+    assert re.search(r"classifier may be a head that is new.*trainable=\['classifier'\]", message)
+    assert warned_of("classifier", "body") == []
 
 
 def test_save_pretrained_writes_plain_keys_or_nothing() -> None:

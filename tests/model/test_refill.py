@@ -176,6 +176,17 @@ def test_heads_are_swapped_too(heads: list[str], trainable: bool, tmp_path: Path
         assert torch.equal(model(TOKENS), other(TOKENS))
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+def test_what_was_unfrozen_meanwhile_is_frozen_as_by_any_load(rank: int, tmp_path: Path) -> None:
+    model = attach(build(), replace(RANDOM, rank=2), targets=["first"])
+    base = build()
+    base.load_state_dict(glora.base_state_dict(model))
+    glora.save(attach(base, replace(RANDOM, rank=rank), targets=["first"]), tmp_path)
+    model.requires_grad_()
+    glora.load(model, tmp_path, replace=True)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, glora.parameters(model)))
+
+
 def test_a_file_that_does_not_fit_and_an_unknown_name_change_nothing(tmp_path: Path) -> None:
     model = attach(build(), RANDOM, name="a", trainable=["head"])
     glora.save(attach(nn.Sequential(nn.Linear(4, 6)), RANDOM), tmp_path / "other")

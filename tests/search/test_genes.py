@@ -15,17 +15,19 @@ from glora.search.genes import Genes
 from tests.helpers.search import block, spaces, supernet
 
 
-@given(space=spaces(), seed=st.integers(0, 2**16), inherits=st.booleans(), room=st.floats(0, 1))
+@given(space=spaces(), seed=st.integers(0, 2**16), inherits=st.booleans(), room=st.none() | st.floats(0, 1))
 def test_a_fitted_choice_is_complete_and_within_the_budget(
-    space: Space, seed: int, inherits: bool, room: float
+    space: Space, seed: int, inherits: bool, room: float | None
 ) -> None:
     layers, rng = layers_of(supernet(block(), space)), random.Random(seed)
     assume(any(len(forms) > 1 for forms in space.forms.values()))
     least = Genes(layers, None).parameters(Genes(layers, None).configs({}))
     most = sum(layer.count(layer.space.largest) for layer in layers.values())
-    budget = least + int(room * (most - least))
+    free = Genes(layers, None)
+    inherited = {gene: rng.choice(values) for gene, values in free.values.items()} if inherits else {}
+    # None: as much as what is inherited takes, and no more.
+    budget = free.parameters(free.configs(inherited)) if room is None else least + int(room * (most - least))
     genes = Genes(layers, budget)
-    inherited = {gene: rng.choice(values) for gene, values in genes.values.items()} if inherits else {}
     fitted = genes.fit(inherited, rng)
     assert fitted.keys() == genes.values.keys()
     assert all(value in genes.values[gene] for gene, value in fitted.items())
