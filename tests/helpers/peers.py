@@ -81,7 +81,7 @@ class Every(nn.Module):
         self.emb = nn.Embedding(9, 6)
         self.q, self.k = nn.Linear(6, 8), nn.Linear(8, 4, bias=False)
         self.c = Conv1D(6, 4)
-        self.conv1, self.conv2 = nn.Conv1d(6, 4, 3, padding=1), nn.Conv2d(4, 2, (1, 3), padding=(0, 1), bias=False)
+        self.conv1, self.conv2 = nn.Conv1d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1, bias=False)
         self.experts = Experts(3, 5, 4, transposed, bias=transposed)
         self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 3)
         nn.init.normal_(self.c.bias)

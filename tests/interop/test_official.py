@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     # The authors' layer from its formula, for a supernet of rank 4.
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 2))
+    base = copy.deepcopy(model)
     tensors: dict[str, Tensor] = {"2.weight": torch.randn(2, 3), "2.bias": torch.randn(2)}
     y = X
     for number, choice in enumerate(AUTHORS):
@@ -51,6 +53,8 @@ def test_the_authors_files_with_the_forms_that_were_chosen(tmp_path: Path) -> No
     torch.save(dict(sorted(tensors.items(), reverse=True)), tmp_path / "caltech101.pt")
     ours = interop.load_official(model, tmp_path / "caltech101.pt", AUTHORS)
     torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
+    configs = {path: layer.config for path, layer in describe(ours).layers.items()}
+    assert torch.equal(interop.load_official(base, tmp_path / "caltech101.pt", configs)(X), ours(X))
     wrongs = {"one entry a layer": AUTHORS[:1], "rank 5": glora.GLoRAConfig.glora(rank=5), "each layer": {"0": CONFIG}}
     for message, wrong in wrongs.items():
         with pytest.raises(ValueError, match=message):

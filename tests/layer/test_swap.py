@@ -52,3 +52,14 @@ def test_a_conversion_inside_merged_inside_disabled_reaches_everything() -> None
     with glora.disabled(model), glora.merged(model):
         model.double()
     assert model(torch.randn(2, 6).double()).dtype == torch.float64
+
+
+def test_what_is_merged_for_a_while_trains_nothing_and_keeps_the_mode_it_was_set_to() -> None:
+    layer = glora.apply(nn.Linear(4, 3), config=glora.GLoRAConfig.glora(rank_dropout=0.5)).train()
+    with glora.merged(layer):
+        assert not any(p.requires_grad for p in layer.parameters())
+        layer.eval()
+    assert not any(module.training for module in layer.modules())
+    with glora.merged(layer):
+        layer.train()
+    assert all(module.training for module in layer.modules())
