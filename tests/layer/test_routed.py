@@ -175,3 +175,18 @@ def test_checkpointing_inside_a_route_without_a_gradient_is_right() -> None:
     model, x = two_adapters(), torch.randn(4, 6)
     with torch.no_grad(), glora.route(model, NAMES):
         torch.testing.assert_close(checkpoint(model, x, use_reentrant=False), model(x))
+
+
+class Shifted(nn.Linear):
+    def forward(self, input: Tensor, shift: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) + shift
+
+
+def test_what_has_no_row_for_each_sample_goes_to_every_adapter_whole() -> None:
+    layer, x, shift = Shifted(4, 3), torch.randn(4, 4), torch.randn(3)
+    for name in "ab":
+        glora.apply(layer, config=RANDOM, name=name)
+    with glora.route(layer, ["a", "b", "a", "b"]):
+        y = layer(x, shift)
+    for row, name in enumerate("abab"):
+        torch.testing.assert_close(y[row], glora.activate(layer, name)(x, shift)[row])
