@@ -178,7 +178,7 @@ def test_checkpointing_inside_a_route_without_a_gradient_is_right() -> None:
 
 
 class Shifted(nn.Linear):
-    def forward(self, input: Tensor, shift: Tensor) -> Tensor:
+    def forward(self, input: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         return F.linear(input, self.weight, self.bias) + shift
 
 
