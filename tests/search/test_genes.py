@@ -21,9 +21,9 @@ def test_a_fitted_choice_is_complete_and_within_the_budget(
 ) -> None:
     layers, rng = layers_of(supernet(block(), space)), random.Random(seed)
     assume(any(len(forms) > 1 for forms in space.forms.values()))
-    least = Genes(layers, None).parameters(Genes(layers, None).configs({}))
-    most = sum(layer.count(layer.space.largest) for layer in layers.values())
     free = Genes(layers, None)
+    least = free.parameters(free.configs({}))
+    most = sum(layer.count(layer.space.largest) for layer in layers.values())
     inherited = {gene: rng.choice(values) for gene, values in free.values.items()} if inherits else {}
     # None: as much as what is inherited takes, and no more.
     budget = free.parameters(free.configs(inherited)) if room is None else least + int(room * (most - least))
